@@ -1,0 +1,548 @@
+"""Settings: where values come from, what is refused and how it is said."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from torchtitan.config_manager import (
+    DEFAULTS,
+    OFF_ONLY,
+    TYPES,
+    ConfigError,
+    ConfigManager,
+    JobConfig,
+    accumulation_steps,
+    check,
+    check_values,
+    data_parallel_degree,
+    explanations,
+    from_dict,
+    off_rule,
+    run_name,
+    to_dict,
+)
+
+CONFIGS = sorted((Path(__file__).parents[1] / "config").glob("*.toml"))
+
+
+def parse(*argv: str) -> JobConfig:
+    return ConfigManager().parse_args(list(argv))
+
+
+def error(*argv: str) -> str:
+    """The message that `argv` is refused with: always one line."""
+    with pytest.raises(ConfigError) as caught:
+        parse(*argv)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.fixture
+def toml(tmp_path):
+    """Writes a TOML file and gives the option that reads it."""
+
+    def write(text: str) -> str:
+        path = tmp_path / "run.toml"
+        path.write_text(text, "utf-8")
+        return f"--job.config_file={path}"
+
+    return write
+
+
+@pytest.fixture
+def here(tmp_path):
+    """A config whose local files all exist."""
+    return parse(f"--model.name={tmp_path}", f"--model.audio_tokenizer={tmp_path}", f"--job.dump_folder={tmp_path}")
+
+
+# --- where values come from
+
+
+def test_the_command_line_wins_over_the_file_and_the_file_over_defaults(toml):
+    option = toml("[training]\nsteps = 100\nseq_len = 512\n")
+    config = parse(option, "--training.steps", "20")
+    assert config.training.steps == 20
+    assert config.training.seq_len == 512
+    assert config.training.local_batch_size == JobConfig().training.local_batch_size
+    assert config.job.config_file == option.partition("=")[2]
+
+
+def test_without_arguments_all_is_default():
+    assert parse() == JobConfig()
+
+
+def test_the_process_arguments_are_the_default_arguments(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["train.py", "--training.steps", "3"])
+    assert ConfigManager().parse_args().training.steps == 3
+
+
+def test_the_file_can_come_after_the_options_that_override_it(toml):
+    assert parse("--training.steps", "20", toml("[training]\nsteps = 100\n")).training.steps == 20
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--metrics.enable_wandb"], True),
+        (["--metrics.enable-wandb"], True),
+        (["--metrics.enable_wandb=true"], True),
+        (["--metrics.enable_wandb", "True"], True),
+        (["--metrics.enable_wandb", "--training.steps", "3"], True),
+        (["--metrics.no-enable_wandb"], False),
+        (["--metrics.no_enable_wandb"], False),
+        (["--metrics.no-enable-wandb"], False),
+        (["--metrics.enable_wandb=false"], False),
+        (["--metrics.enable_wandb", "false"], False),
+        (["--metrics.enable_wandb", "--metrics.no-enable_wandb"], False),
+    ],
+)
+def test_every_way_to_write_a_switch(toml, argv, expected):
+    opposite = toml(f"[metrics]\nenable_wandb = {str(not expected).lower()}\n")
+    assert parse(opposite, *argv).metrics.enable_wandb is expected
+
+
+@pytest.mark.parametrize(
+    ("argv", "key", "value"),
+    [
+        (["--training.global_batch_size", "-1"], "training.global_batch_size", -1),
+        (["--training.local-batch-size", "4"], "training.local_batch_size", 4),
+        (["--optimizer.lr", "1e-3"], "optimizer.lr", 1e-3),
+        (["--optimizer.lr", "1"], "optimizer.lr", 1.0),
+        (["--lr_scheduler.decay_ratio", "none"], "lr_scheduler.decay_ratio", None),
+        (["--training.seed=None"], "training.seed", None),
+        (["--training.dataset_path", ""], "training.dataset_path", None),
+        (["--job.description", "a = b, --c"], "job.description", "a = b, --c"),
+        (["--job.description=--x"], "job.description", "--x"),
+        (["--float8.filter_fqns", "output"], "float8.filter_fqns", ["output"]),
+        (["--model.converters", ""], "model.converters", []),
+    ],
+)
+def test_values_on_the_command_line(argv, key, value):
+    section, name = key.split(".")
+    read = getattr(getattr(parse(*argv), section), name)
+    assert read == value and type(read) is type(value)
+
+
+def test_a_whole_number_in_a_file_is_accepted_for_a_real_one(toml):
+    max_norm = parse(toml("[training]\nmax_norm = 1\n")).training.max_norm
+    assert max_norm == 1.0 and type(max_norm) is float
+
+
+@pytest.mark.parametrize("key", ["training.compile", "compile.enable"])
+def test_both_names_of_the_compile_switch_set_it(toml, key):
+    section, name = key.split(".")
+    for config in (parse(f"--{key}"), parse(toml(f"[{section}]\n{name} = true\n"))):
+        assert config.training.compile and config.compile.enable
+    other = {"training.compile": "--compile.no-enable", "compile.enable": "--training.no-compile"}[key]
+    config = parse(toml(f"[{section}]\n{name} = true\n"), other)
+    assert not config.training.compile and not config.compile.enable
+
+
+def test_the_compile_switch_cannot_contradict_itself(toml):
+    assert "compile.enable" in error(toml("[training]\ncompile = true\n[compile]\nenable = false\n"))
+
+
+# --- what is refused, and how it is said
+
+
+@pytest.mark.parametrize(
+    ("argv", "parts"),
+    [
+        (["--training.stpes", "3"], ["training.stpes", "did you mean training.steps?"]),
+        (["--trainig.steps", "3"], ["no section trainig", "did you mean training.steps?"]),
+        (["--training.lr", "3"], ["training.lr", "did you mean optimizer.lr?"]),
+        (["--training.no-stpes"], ["training.no_stpes"]),
+        (["--training.no-steps"], ["training.no_steps"]),
+        (["--xyz.abc", "3"], ["no section xyz", "--help"]),
+        (["--steps", "3"], ["--steps", "--section.key"]),
+        (["run.toml"], ["run.toml", "--section.key"]),
+        (["-v"], ["-v", "--section.key"]),
+        (["--training.steps", "3", "4"], ["4", "--section.key"]),
+        (["--training.steps"], ["--training.steps", "value is missing", "whole number"]),
+        (["--training.steps", "--metrics.enable_wandb"], ["--training.steps", "value is missing"]),
+        (["--training.steps", "ten"], ['training.steps = "ten"', "whole number"]),
+        (["--training.steps", "1.5"], ['training.steps = "1.5"', "whole number"]),
+        (["--training.steps="], ["training.steps", "whole number"]),
+        (["--optimizer.lr", "fast"], ['optimizer.lr = "fast"', "a number"]),
+        (["--training.max_norm", "nan"], ["training.max_norm", "a number"]),
+        (["--training.max_norm", "inf"], ["training.max_norm", "a number"]),
+        (["--metrics.enable_wandb", "maybe"], ['metrics.enable_wandb = "maybe"', "true or false"]),
+        (["--metrics.no-enable_wandb=true"], ["--metrics.no-enable_wandb=true", "no value"]),
+        (["--training.task", "asr"], ['training.task = "asr"', '"a2a"', '"tts"']),
+        (["--optimizer.name", "SGD"], ['optimizer.name = "SGD"', '"AdamW"']),
+        (["--lr_scheduler.decay_type", "exp"], ["lr_scheduler.decay_type", '"cosine"']),
+        (["--model.codec_padding", "none"], ["model.codec_padding", '"exact"', '"aligned"']),
+        (["--model.codec_window", "10"], ["model.codec_window", '"full"']),
+    ],
+)
+def test_a_wrong_command_line_is_refused_in_one_line(argv, parts):
+    message = error(*argv)
+    assert all(part in message for part in parts), message
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("[training]\nstpes = 3\n", ["training.stpes", "did you mean training.steps?"]),
+        ("[trainig]\nsteps = 3\n", ["[trainig]", "did you mean [training]?"]),
+        ("[model]\nseq_len = 3\n", ["model.seq_len", "did you mean training.seq_len or validation.seq_len?"]),
+        ("steps = 3\n", ["steps = 3", "outside of any [section]"]),
+        ('[training]\nsteps = "10"\n', ['training.steps = "10"', "whole number"]),
+        ("[training]\nsteps = 10.0\n", ["training.steps = 10.0", "whole number"]),
+        ("[training]\nsteps = true\n", ["training.steps = true", "whole number"]),
+        ("[training]\nmax_norm = true\n", ["training.max_norm = true", "a number"]),
+        ("[training]\nmax_norm = nan\n", ["training.max_norm", "a number"]),
+        ('[optimizer]\nlr = "3e-4"\n', ['optimizer.lr = "3e-4"', "a number"]),
+        ("[training]\ncompile = 1\n", ["training.compile = 1", "true or false"]),
+        ('[training]\ncompile = "false"\n', ['training.compile = "false"', "true or false"]),
+        ("[training]\ndataset = 3\n", ["training.dataset = 3", "a text"]),
+        ("[model]\nconverters = [1]\n", ["model.converters = [1]", "a list of names"]),
+        ("[training.steps]\nx = 1\n", ["training.steps", "whole number"]),
+        ("[training]\nsteps = 1979-05-27\n", ["training.steps", "whole number"]),
+        ("[training]\nsteps = 0\n", ["training.steps = 0", "at least 1"]),
+        ('[job]\nconfig_file = "other.toml"\n', ["job.config_file", "command line"]),
+        ("[training]\nsteps 3\n", ["not valid TOML", "line 2"]),
+    ],
+)
+def test_a_wrong_file_is_refused_in_one_line_that_names_it(toml, text, parts):
+    message = error(toml(text))
+    assert all(part in message for part in [*parts, "run.toml"]), message
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path):
+    assert "nowhere.toml" in error("--job.config_file", str(tmp_path / "nowhere.toml"))
+    assert str(tmp_path) in error("--job.config_file", str(tmp_path))
+    (tmp_path / "latin.toml").write_bytes(b'[job]\ndescription = "\xe9"\n')
+    assert "latin.toml" in error("--job.config_file", str(tmp_path / "latin.toml"))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("model.num_quantizers", "0"),
+        ("model.num_quantizers", "33"),
+        ("training.steps", "0"),
+        ("training.local_batch_size", "0"),
+        ("training.global_batch_size", "0"),
+        ("training.global_batch_size", "-2"),
+        ("training.seq_len", "6"),
+        ("training.max_seconds", "0"),
+        ("training.max_norm", "0"),
+        ("training.num_workers", "-1"),
+        ("training.seed", "-1"),
+        ("training.dataset", ""),
+        ("optimizer.lr", "-1"),
+        ("optimizer.beta1", "1"),
+        ("optimizer.eps", "0"),
+        ("lr_scheduler.warmup_steps", "-1"),
+        ("lr_scheduler.decay_ratio", "1.5"),
+        ("lr_scheduler.lr_min", "2"),
+        ("validation.steps", "0"),
+        ("validation.freq", "0"),
+        ("parallelism.data_parallel_shard_degree", "0"),
+        ("checkpoint.interval", "0"),
+        ("checkpoint.keep_latest_k", "-1"),
+        ("checkpoint.load_step", "-2"),
+        ("comm.init_timeout_seconds", "0"),
+        ("job.wandb_run_name", "../elsewhere"),
+    ],
+)
+def test_values_out_of_range_are_refused_by_name(key, value):
+    assert error(f"--{key}", value).startswith(f"{key} = ")
+
+
+def test_the_shortest_row_holds_one_frame():
+    assert parse("--model.num_quantizers=8", "--training.seq_len=11").training.seq_len == 11
+    assert "at least 11" in error("--model.num_quantizers=8", "--training.seq_len=10")
+    assert "validation.seq_len" in error("--validation.enabled", "--validation.seq_len=6")
+    assert parse("--validation.seq_len=6").validation.seq_len == 6  # nothing is validated
+
+
+def other_value(key: str) -> Any:
+    """A value of the key's type that is neither its default nor accepted."""
+    default = DEFAULTS[key]
+    if isinstance(default, bool):
+        return not default
+    if isinstance(default, (int, float)):
+        return default + 1
+    if isinstance(default, list):
+        return [*default, "layers.0"]
+    choices = {
+        "checkpoint.async_mode": "async",
+        "activation_checkpoint.mode": "selective",
+        "parallelism.context_parallel_rotate_method": "alltoall",
+        "parallelism.pipeline_parallel_layers_per_stage": 2,
+        "float8.recipe_name": "rowwise",
+        "mx.recipe_name": "mxfp4",
+    }
+    return choices.get(key, "something")
+
+
+@pytest.mark.parametrize("key", [key for key in TYPES if off_rule(key)])
+def test_what_is_not_built_is_refused_by_name_and_accepted_when_off(key):
+    section, name = key.split(".")
+    off = off_rule(key)
+    assert off is not None
+    for accepted in (DEFAULTS[key], *off.also):
+        config = JobConfig()
+        setattr(getattr(config, section), name, accepted)
+        check_values(config)
+    config = JobConfig()
+    setattr(getattr(config, section), name, other_value(key))
+    with pytest.raises(ConfigError, match=rf"^{key} = .*{off.reason[:20]}"):
+        check_values(config)
+
+
+def test_the_table_of_what_is_not_built_names_only_known_keys():
+    assert all(key in TYPES or any(known.startswith(key[:-1]) for known in TYPES) for key in OFF_ONLY)
+
+
+def test_a_refused_value_in_a_file_can_be_taken_back_on_the_command_line(toml):
+    option = toml('[activation_checkpoint]\nmode = "selective"\n')
+    assert "run.toml" in error(option)
+    assert parse(option, "--activation_checkpoint.mode=full").activation_checkpoint.mode == "full"
+
+
+def test_settings_that_would_have_no_effect_are_refused():
+    assert "last_save_model_only" in error("--checkpoint.export_dtype=bfloat16")
+    assert parse("--checkpoint.export_dtype=bfloat16", "--checkpoint.last_save_model_only")
+    assert "enable_checkpoint" in error("--checkpoint.load_step=5")
+    assert "enable_checkpoint" in error("--checkpoint.initial_load_path=/tmp")
+
+
+def test_flavors():
+    assert "pretrained" in error("--model.flavor=debug")
+    assert parse("--model.flavor=debug", "--model.no-pretrained").model.flavor == "debug"
+    assert parse("--model.flavor=1B", "--model.name=meta-llama/Llama-3.2-1B")
+    assert "not of that size" in error("--model.flavor=3B", "--model.name=llm-jp/Llama-Mimi-1.3B")
+    assert "model.flavor" in error("--model.flavor=tiny")
+
+
+# --- arithmetic and files, which depend on the machine
+
+
+@pytest.mark.parametrize(
+    ("rows", "world_size", "steps"), [(-1, 1, 1), (-1, 8, 1), (8, 1, 1), (64, 8, 1), (64, 1, 8), (64, 2, 4)]
+)
+def test_accumulation_follows_from_the_global_batch(here, rows, world_size, steps):
+    here.training.local_batch_size = 8
+    here.training.global_batch_size = rows
+    check(here, world_size)
+    assert accumulation_steps(here, world_size) == steps
+
+
+@pytest.mark.parametrize(("rows", "world_size", "near"), [(4, 1, "8"), (24, 2, "16 or 32"), (100, 3, "96 or 120")])
+def test_an_impossible_global_batch_is_refused_with_what_would_do(here, rows, world_size, near):
+    here.training.local_batch_size = 8
+    here.training.global_batch_size = rows
+    with pytest.raises(ConfigError, match=rf"training.global_batch_size = {rows}.*such as {near}"):
+        check(here, world_size)
+
+
+def test_degrees_multiply_to_the_number_of_ranks(here):
+    assert data_parallel_degree(here, 6) == 6
+    here.parallelism.data_parallel_shard_degree = 4
+    assert data_parallel_degree(here, 4) == 4
+    with pytest.raises(ConfigError, match=r"parallelism.data_parallel_shard_degree = 4: there are 6 ranks"):
+        check(here, 6)
+    here.parallelism.data_parallel_shard_degree = -1
+    here.parallelism.tensor_parallel_degree = 2
+    assert data_parallel_degree(here, 6) == 3
+    with pytest.raises(ConfigError, match=r"multiply to 2"):
+        data_parallel_degree(here, 5)
+
+
+@pytest.mark.parametrize("key", ["model.name", "model.audio_tokenizer", "training.dataset_path"])
+@pytest.mark.parametrize("value", ["/no/such/folder", "./no-such-folder", "../no", "~/no", "no-slash", "a/b/c"])
+def test_local_folders_must_exist(here, key, value):
+    section, name = key.split(".")
+    setattr(getattr(here, section), name, value)
+    with pytest.raises(ConfigError, match=f'^{key} = "{value}"'):
+        check(here, 1)
+
+
+def test_hub_names_are_left_to_the_hub(here):
+    here.model.name = "meta-llama/Llama-3.2-1B"
+    here.model.audio_tokenizer = "kyutai/mimi"
+    here.training.dataset_path = "MLCommons/peoples_speech"
+    check(here, 1)
+
+
+def test_other_files_must_exist(here, tmp_path):
+    here.validation.dataset_path = "/no/such/folder"
+    check(here, 1)  # nothing is validated
+    here.validation.enabled = True
+    with pytest.raises(ConfigError, match=r"validation.dataset_path"):
+        check(here, 1)
+    here.validation.enabled = False
+    here.checkpoint.enable_checkpoint = True
+    here.checkpoint.initial_load_path = str(tmp_path / "step-3")
+    with pytest.raises(ConfigError, match=r"checkpoint.initial_load_path.*no such folder"):
+        check(here, 1)
+    (tmp_path / "step-3").mkdir()
+    check(here, 1)
+    (tmp_path / "file").touch()
+    here.job.dump_folder = str(tmp_path / "file")
+    with pytest.raises(ConfigError, match=r"job.dump_folder"):
+        check(here, 1)
+
+
+# --- the files that ship, old files, names, and the manual
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_files_are_accepted(path):
+    config = parse("--job.config_file", str(path))
+    assert accumulation_steps(config, 8) >= 1
+
+
+def test_the_public_recipe():
+    config = parse("--job.config_file", str(CONFIGS[0].parent / "llama3_2_1b_peoples_speech.toml"))
+    assert accumulation_steps(config, 8) == 4
+    assert run_name(config) == "Llama-3.2-1B_peoples_speech-q4-s1024"
+
+
+OLD_FILE = """
+[job]
+dump_folder = "./outputs"
+description = "an older run"
+use_for_integration_test = false
+
+[profiling]
+enable_profiling = false
+save_traces_folder = "profile_trace"
+profile_freq = 100
+
+[metrics]
+log_freq = 1
+enable_tensorboard = true
+save_tb_folder = "tb"
+enable_wandb = true
+
+[model]
+name = "meta-llama/Llama-3.1-8B"
+flavor = "8B"
+tokenizer_path = ""
+num_quantizers = 4
+converters = []
+
+[optimizer]
+name = "AdamW"
+lr = 3e-4
+eps = 1e-8
+
+[lr_scheduler]
+warmup_steps = 1500
+decay_ratio = 0.2
+lr_min = 0.1
+
+[training]
+local_batch_size = 8
+global_batch_size = 1024
+seq_len = 1024
+max_norm = 1.0
+steps = 100_000
+compile = false
+dataset = "all"
+task = "a2a"
+
+[validation]
+enabled = true
+dataset = "librispeech_asr"
+local_batch_size = 8
+seq_len = 1024
+freq = 100
+steps = 10
+
+[evaluation]
+enable_evaluation = false
+evaluation_freq = 500
+
+[parallelism]
+data_parallel_replicate_degree = 1
+data_parallel_shard_degree = -1
+tensor_parallel_degree = 1
+pipeline_parallel_degree = 1
+context_parallel_degree = 1
+expert_parallel_degree = 1
+
+[checkpoint]
+enable_checkpoint = true
+folder = "checkpoint"
+interval = 1000
+last_save_model_only = false
+export_dtype = "float32"
+async_mode = "disabled"
+keep_latest_k = 10
+
+[activation_checkpoint]
+mode = "none"
+selective_ac_option = "op"
+
+[float8]
+enable_fsdp_float8_all_gather = false
+precompute_float8_dynamic_scale_for_fsdp = false
+filter_fqns = ["output"]
+
+[mx]
+recipe_name = "mxfp8"
+filter_fqns = ["output"]
+
+[fault_tolerance]
+enable = false
+"""
+
+
+def test_an_older_file_is_accepted_unchanged(toml):
+    config = parse(toml(OLD_FILE))
+    assert config.training.dataset == "all" and config.validation.dataset == "librispeech_asr"
+    assert accumulation_steps(config, 64) == 2
+
+
+@pytest.mark.parametrize(
+    ("argv", "name"),
+    [
+        ([], "Llama-3.2-1B_peoples_speech-q4-s1024"),
+        (["--model.no-pretrained", "--model.num_quantizers=8"], "Llama-3.2-1B_peoples_speech-q8-s1024-random"),
+        (["--model.name=./models/small/", "--training.seq_len=512"], "small_peoples_speech-q4-s512"),
+        (["--job.wandb_run_name=mine", "--model.no-pretrained"], "mine"),
+    ],
+)
+def test_the_run_is_named_after_its_settings(argv, name):
+    assert run_name(parse(*argv)) == name
+
+
+def test_a_saved_config_is_read_back_equal(toml):
+    config = parse(toml(OLD_FILE), "--training.seed=none", "--training.dataset_path=/data", "--training.compile")
+    assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
+
+
+def test_a_saved_config_may_lack_keys_but_not_have_unknown_ones():
+    assert from_dict({"training": {"steps": 3}}).training.steps == 3
+    with pytest.raises(ConfigError, match=r"training.stpes"):
+        from_dict({"training": {"stpes": 3}})
+
+
+def test_configs_do_not_share_lists():
+    first, second = JobConfig(), JobConfig()
+    first.float8.filter_fqns.append("output")
+    assert second.float8.filter_fqns == []
+
+
+def test_every_key_is_explained():
+    texts = explanations()
+    assert list(texts) == list(TYPES)
+    assert all(text.strip().endswith(".") for text in texts.values())
+
+
+def test_help_explains_every_key(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse("--help")
+    assert stopped.value.code == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    for key, text in explanations().items():
+        assert f"--{key} (" in printed
+        assert " ".join(text.split()) in printed

@@ -1,0 +1,321 @@
+"""The Mimi codec: waveforms to codes and back, with codes that do not depend on batching.
+
+transformers' ``MimiModel`` ignores ``padding_mask`` when it encodes, so a clip inside a padded batch gets other codes
+in its last frame than the same clip alone. :class:`Codec` walks the same submodules itself and carries every clip's
+length through them, with one of two conventions for the end of a clip:
+
+``exact``    what a lone, unpadded ``MimiModel.encode`` call gives: features at or past a clip's length are zeroed
+             before every strided convolution and filled with the clip's last feature before the final downsample.
+``aligned``  each clip is zero-padded to a whole number of frames (1,920 samples) first, as Moshi does.
+
+The window of the codec's own attention is the second choice: ``codec`` is the 250 positions (10 s) of Mimi's design,
+``full`` attends over everything, as transformers 4.53 to 5.2 did when the published checkpoints' codes were made. It
+concerns encoding; decoding always uses the codec's own window.
+
+All weights and arithmetic are fp32: bf16 changes a quarter of the codes and more. Padding is integer arithmetic. Clips
+over :data:`CHUNK_SECONDS` are encoded in chunks with carried state, which bounds the memory.
+"""
+
+import copy
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from torchtitan.audio.token_stream import CODEBOOK_SIZE
+from torchtitan.audio.waveform import SAMPLE_RATE
+from torchtitan.tools.errors import UserError
+
+FRAME_SIZE = 1920
+FRAME_RATE = SAMPLE_RATE / FRAME_SIZE
+PADDINGS = ("exact", "aligned")
+WINDOWS = ("codec", "full")
+
+CHUNK_SECONDS = 20
+# With the full window the attention cache grows with the audio, by about 0.8 MB a second for kyutai/mimi.
+FULL_WINDOW_MAX_SECONDS = 1200
+_FULL_WINDOW = 1 << 30
+
+# Seconds of audio, padding included, that one encoder call takes. Batching speeds up a GPU, not a CPU.
+_BATCH_SECONDS = {"cpu": 0.0, "cuda": 320.0, "mps": 80.0}
+
+
+class CodecError(UserError):
+    """The codec cannot be used as asked."""
+
+
+@dataclass
+class _State:
+    """What an encoder carries from one chunk of a clip to the next."""
+
+    tails: dict[int, torch.Tensor] = field(default_factory=dict)  # convolution -> its last inputs [B, C, k - s]
+    cache: Any = None  # keys and values of the transformer
+
+
+class Codec:
+    """A Mimi codec on one device.
+
+    Args:
+        model: a transformers MimiModel in fp32; its encoder's attention window is set here.
+        num_quantizers: Q, how many of the codec's codebooks to use.
+        padding: ``exact`` or ``aligned``.
+        window: ``codec`` or ``full``.
+        name: where the model is from, for messages and records.
+
+    Raises:
+        CodecError: the model is not a 24 kHz, 12.5 Hz, 2,048-entry Mimi, has fewer codebooks, is not in fp32, or has
+            untrained (identical) codebook entries.
+    """
+
+    def __init__(
+        self, model: Any, num_quantizers: int, padding: str = "exact", window: str = "codec", name: str = "Mimi"
+    ):
+        if padding not in PADDINGS:
+            raise CodecError(f"codec_padding must be one of {', '.join(PADDINGS)}, not {padding!r}.")
+        if window not in WINDOWS:
+            raise CodecError(f"codec_window must be one of {', '.join(WINDOWS)}, not {window!r}.")
+        config = model.config
+        if (config.sampling_rate, config.frame_size, config.codebook_size) != (SAMPLE_RATE, FRAME_SIZE, CODEBOOK_SIZE):
+            raise CodecError(
+                f"{name}: the token stream needs a codec of {SAMPLE_RATE} Hz, {FRAME_SIZE} samples a frame and "
+                f"{CODEBOOK_SIZE} codes, not {config.sampling_rate} Hz, {config.frame_size} and {config.codebook_size}."
+            )
+        if not config.num_semantic_quantizers <= num_quantizers <= config.num_quantizers:
+            raise CodecError(
+                f"{name}: {num_quantizers} quantizers were asked of a codec that has {config.num_quantizers} "
+                f"(the first {config.num_semantic_quantizers} always used)."
+            )
+        if not config.use_causal_conv or config.pad_mode != "constant":
+            raise CodecError(f"{name}: only causal convolutions with zero padding are supported.")
+        if any(parameter.dtype != torch.float32 for parameter in model.parameters()):
+            raise CodecError(f"{name}: the codec must be in fp32, lower precision changes the codes.")
+        if bool((model.quantizer.semantic_residual_vector_quantizer.layers[0].codebook.embed_sum == 0).all()):
+            raise CodecError(f"{name}: the codebooks are all zero, so every code would be 0; load trained weights.")
+        self.model = model.eval().requires_grad_(False)
+        self.num_quantizers = num_quantizers
+        self.padding = padding
+        self.window = window
+        self.name = name
+        # transformers 5.23 nests the encoder, earlier versions keep its parts at the top.
+        encoder = model.encoder if hasattr(model.encoder, "encoder_seanet") else model
+        self._seanet = encoder.encoder_seanet if encoder is not model else model.encoder
+        self._transformer = encoder.encoder_transformer
+        self._downsample = encoder.downsample
+        _set_window(self._transformer, config.sliding_window if window == "codec" else _FULL_WINDOW)
+
+    @classmethod
+    def load(
+        cls,
+        name: str | Path,
+        num_quantizers: int,
+        padding: str = "exact",
+        window: str = "codec",
+        device: torch.device | str = "cpu",
+        revision: str | None = None,
+    ) -> "Codec":
+        """Load a codec by hub name or from a local folder, in fp32, onto ``device``.
+
+        Raises:
+            CodecError: there is no such codec, or it does not fit (see the class).
+        """
+        from transformers import MimiConfig, MimiModel
+
+        try:
+            options: dict[str, Any] = {} if revision is None else {"revision": revision}
+            config = MimiConfig.from_pretrained(str(name), **options)
+            if config.model_type != "mimi":
+                raise CodecError(f"{name}: a Mimi codec is needed, this is a {config.model_type} model.")
+            model = MimiModel.from_pretrained(str(name), config=config, dtype=torch.float32, **options)
+        except OSError as error:
+            raise CodecError(f"{name}: no codec could be loaded from there ({_first_line(error)}).") from None
+        codec = cls(model, num_quantizers, padding, window, str(name))
+        return codec.to(device)
+
+    def to(self, device: torch.device | str) -> "Codec":
+        """Move the codec; codebooks that transformers caches are made anew on the device."""
+        self.model.to(device)
+        for module in self.model.modules():
+            if hasattr(module, "embed_sum"):
+                module._embed = None
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        return self._downsample.conv.weight.device
+
+    def num_frames(self, num_samples: int) -> int:
+        """Frames that a clip of ``num_samples`` becomes: ceil(n / 1920)."""
+        return -(-num_samples // FRAME_SIZE)
+
+    @torch.inference_mode()
+    def encode(self, waveforms: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Encode clips of any lengths.
+
+        Args:
+            waveforms: float32 tensors [n] at 24 kHz, n >= 1.
+
+        Returns:
+            for each clip, in the given order, its codes [Q, ceil(n / 1920)] (int64, on the CPU).
+
+        Raises:
+            CodecError: an empty clip, or one too long for the ``full`` window.
+        """
+        for waveform in waveforms:
+            if waveform.dim() != 1 or waveform.numel() == 0:
+                raise CodecError(f"a waveform must be [n] with n >= 1, not {list(waveform.shape)}")
+        codes: dict[int, torch.Tensor] = {}
+        with _no_tf32():
+            for batch in self._batches([waveform.numel() for waveform in waveforms]):
+                clips = [waveforms[i] for i in batch]
+                if len(clips) == 1 and clips[0].numel() > CHUNK_SECONDS * SAMPLE_RATE:
+                    results = [self._encode_long(clips[0])]
+                else:
+                    results = self._encode_batch(clips)
+                codes.update(zip(batch, results, strict=True))
+        return [codes[i] for i in range(len(waveforms))]
+
+    @torch.inference_mode()
+    def decode(self, codes: torch.Tensor) -> torch.Tensor:
+        """Codes [Q, T], any Q up to the codec's, to a float32 waveform [1920 * T] on the CPU."""
+        if codes.shape[1] == 0:
+            return torch.zeros(0)
+        audio = self.model.decode(codes.to(self.device)[None]).audio_values
+        return audio[0, 0].float().cpu()
+
+    def conventions(self) -> dict[str, str]:
+        """The codec's name and the choices that its codes depend on, under the keys of config files."""
+        return {"audio_tokenizer": self.name, "codec_padding": self.padding, "codec_window": self.window}
+
+    def _batches(self, lengths: list[int]) -> list[list[int]]:
+        """Group clips by length so that each padded batch stays within the device's budget; long ones alone."""
+        budget = _BATCH_SECONDS.get(self.device.type, 0.0) * SAMPLE_RATE
+        batches: list[list[int]] = []
+        longest = 0
+        for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+            alone = lengths[i] > CHUNK_SECONDS * SAMPLE_RATE
+            if not batches or alone or longest > CHUNK_SECONDS * SAMPLE_RATE:
+                fits = False
+            else:
+                fits = longest * (len(batches[-1]) + 1) <= budget
+            if fits:
+                batches[-1].append(i)
+            else:
+                batches.append([i])
+                longest = lengths[i]
+        return batches
+
+    def _encode_batch(self, clips: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Codes of clips that are encoded in one call, each as if it were alone."""
+        lengths = [clip.numel() for clip in clips]
+        padded = torch.zeros(len(clips), 1, max(lengths))
+        for row, clip in zip(padded, clips, strict=True):
+            row[0, : clip.numel()] = clip
+        latents = self._latents(padded.to(self.device), lengths, None)
+        codes = self._quantize(latents)
+        return [row[:, : self.num_frames(length)].cpu() for row, length in zip(codes, lengths, strict=True)]
+
+    def _encode_long(self, clip: torch.Tensor) -> torch.Tensor:
+        """Codes of one clip, chunk by chunk."""
+        seconds = clip.numel() / SAMPLE_RATE
+        if self.window == "full" and seconds > FULL_WINDOW_MAX_SECONDS:
+            raise CodecError(
+                f"a clip of {seconds:.0f} s is too long for the full attention window (at most "
+                f"{FULL_WINDOW_MAX_SECONDS} s, as its memory grows with the length); use codec_window codec or cut it."
+            )
+        from transformers import DynamicCache
+
+        state = _State(cache=DynamicCache(config=self._transformer.config))
+        codes = []
+        for chunk in clip.split(CHUNK_SECONDS * SAMPLE_RATE):
+            codes.append(self._quantize(self._latents(chunk[None, None].to(self.device), [chunk.numel()], state)))
+        return torch.cat(codes, dim=2)[0].cpu()
+
+    def _quantize(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents [B, D, T] to codes [B, Q, T]."""
+        return self.model.quantizer.encode(latents, self.num_quantizers).transpose(0, 1)
+
+    def _latents(self, x: torch.Tensor, lengths: list[int], state: _State | None) -> torch.Tensor:
+        """Waveforms [B, 1, n], row b valid up to lengths[b] and zero after it, to latents [B, D, ceil(n / 1920)].
+
+        With ``state`` the rows are the next chunk of their clips, and every chunk but the last is a multiple of
+        1,920 samples.
+        """
+        if self.padding == "aligned":
+            lengths = [self.num_frames(length) * FRAME_SIZE for length in lengths]
+            x = F.pad(x, (0, max(lengths) - x.shape[-1]))
+        valid = torch.tensor(lengths, device=x.device)
+        for layer in self._seanet.layers:
+            x, valid = self._apply(layer, x, valid, state)
+        x = self._transformer(
+            x.transpose(1, 2),
+            past_key_values=state.cache if state else None,
+            use_cache=state is not None,
+        ).last_hidden_state.transpose(1, 2)
+        position = torch.arange(x.shape[-1], device=x.device)
+        last = x.gather(2, (valid - 1)[:, None, None].expand(-1, x.shape[1], 1))
+        x = torch.where(position < valid[:, None, None], x, last)
+        return self._conv(self._downsample, x, state, replicate=True)
+
+    def _apply(
+        self, layer: Any, x: torch.Tensor, valid: torch.Tensor, state: _State | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One layer of the SEANet encoder; ``valid`` [B] is each clip's length in positions of ``x``."""
+        if hasattr(layer, "block"):  # residual unit
+            y = x
+            for part in layer.block:
+                y, _ = self._apply(part, y, valid, state)
+            shortcut, _ = self._apply(layer.shortcut, x, valid, state)
+            return shortcut + y, valid
+        if not hasattr(layer, "conv"):  # activation
+            return layer(x), valid
+        stride = layer.conv.stride[0]
+        if stride > 1:
+            x = x.masked_fill(torch.arange(x.shape[-1], device=x.device) >= valid[:, None, None], 0.0)
+            valid = -(-valid // stride)
+        return self._conv(layer, x, state), valid
+
+    def _conv(self, layer: Any, x: torch.Tensor, state: _State | None, replicate: bool = False) -> torch.Tensor:
+        """A causal convolution whose paddings are Python integers: x [B, C, n] to [B, C', ceil(n / stride)]."""
+        conv = layer.conv
+        stride = conv.stride[0]
+        context = (conv.kernel_size[0] - 1) * conv.dilation[0] + 1 - stride
+        mode = "replicate" if replicate else "constant"
+        extra = -x.shape[-1] % stride
+        if state is not None and id(layer) in state.tails:
+            x = torch.cat([state.tails[id(layer)], x], dim=-1)
+        else:
+            x = F.pad(x, (context, 0), mode=mode)
+        if state is not None:
+            state.tails[id(layer)] = x[..., x.shape[-1] - context :]
+        if extra:
+            x = F.pad(x, (0, extra), mode=mode)
+        return conv(x)
+
+
+def _set_window(transformer: Any, window: int) -> None:
+    """Give an encoder transformer its own attention window; the decoder, which may share its config, keeps its."""
+    config = copy.deepcopy(transformer.config)
+    config.sliding_window = window
+    transformer.config = config
+    for layer in transformer.layers:
+        layer.self_attn.config = config
+        layer.self_attn.sliding_window = window
+
+
+@contextmanager
+def _no_tf32():
+    """Keep CUDA's matrix products and convolutions in full fp32, whatever the trainer allows elsewhere."""
+    matmul, cudnn = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, cudnn
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__

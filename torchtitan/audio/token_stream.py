@@ -1,0 +1,166 @@
+"""Mimi codes as Llama token ids, and back.
+
+The one home of the token stream. A frame of Q codes becomes Q neighbouring ids; a sample is
+
+    BOS [text ids] <audio>  <c0_0> <c0_1> .. <c0_Q-1>  <c1_0> ..  </audio>
+
+with id = base_size + code * Q + quantizer for the unit ``<{code}_{quantizer}>``, then ``<audio>`` and ``</audio>``.
+Everything is arithmetic on integers: token strings exist only in :func:`extend_tokenizer` and in the check that
+:meth:`TokenStream.from_tokenizer` makes once.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from torchtitan.tools.errors import UserError
+
+CODEBOOK_SIZE = 2048
+MAX_QUANTIZERS = 32
+AUDIO_START = "<audio>"
+AUDIO_END = "</audio>"
+
+
+class TokenStreamError(UserError):
+    """The tokenizer at hand does not hold the expected block of audio tokens."""
+
+
+@dataclass(frozen=True)
+class TokenStream:
+    """The id layout of one tokenizer with ``num_quantizers`` codebooks (Q).
+
+    Attributes:
+        base_size: number of ids before the audio block (``len(tokenizer)`` of the base tokenizer).
+        num_quantizers: Q, 1 to 32.
+        bos_id: the id that starts every sample.
+    """
+
+    base_size: int
+    num_quantizers: int
+    bos_id: int
+
+    @property
+    def audio_start_id(self) -> int:
+        """Id of ``<audio>``."""
+        return self.base_size + CODEBOOK_SIZE * self.num_quantizers
+
+    @property
+    def audio_end_id(self) -> int:
+        """Id of ``</audio>``."""
+        return self.audio_start_id + 1
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids in all."""
+        return self.audio_end_id + 1
+
+    @classmethod
+    def from_tokenizer(cls, tokenizer: Any, num_quantizers: int | None = None) -> "TokenStream":
+        """Read the layout off a tokenizer that already holds the audio tokens, and check all of it.
+
+        Args:
+            tokenizer: a transformers tokenizer.
+            num_quantizers: the Q to insist on; None accepts whatever the tokenizer has.
+
+        Raises:
+            TokenStreamError: no audio tokens, another Q, a block with gaps or in another order, or no BOS.
+        """
+        vocab = tokenizer.get_added_vocab()
+        found = quantizers_in(tokenizer)
+        if found == 0:
+            raise TokenStreamError(f"The tokenizer {_name(tokenizer)} holds no audio tokens such as <0_0>.")
+        if num_quantizers is not None and found != num_quantizers:
+            raise TokenStreamError(
+                f"The tokenizer {_name(tokenizer)} has audio tokens for {found} quantizers, not {num_quantizers}: "
+                f"set model.num_quantizers to {found} or start from a base model without audio tokens."
+            )
+        stream = cls(vocab["<0_0>"], found, _bos_id(tokenizer))
+        for token, expected in zip(stream.token_strings(), range(stream.base_size, stream.vocab_size), strict=True):
+            if vocab.get(token) != expected:
+                raise TokenStreamError(
+                    f"The tokenizer {_name(tokenizer)} has {token} at id {vocab.get(token)} where the token stream "
+                    f"needs {expected}: its audio tokens are not one block ordered by code, then quantizer."
+                )
+        return stream
+
+    def token_strings(self) -> list[str]:
+        """The added tokens in the order of their ids."""
+        units = [f"<{code}_{q}>" for code in range(CODEBOOK_SIZE) for q in range(self.num_quantizers)]
+        return [*units, AUDIO_START, AUDIO_END]
+
+    def max_frames(self, length: int, num_text: int = 0) -> int:
+        """Whole frames that fit a row of ``length`` ids beside BOS, ``num_text`` text ids and the audio marks."""
+        return max(0, (length - 3 - num_text) // self.num_quantizers)
+
+    def encode(self, codes: torch.Tensor) -> torch.Tensor:
+        """Codes [Q, T] (integers 0..2047) to ids [T * Q] (int64), frame by frame."""
+        if codes.dim() != 2 or codes.shape[0] != self.num_quantizers:
+            raise ValueError(f"codes must be [{self.num_quantizers}, T], not {list(codes.shape)}")
+        quantizer = torch.arange(self.num_quantizers, device=codes.device)
+        return (self.base_size + codes.long().T * self.num_quantizers + quantizer).reshape(-1)
+
+    def decode(self, ids: torch.Tensor) -> torch.Tensor:
+        """Ids [T * Q] of whole frames in order to codes [Q, T] (int64).
+
+        Raises:
+            ValueError: the ids are not whole frames with their quantizers in order.
+        """
+        num_quantizers = self.num_quantizers
+        units = ids.long() - self.base_size
+        if units.numel() % num_quantizers:
+            raise ValueError(f"{units.numel()} ids are not a whole number of frames of {num_quantizers}")
+        frames = units.reshape(-1, num_quantizers)
+        in_range = (frames >= 0) & (frames < CODEBOOK_SIZE * num_quantizers)
+        if not (in_range & (frames % num_quantizers == torch.arange(num_quantizers, device=ids.device))).all():
+            raise ValueError("the ids are not audio units in the order of their quantizers")
+        return (frames // num_quantizers).T.contiguous()
+
+    def is_unit(self, ids: torch.Tensor) -> torch.Tensor:
+        """True where an id is an audio unit (neither text nor ``<audio>`` nor ``</audio>``); same shape as ``ids``."""
+        return (ids >= self.base_size) & (ids < self.audio_start_id)
+
+    def quantizer_of(self, ids: torch.Tensor) -> torch.Tensor:
+        """The quantizer 0..Q-1 of each audio unit, -1 for every other id; same shape as ``ids``."""
+        return torch.where(self.is_unit(ids), (ids - self.base_size) % self.num_quantizers, -1)
+
+    def sample(self, codes: torch.Tensor, text_ids: Sequence[int] = (), end: bool = True) -> torch.Tensor:
+        """One sample: BOS, text, ``<audio>``, the frames of ``codes`` [Q, T] and, with ``end``, ``</audio>``.
+
+        Returns int64 ids [len(text_ids) + 2 + Q * T + end].
+        """
+        head = torch.tensor([self.bos_id, *text_ids, self.audio_start_id], device=codes.device)
+        tail = torch.tensor([self.audio_end_id] if end else [], dtype=torch.int64, device=codes.device)
+        return torch.cat([head, self.encode(codes), tail])
+
+
+def quantizers_in(tokenizer: Any) -> int:
+    """Number of quantizers whose audio tokens a tokenizer holds; 0 for a base tokenizer."""
+    units = (re.fullmatch(r"<0_(\d+)>", token) for token in tokenizer.get_added_vocab())
+    return 1 + max((int(unit.group(1)) for unit in units if unit), default=-1)
+
+
+def extend_tokenizer(tokenizer: Any, num_quantizers: int) -> TokenStream:
+    """Add the audio tokens to a base tokenizer, in place; one that has them is checked and left as it is.
+
+    Raises:
+        TokenStreamError: ``num_quantizers`` is not 1..32, or the tokenizer has audio tokens for another Q.
+    """
+    if not 1 <= num_quantizers <= MAX_QUANTIZERS:
+        raise TokenStreamError(f"The number of quantizers must be 1 to {MAX_QUANTIZERS}, not {num_quantizers}.")
+    if quantizers_in(tokenizer) == 0:
+        stream = TokenStream(len(tokenizer), num_quantizers, _bos_id(tokenizer))
+        tokenizer.add_tokens(stream.token_strings())
+    return TokenStream.from_tokenizer(tokenizer, num_quantizers)
+
+
+def _bos_id(tokenizer: Any) -> int:
+    if tokenizer.bos_token_id is None:
+        raise TokenStreamError(f"The tokenizer {_name(tokenizer)} has no BOS token, which starts every sample.")
+    return tokenizer.bos_token_id
+
+
+def _name(tokenizer: Any) -> str:
+    return str(getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__)

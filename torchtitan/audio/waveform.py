@@ -1,0 +1,172 @@
+"""Audio files in, 24 kHz mono waveforms out.
+
+The one place where audio is read, mixed and resampled: training, inference and the evaluations call
+:func:`load_audio`, so the same file gives the same samples everywhere. Decoding is libsndfile's (wav, flac, ogg, opus,
+mp3, aiff, ...), from a path or from bytes; resampling is ``torchaudio.functional.resample`` with its defaults, whose
+name (:data:`RESAMPLER`) is stored with everything that is derived from its output.
+"""
+
+import io
+import math
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from torchtitan.tools.errors import UserError
+
+SAMPLE_RATE = 24_000
+RESAMPLER = "torchaudio.functional.resample(sinc_interp_hann, lowpass_filter_width=6, rolloff=0.99)"
+
+# Below this rate no speech is left in a recording; a header that claims less is broken.
+MIN_RATE = 2_000
+# Full scale is 1.0. Loud float recordings overshoot a little; a file that reaches further was never normalised
+# (integer values stored as floats, say), and the codec would see something it was never trained on.
+MAX_PEAK = 16.0
+
+# torchaudio builds one filter per output phase: rates with a small common divisor (44,101 Hz) need gigabytes.
+_MAX_KERNEL_ELEMENTS = 1 << 24
+_LOWPASS_FILTER_WIDTH = 6
+_ROLLOFF = 0.99
+
+
+class AudioError(UserError):
+    """A file that cannot be used as audio; the message is one sentence that names the file and the reason."""
+
+
+def load_audio(source: str | Path | bytes, max_seconds: float | None = None, name: str | None = None) -> torch.Tensor:
+    """Read audio as a mono waveform at 24 kHz.
+
+    Args:
+        source: path of an audio file, or the bytes of one.
+        max_seconds: keep only this much from the start. The result equals the start of the whole file's result.
+        name: what to call the audio in error messages; the path, if there is one, otherwise.
+
+    Returns:
+        float32 tensor [n], n >= 1.
+
+    Raises:
+        AudioError: the audio is missing, unreadable, truncated, empty, not finite, not normalised or at a rate
+            below 2 kHz.
+    """
+    samples, rate = _read(source, max_seconds, name or (str(source) if not isinstance(source, bytes) else "audio"))
+    waveform = resample(samples, rate)
+    if max_seconds is not None:
+        waveform = waveform[: round(max_seconds * SAMPLE_RATE)]
+    return waveform
+
+
+def _read(source: str | Path | bytes, max_seconds: float | None, name: str) -> tuple[torch.Tensor, int]:
+    """Decode to mono float32 [n] at the file's own rate; with ``max_seconds`` a little more than that."""
+    import soundfile
+
+    if isinstance(source, bytes) and not source:
+        raise AudioError(f"{name}: the file is empty.")
+    if not isinstance(source, bytes):
+        if not os.path.isfile(source):
+            raise AudioError(f"{name}: there is no such file.")
+        if os.path.getsize(source) == 0:
+            raise AudioError(f"{name}: the file is empty.")
+    try:
+        with open_audio(source) as file:
+            rate, declared, is_mp3 = file.samplerate, file.frames, file.format.startswith("MP3")
+            if rate < MIN_RATE:
+                raise AudioError(
+                    f"{name}: a sample rate of {rate} Hz holds no speech (at least {MIN_RATE:,} Hz needed)."
+                )
+            wanted = -1
+            if max_seconds is not None:  # The resampling filter looks ahead by less than 1 % of a second.
+                wanted = math.ceil((max_seconds + 0.01) * rate)
+            samples = file.read(wanted, dtype="float32", always_2d=True)
+    except soundfile.LibsndfileError as error:
+        reason = str(getattr(error, "error_string", error)).strip().rstrip(".")
+        # libsndfile tries a resource fork and a file's name last and reports that attempt when nothing fits.
+        if reason.startswith(("Error : bad data", "Error : bad map", "Error : bad resource", "File does not exist")):
+            reason = "Format not recognised"
+        raise AudioError(f"{name}: not a readable audio file ({reason}).") from None
+    expected = declared if wanted < 0 else min(declared, wanted)
+    # The length of an MP3 is an estimate; every other format states it.
+    if samples.shape[0] < expected * (0.9 if is_mp3 else 1.0) and declared < 1 << 60:
+        raise AudioError(
+            f"{name}: the file is damaged or cut off ({samples.shape[0]:,} of {expected:,} samples are readable)."
+        )
+    if samples.shape[0] == 0:
+        raise AudioError(f"{name}: the file holds no samples.")
+    waveform = torch.from_numpy(samples).mean(dim=1)
+    if not torch.isfinite(waveform).all():
+        raise AudioError(f"{name}: some samples are not finite numbers (NaN or infinity).")
+    peak = waveform.abs().max().item()
+    if peak > MAX_PEAK:
+        raise AudioError(
+            f"{name}: samples reach {peak:.4g} where full scale is 1.0; normalise the file to the range -1 to 1."
+        )
+    return waveform, rate
+
+
+@contextmanager
+def open_audio(source: str | Path | bytes) -> Iterator[Any]:
+    """Open audio as a soundfile.SoundFile, from a path or from bytes.
+
+    libsndfile recognises an MP3 by its path alone, not through callbacks: bytes that start like one go through a
+    temporary file.
+    """
+    import soundfile
+
+    if not isinstance(source, bytes):
+        with soundfile.SoundFile(str(source)) as file:
+            yield file
+    elif source[:3] == b"ID3" or (source[:1] == b"\xff" and source[1:2] >= b"\xe0"):
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "audio.mp3"
+            path.write_bytes(source)
+            with soundfile.SoundFile(str(path)) as file:
+                yield file
+    else:
+        with soundfile.SoundFile(io.BytesIO(source)) as file:
+            yield file
+
+
+def resample(waveform: torch.Tensor, rate: int) -> torch.Tensor:
+    """Resample a waveform [n] from ``rate`` Hz to 24 kHz: float32 [ceil(n * 24000 / rate)].
+
+    Equals ``torchaudio.functional.resample`` with its defaults. Pairs of rates whose filter bank would not fit into
+    memory are computed tap by tap instead, from the same filter.
+    """
+    if rate == SAMPLE_RATE:
+        return waveform
+    import torchaudio.functional
+
+    divisor = math.gcd(rate, SAMPLE_RATE)
+    reduced_rate, reduced_target = rate // divisor, SAMPLE_RATE // divisor
+    width = math.ceil(_LOWPASS_FILTER_WIDTH * reduced_rate / (min(reduced_rate, reduced_target) * _ROLLOFF))
+    if reduced_target * (reduced_rate + 2 * width) <= _MAX_KERNEL_ELEMENTS:
+        return torchaudio.functional.resample(waveform, rate, SAMPLE_RATE)
+    return _resample_by_taps(waveform, reduced_rate, reduced_target)
+
+
+def _resample_by_taps(waveform: torch.Tensor, rate: int, target: int, block: int = 1 << 18) -> torch.Tensor:
+    """Hann-windowed sinc interpolation (torchaudio's default filter), one output sample at a time.
+
+    Memory is bounded by ``block`` output samples; ``rate`` and ``target`` are in any common unit.
+    """
+    cutoff = min(rate, target) * _ROLLOFF
+    reach = math.ceil(_LOWPASS_FILTER_WIDTH * rate / cutoff)
+    length = math.ceil(waveform.numel() * target / rate)
+    padded = torch.nn.functional.pad(waveform, (reach + 1, reach + 1))
+    offsets = torch.arange(-reach, reach + 2)
+    blocks = []
+    for start in range(0, length, block):
+        numerator = torch.arange(start, min(start + block, length)) * rate  # output time in units of 1 / target
+        nearest = torch.div(numerator, target, rounding_mode="floor")  # input sample just before it
+        taps = nearest[:, None] + offsets
+        distance = (taps * target - numerator[:, None]).double() / (rate * target)  # seconds
+        t = (distance * cutoff).clamp(-_LOWPASS_FILTER_WIDTH, _LOWPASS_FILTER_WIDTH)
+        window = torch.cos(t * math.pi / _LOWPASS_FILTER_WIDTH / 2) ** 2
+        kernel = torch.sinc(t) * window * (cutoff / rate)
+        values = padded[(taps + reach + 1).clamp(0, padded.numel() - 1)]
+        blocks.append((values * kernel.to(values.dtype)).sum(dim=1))
+    return torch.cat(blocks)

@@ -1,0 +1,108 @@
+"""A trained model in Hugging Face format, readable by transformers 5 and by 4.53 alike."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from torchtitan import __version__
+from torchtitan.audio.token_stream import TokenStream
+from torchtitan.audio.waveform import RESAMPLER
+from torchtitan.config_manager import Model
+from torchtitan.models.llama3.args import Llama3Args
+from torchtitan.models.llama3.weights import to_hf_tensors
+
+MAX_SHARD_BYTES = 5 * 10**9
+
+
+def write_hf_files(folder: Path, args: Llama3Args, tokenizer: Any, stream: TokenStream, config: Model) -> None:
+    """Write everything but the weights: config.json, generation_config.json and the tokenizer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(folder)
+    _name_tokenizer_class(folder)
+    token_ids = {"bos_token_id": stream.bos_id, "eos_token_id": stream.audio_end_id}
+    hf_config = {
+        **args.to_hf(),
+        **token_ids,
+        "num_quantizers": stream.num_quantizers,
+        "audio_tokenizer": config.audio_tokenizer,
+        "codec_padding": config.codec_padding,
+        "codec_window": config.codec_window,
+        "resampler": RESAMPLER,
+    }
+    _write_json(folder / "config.json", hf_config)
+    sampling = {"do_sample": True, "temperature": 0.8, "top_k": 30}
+    _write_json(folder / "generation_config.json", {**token_ids, **sampling})
+
+
+def write_weights(folder: Path, args: Llama3Args, state: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
+    """Write full parameters (under our names) as safetensors of at most 5 GB each, and their dtype into config.json."""
+    from huggingface_hub import split_torch_state_dict_into_shards
+    from safetensors.torch import save_file
+
+    tensors = dict(to_hf_tensors(args, state, dtype))
+    split = split_torch_state_dict_into_shards(tensors, max_shard_size=MAX_SHARD_BYTES)
+    for file, names in split.filename_to_tensors.items():
+        save_file({name: tensors[name] for name in names}, folder / file, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        _write_json(folder / "model.safetensors.index.json", index)
+    config = json.loads((folder / "config.json").read_text())
+    config["dtype"] = config["torch_dtype"] = str(dtype).removeprefix("torch.")
+    _write_json(folder / "config.json", config)
+
+
+def write_model_card(folder: Path, state: dict[str, Any], title: str) -> None:
+    """Write README.md from a checkpoint's train_state.json."""
+    config, args = state["config"], Llama3Args(**state["model_args"])
+    model, training, validation = config["model"], config["training"], state.get("validation")
+    rows = {
+        "Base model": model["name"] + ("" if model["pretrained"] else " (architecture only, random start)"),
+        "Parameters": f"{args.num_params:,}",
+        "Quantizers (Q)": model["num_quantizers"],
+        "Codec": f"{model['audio_tokenizer']} (padding {model['codec_padding']}, window {model['codec_window']})",
+        "Resampler": RESAMPLER,
+        "Data": f"{training['dataset']}, task {training['task']}",
+        "Step": f"{state['step']:,} of {training['steps']:,}",
+        "Tokens seen": f"{state['tokens_seen']:,}",
+    }
+    if validation:
+        rows["Validation loss"] = f"{validation['loss']:.4f} nats a token on {config['validation']['dataset']}"
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    (folder / "README.md").write_text(
+        f"""---
+library_name: transformers
+pipeline_tag: audio-to-audio
+tags:
+- speech-language-model
+- mimi
+---
+
+# {title}
+
+A flat speech language model: Mimi codes, semantic and acoustic interleaved, as tokens of a Llama. A sample is BOS,
+`<audio>`, the {model["num_quantizers"]} codes of each 80 ms frame side by side as `<code_quantizer>`, `</audio>`.
+
+| | |
+| --- | --- |
+{table}
+
+Continue a spoken prompt with `python inference.py --model_name FOLDER --prompt FILE`, or load the model with
+`AutoModelForCausalLM` and `AutoTokenizer`. Written by torchtitan (Llama-Mimi) {__version__}.
+"""
+    )
+
+
+def _name_tokenizer_class(folder: Path) -> None:
+    """Name the class that every transformers version knows; 4.53 cannot load the one that version 5 writes."""
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    for key in ("is_local", "local_files_only"):  # of this machine, not of the tokenizer
+        config.pop(key, None)
+    _write_json(path, config)
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")

@@ -1,0 +1,90 @@
+"""Cross-entropy over a large vocabulary without ever holding the logits whole.
+
+136,450 columns in fp32 are 0.5 MB a token: the logits of one microbatch of 32 x 1,024 tokens would take 18 GB. Here
+the rows are taken :data:`CHUNK_TOKENS` at a time, and in training each chunk's gradient is formed right away, while
+its logits are at hand, so that they are computed once and nothing of their size is kept for the backward pass.
+"""
+
+import torch
+import torch.nn.functional as F
+
+IGNORE_INDEX = -100
+CHUNK_TOKENS = 1024
+
+
+def chunked_nll_sum(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Sum of the negative log-likelihoods of the targets, in nats, as an fp32 scalar with gradients.
+
+    Args:
+        hidden: final hidden states [..., D].
+        weight: the head's rows [V, D].
+        targets: ids [...], IGNORE_INDEX where there is none.
+    """
+    hidden, weight, targets = _flatten(hidden, weight, targets)
+    if hidden.device.type == "cpu":  # Choosing rows needs their number, which would make a GPU wait.
+        real = targets != IGNORE_INDEX
+        hidden, targets = hidden[real], targets[real]
+    return _ChunkedNLLSum.apply(hidden, weight, targets)  # type: ignore[return-value]
+
+
+@torch.no_grad()
+def chunked_nll(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """The negative log-likelihood of each target [...], in nats, fp32, without gradients; 0 where there is none."""
+    shape = targets.shape
+    hidden, weight, targets = _flatten(hidden, weight, targets)
+    losses = [
+        F.cross_entropy(F.linear(h, weight).float(), t, ignore_index=IGNORE_INDEX, reduction="none")
+        for h, t in zip(hidden.split(CHUNK_TOKENS), targets.split(CHUNK_TOKENS), strict=True)
+    ]
+    return torch.cat(losses).view(shape)
+
+
+def _flatten(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rows [N, D] and targets [N], in the dtype that autocast asks for."""
+    device_type = hidden.device.type
+    if torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+    return hidden.reshape(-1, hidden.shape[-1]), weight, targets.reshape(-1)
+
+
+class _ChunkedNLLSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        grad_hidden = torch.empty_like(hidden) if need_hidden else None
+        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if need_weight else None
+        with torch.autocast(hidden.device.type, enabled=False):
+            for start in range(0, hidden.shape[0], CHUNK_TOKENS):
+                rows = slice(start, start + CHUNK_TOKENS)
+                h, t = hidden[rows], targets[rows]
+                real = t != IGNORE_INDEX
+                index = t.clamp(min=0)[:, None]
+                logits = F.linear(h, weight).float()
+                norm = logits.logsumexp(dim=1)
+                total += ((norm - logits.gather(1, index)[:, 0]) * real).sum()
+                if grad_hidden is None and grad_weight is None:
+                    continue
+                # d nll / d logits = softmax - one-hot of the target, for real targets.
+                grad = logits.sub_(norm[:, None]).exp_()
+                grad.scatter_add_(1, index, torch.full_like(index, -1, dtype=grad.dtype))
+                grad = (grad * real[:, None]).to(h.dtype)
+                if grad_hidden is not None:
+                    grad_hidden[rows] = grad @ weight
+                if grad_weight is not None:
+                    grad_weight += grad.T @ h
+        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
+        return total
+
+    @staticmethod
+    def backward(ctx, *grad_outputs: torch.Tensor):
+        grad_hidden, grad_weight = ctx.saved_tensors
+        scale = grad_outputs[0]
+        return (
+            None if grad_hidden is None else grad_hidden * scale.to(grad_hidden.dtype),
+            None if grad_weight is None else grad_weight * scale.to(grad_weight.dtype),
+            None,
+        )

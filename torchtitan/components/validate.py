@@ -1,0 +1,74 @@
+"""The loss on held-out speech: the same rows each time, averaged over tokens."""
+
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from torchtitan.audio.token_stream import TokenStream
+from torchtitan.components.dataloader import SpeechDataLoader
+from torchtitan.components.loss import IGNORE_INDEX
+from torchtitan.datasets.hf_dataset import Position
+from torchtitan.tools.errors import UserError
+
+
+@dataclass(frozen=True)
+class ValidationResult:
+    """Mean negative log-likelihoods in nats, over all ranks.
+
+    Attributes:
+        loss: over all targets (units, marks, and text in task ``tts``).
+        quantizers: over the units of each quantizer, Q numbers.
+        num_targets: how many targets there were.
+    """
+
+    loss: float
+    quantizers: list[float]
+    num_targets: int
+
+
+class Validator:
+    """Runs a finite loader from its start.
+
+    Args:
+        steps: batches of each rank; -1 for the whole data set.
+    """
+
+    def __init__(self, loader: SpeechDataLoader, stream: TokenStream, device: torch.device, steps: int):
+        self.loader, self.stream, self.device, self.steps = loader, stream, device, steps
+
+    @torch.no_grad()
+    def run(self, model: nn.Module) -> ValidationResult:
+        """Called by all ranks. The model is left in training mode.
+
+        Raises:
+            UserError: no row could be used.
+        """
+        model.eval()
+        # Sums and counts: all targets, then each quantizer's.
+        sums = torch.zeros(2, 1 + self.stream.num_quantizers, dtype=torch.float64)
+        self.loader.load_state_dict({"position": Position().to_dict(), "counters": {}})
+        batches = islice(iter(self.loader), self.steps if self.steps >= 0 else None)
+        while True:
+            batch = next(batches, None)
+            # A sharded model is run by all ranks together: those without rows left run an empty one.
+            more = torch.tensor(int(batch is not None))
+            dist.all_reduce(more, dist.ReduceOp.MAX)
+            if not more:
+                break
+            if batch is None:
+                tokens, targets = torch.zeros(1, 32, dtype=torch.int64), torch.full((1, 32), IGNORE_INDEX)
+            else:
+                tokens, targets = batch.tokens, batch.targets
+            losses = model(tokens.to(self.device), targets.to(self.device)).double().cpu()
+            quantizer = self.stream.quantizer_of(targets)
+            masks = [targets != IGNORE_INDEX, *(quantizer == q for q in range(self.stream.num_quantizers))]
+            sums += torch.stack([torch.stack([losses[m].sum() for m in masks]), torch.stack([m.sum() for m in masks])])
+        model.train()
+        dist.all_reduce(sums)
+        if sums[1, 0] == 0:
+            raise UserError("no row of the validation data set could be used; the log names each one's reason.")
+        means = (sums[0] / sums[1]).tolist()
+        return ValidationResult(means[0], means[1:], int(sums[1, 0]))

@@ -1,0 +1,1070 @@
+"""Every setting of a training run: what it is called, what it means, and where its value comes from.
+
+The dataclasses below are the manual. Each key has its explanation directly under it, and `--help` prints these
+explanations. A value is the key's default, unless the TOML file given with `--job.config_file` sets it, unless the
+command line sets it (`--training.steps 20`). Names are those that TorchTitan used in mid-2025, and this project's own.
+
+Nothing is silently ignored: a key that is not known is an error, and a key that is known but not built yet is an error
+too as soon as it is set to something else than what happens anyway (the table `OFF_ONLY`). All errors are one sentence,
+raised as `ConfigError`. Neither torch nor any other package is imported here.
+"""
+
+import ast
+import difflib
+import inspect
+import itertools
+import json
+import math
+import os
+import re
+import sys
+import textwrap
+import types
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from torchtitan.tools.errors import UserError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+class ConfigError(UserError):
+    """What a user set cannot be used. The message is one sentence that can be shown as it is."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The manual
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Job:
+    """The run as a whole."""
+
+    config_file: str | None = None
+    """TOML file with the settings of this run. Can only be given on the command line."""
+
+    dump_folder: str = "./outputs"
+    """Folder for all that a run writes. Each run has its own folder in it, named after the run."""
+
+    description: str = "Llama-Mimi training"
+    """Free text, logged at the start."""
+
+    use_for_integration_test: bool = False
+    """A mark that TorchTitan's own test suite puts on its files."""
+
+    print_args: bool = False
+    """Log all settings at the start."""
+
+    wandb_run_name: str | None = None
+    """
+    Name of the run: of its folder under job.dump_folder, and in Weights & Biases. By default it is made from the
+    model, the data set, the number of quantizers and the sequence length, so that the same settings find the same
+    folder again and resume from it.
+    """
+
+
+@dataclass
+class Profiling:
+    """Traces of where time and memory go, written by torch.profiler."""
+
+    enable_profiling: bool = False
+    """Write a trace every profiling.profile_freq steps."""
+
+    save_traces_folder: str = "profile_traces"
+    """Where traces are written, inside the run's folder."""
+
+    profile_freq: int = 10
+    """Steps from one trace to the next."""
+
+    enable_memory_snapshot: bool = False
+    """Write snapshots of the GPU memory allocator, at the same steps and when memory runs out."""
+
+    save_memory_snapshot_folder: str = "memory_snapshot"
+    """Where memory snapshots are written, inside the run's folder."""
+
+
+@dataclass
+class Metrics:
+    """What is reported during training, and where."""
+
+    log_freq: int = 10
+    """Steps from one console line (and one point in TensorBoard and Weights & Biases) to the next."""
+
+    enable_tensorboard: bool = False
+    """Write the figures for TensorBoard."""
+
+    disable_color_printing: bool = False
+    """Print console lines without colours."""
+
+    save_tb_folder: str = "tb"
+    """Where TensorBoard's files are written, inside the run's folder."""
+
+    save_for_all_ranks: bool = False
+    """Let every rank write its own TensorBoard and Weights & Biases figures, not only rank 0."""
+
+    enable_wandb: bool = False
+    """
+    Send the figures to Weights & Biases. Project and team are taken from the environment (WANDB_PROJECT, WANDB_TEAM);
+    WANDB_MODE=offline keeps everything on this machine.
+    """
+
+
+@dataclass
+class Model:
+    """The language model, and the codec that turns speech into its tokens."""
+
+    name: str = "meta-llama/Llama-3.2-1B"
+    """
+    A Llama in Hugging Face format, as a hub name or a local folder: its config.json gives the architecture, and its
+    tokenizer the text tokens. One that already has the audio tokens (llm-jp/Llama-Mimi-1.3B) is trained further.
+    """
+
+    flavor: Literal["", "debug", "1B", "3B", "8B"] = ""
+    """
+    Empty: the architecture of model.name. "debug": a small one of the same kind instead, without weights, for tests
+    (needs model.pretrained = false; the tokenizer is still that of model.name). A size: only asserts that model.name
+    is of that size, by its name.
+    """
+
+    tokenizer_path: str | None = None
+    """The tokenizer always comes with model.name."""
+
+    pretrained: bool = True
+    """Start from the weights of model.name. False: from random weights."""
+
+    num_quantizers: int = 4
+    """Codes for each frame of 80 ms (Q): one semantic, the others acoustic, from coarse to fine."""
+
+    audio_tokenizer: str = "kyutai/mimi"
+    """The Mimi codec, as a hub name or a local folder."""
+
+    codec_padding: Literal["exact", "aligned"] = "exact"
+    """
+    How a clip's last, incomplete frame is made. "exact": as when the clip is encoded alone and without padding, which
+    is how the published models were trained. "aligned": each clip is first filled up to whole frames with silence.
+    """
+
+    codec_window: Literal["codec", "full"] = "codec"
+    """
+    How far back the encoder looks. "codec": 10 s, as Mimi was made. "full": everything, as older transformers did
+    when the published models were trained. It matters for clips above 10 s.
+    """
+
+    converters: list[str] = field(default_factory=list)
+    """Names of transformations of the model, such as float8."""
+
+    print_after_conversion: bool = False
+    """Print the model after model.converters were applied."""
+
+
+@dataclass
+class Optimizer:
+    """The optimizer and its constants."""
+
+    name: Literal["AdamW", "Adam"] = "AdamW"
+    """Which optimizer."""
+
+    lr: float = 3e-4
+    """Learning rate at its highest: after the warm-up and before the decay."""
+
+    beta1: float = 0.9
+    """Decay of the mean of gradients."""
+
+    beta2: float = 0.95
+    """Decay of the mean of squared gradients."""
+
+    eps: float = 1e-8
+    """Added to the denominator of an update."""
+
+    weight_decay: float = 0.1
+    """Weight decay."""
+
+    implementation: Literal["fused", "foreach", "for-loop"] = "fused"
+    """How the update is computed: in one kernel (fastest), in a few over many tensors, or tensor by tensor."""
+
+    early_step_in_backward: bool = False
+    """Update each parameter as soon as its gradient is there."""
+
+
+@dataclass
+class LRScheduler:
+    """The learning rate over time: a linear rise, a plateau, a decay."""
+
+    warmup_steps: int = 200
+    """Steps from 0 to optimizer.lr. Cut to the length of the run if that is shorter."""
+
+    decay_ratio: float | None = None
+    """
+    Share of all steps, at the end of the run, in which the learning rate falls; before it stays at optimizer.lr.
+    Not set: it falls from the end of the warm-up on.
+    """
+
+    decay_type: Literal["linear", "sqrt", "cosine"] = "linear"
+    """Shape of the fall: a line, one minus a square root, or half a cosine."""
+
+    lr_min: float = 0.0
+    """Where the fall ends, as a ratio of optimizer.lr: 0.1 is a tenth of it."""
+
+
+@dataclass
+class Training:
+    """Data, batches, length and number formats of training."""
+
+    dataset: str = "peoples_speech"
+    """Name of a data set. The names and what they stand for are in torchtitan/datasets/hf_dataset.py."""
+
+    dataset_path: str | None = None
+    """Local folder, or hub name, to read training.dataset from instead of from its usual place."""
+
+    task: Literal["a2a", "tts"] = "a2a"
+    """What a sample is. "a2a": the speech alone. "tts": its transcription, then the speech."""
+
+    max_seconds: float = 20.0
+    """Clips are cut to this length in seconds."""
+
+    packing: str = "none"
+    """How samples fill rows. "none": one sample a row, the rest of it is padding."""
+
+    num_workers: int = 2
+    """Workers for each rank that read and decode audio ahead of training. 0: the trainer does it itself."""
+
+    local_batch_size: int = 8
+    """Rows in one forward pass of one rank."""
+
+    global_batch_size: int = -1
+    """
+    Rows in one step, over all ranks and accumulated forward passes: a multiple of training.local_batch_size times
+    the data-parallel degree. -1: exactly that product, without accumulation.
+    """
+
+    seq_len: int = 1024
+    """Tokens in a row. 20 s of speech with 4 quantizers are 1,003."""
+
+    max_norm: float = 1.0
+    """Gradients with a larger norm than this are scaled down to it."""
+
+    steps: int = 10000
+    """Number of steps (updates of the weights) in the run."""
+
+    enable_cpu_offload: bool = False
+    """Keep parameters, gradients and optimizer states in the memory of the CPU."""
+
+    mixed_precision_param: Literal["bfloat16", "float32"] = "bfloat16"
+    """Number format of forward and backward passes. The weights that the optimizer updates are float32 always."""
+
+    mixed_precision_reduce: Literal["float32", "bfloat16"] = "float32"
+    """Number format in which gradients are summed over ranks."""
+
+    compile: bool = False
+    """Compile each block of the model with torch.compile. The same switch as compile.enable."""
+
+    gc_freq: int = 50
+    """Steps from one run of Python's garbage collector to the next, on all ranks at once."""
+
+    gc_debug: bool = False
+    """Collect garbage at every step, to find reference cycles that hold GPU memory."""
+
+    seed: int | None = 42
+    """Seed of everything random: initial weights, order of the data. `none` on the command line: a new one each run."""
+
+    deterministic: bool = False
+    """Use only deterministic algorithms, even where they are slower."""
+
+
+@dataclass
+class Validation:
+    """The loss on held-out speech, measured during training."""
+
+    enabled: bool = False
+    """Validate every validation.freq steps."""
+
+    dataset: str = "librispeech_asr_test"
+    """Name of the data set, as in training.dataset."""
+
+    dataset_path: str | None = None
+    """Local folder, or hub name, to read validation.dataset from instead of from its usual place."""
+
+    local_batch_size: int = 8
+    """Rows in one forward pass of one rank."""
+
+    seq_len: int = 1024
+    """Tokens in a row."""
+
+    freq: int = 10
+    """Training steps from one validation to the next."""
+
+    steps: int = -1
+    """Batches of each rank in one validation, always the same ones. -1: the whole data set."""
+
+
+@dataclass
+class Evaluation:
+    """Benchmarks during training. They are run afterwards instead, by the scripts in eval/."""
+
+    enable_evaluation: bool = False
+    """Run benchmarks during training."""
+
+    evaluation_freq: int = 1000
+    """Steps from one evaluation to the next, where evaluation.enable_evaluation is true."""
+
+
+@dataclass
+class Parallelism:
+    """How the ranks share the work. The degrees multiply to the number of ranks."""
+
+    data_parallel_replicate_degree: int = 1
+    """Copies of the (sharded) model, each of which sees other data."""
+
+    data_parallel_shard_degree: int = -1
+    """Ranks over which one copy of the model is sharded (FSDP). -1: all that the other degrees leave."""
+
+    fsdp_reshard_after_forward: Literal["default", "always", "never"] = "default"
+    """
+    Free the gathered weights of a block after its forward pass, and gather them again for the backward pass: less
+    memory, more traffic. "default" does so for all blocks but the last part, which backward needs at once.
+    """
+
+    tensor_parallel_degree: int = 1
+    """Ranks over which each single layer is split."""
+
+    disable_loss_parallel: bool = False
+    """With tensor parallelism: gather the logits before the loss."""
+
+    enable_async_tensor_parallel: bool = False
+    """With tensor parallelism: overlap communication and computation."""
+
+    pipeline_parallel_degree: int = 1
+    """Ranks over which the sequence of blocks is split."""
+
+    pipeline_parallel_split_points: list[str] = field(default_factory=list)
+    """Modules at which a pipeline stage begins."""
+
+    pipeline_parallel_layers_per_stage: int | None = None
+    """Blocks in a pipeline stage."""
+
+    pipeline_parallel_schedule: str = "1F1B"
+    """Order of the forward and backward passes in a pipeline."""
+
+    pipeline_parallel_schedule_csv: str | None = None
+    """File with that order."""
+
+    pipeline_parallel_microbatch_size: int = 1
+    """Rows that go through a pipeline together."""
+
+    context_parallel_degree: int = 1
+    """Ranks over which each row is split."""
+
+    context_parallel_rotate_method: Literal["allgather", "alltoall"] = "allgather"
+    """With context parallelism: how keys and values are exchanged."""
+
+    expert_parallel_degree: int = 1
+    """Ranks over which the experts of a mixture are split."""
+
+    enable_compiled_autograd: bool = False
+    """Compile the backward pass as a whole."""
+
+
+@dataclass
+class Checkpoint:
+    """What is saved of a run, and what a run starts from."""
+
+    enable_checkpoint: bool = False
+    """
+    Save checkpoints, and resume from the run's latest one. They are folders of torch.distributed.checkpoint:
+    <job.dump_folder>/<run>/<checkpoint.folder>/step-N.
+    """
+
+    folder: str = "checkpoint"
+    """Where checkpoints are saved, inside the run's folder."""
+
+    initial_load_path: str | None = None
+    """Checkpoint folder (of any run, with its step-N) to start from while this run has no checkpoint of its own."""
+
+    initial_load_model_only: bool = True
+    """Take only the weights from checkpoint.initial_load_path. False: also optimizer, schedule, data and step."""
+
+    interval: int = 500
+    """Steps from one checkpoint to the next. The last step is always saved."""
+
+    last_save_model_only: bool = False
+    """Save only the weights at the last step. The run can then not be made longer afterwards."""
+
+    last_save_in_hf: bool = False
+    """Save the last checkpoint in Hugging Face format (scripts/convert_dcp_to_hf.py does that for any checkpoint)."""
+
+    export_dtype: Literal["float16", "bfloat16", "float32"] = "float32"
+    """Number format of the weights that checkpoint.last_save_model_only saves."""
+
+    create_seed_checkpoint: bool = False
+    """Save the initial weights and stop."""
+
+    async_mode: Literal["disabled", "async", "async_with_pinned_mem"] = "disabled"
+    """Save while training goes on."""
+
+    keep_latest_k: int = 10
+    """How many checkpoints are kept: older ones are deleted. 0: all."""
+
+    load_step: int = -1
+    """Resume from this step's checkpoint. -1: from the latest."""
+
+    exclude_from_loading: list[str] = field(default_factory=list)
+    """Parts of a checkpoint not to load."""
+
+    enable_first_step_checkpoint: bool = False
+    """Save after the first step too, to see early that saving works."""
+
+
+@dataclass
+class ActivationCheckpoint:
+    """Trading computation for memory: what the backward pass needs is computed again, not kept."""
+
+    mode: Literal["none", "selective", "full"] = "none"
+    """"none": keep everything. "full": keep only the input of each block."""
+
+    selective_ac_option: str = "op"
+    """What mode "selective" keeps: "op", or every how many blocks."""
+
+    per_op_sac_force_recompute_mm_shapes_by_fqns: list[str] = field(default_factory=lambda: ["moe.router.gate"])
+    """Modules whose matrix products mode "selective" always computes again."""
+
+
+@dataclass
+class Compile:
+    """torch.compile."""
+
+    enable: bool = False
+    """Compile each block of the model. The same switch as training.compile."""
+
+    components: list[str] = field(default_factory=lambda: ["model"])
+    """What is compiled."""
+
+
+@dataclass
+class Float8:
+    """Matrix products in 8-bit floats."""
+
+    enable_fsdp_float8_all_gather: bool = False
+    """Gather weights in float8."""
+
+    precompute_float8_dynamic_scale_for_fsdp: bool = False
+    """Compute the scales of all weights at once after each step."""
+
+    force_recompute_fp8_weight_in_bwd: bool = False
+    """Compute float8 weights again in the backward pass."""
+
+    recipe_name: Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"] | None = None
+    """How values are scaled."""
+
+    filter_fqns: list[str] = field(default_factory=list)
+    """Modules that stay as they are."""
+
+    emulate: bool = False
+    """Emulate float8 on hardware that has none."""
+
+    moe_fqns_prototype: list[str] = field(default_factory=list)
+    """Mixture-of-experts modules in float8."""
+
+
+@dataclass
+class MX:
+    """Matrix products in MX formats."""
+
+    use_fp8_dim1_cast_triton_kernel: bool = True
+    """Cast with a Triton kernel."""
+
+    recipe_name: Literal["mxfp8"] = "mxfp8"
+    """Which MX format."""
+
+    filter_fqns: list[str] = field(default_factory=lambda: ["output"])
+    """Modules that stay as they are."""
+
+
+@dataclass
+class Comm:
+    """Communication between ranks."""
+
+    init_timeout_seconds: int = 300
+    """How long a collective may take before and in the first step, in which models load and kernels compile."""
+
+    train_timeout_seconds: int = 100
+    """How long a collective may take after the first step."""
+
+    trace_buf_size: int = 20000
+    """Collectives that NCCL's flight recorder remembers, to be written out after a timeout. 0: none."""
+
+
+@dataclass
+class MemoryEstimation:
+    """An estimate of a run's memory without running it."""
+
+    enabled: bool = False
+    """Estimate only."""
+
+    disable_fake_mode: bool = False
+    """Estimate with real tensors."""
+
+
+@dataclass
+class FaultTolerance:
+    """Training that goes on while replicas fail and return (TorchFT)."""
+
+    enable: bool = False
+    """Use TorchFT."""
+
+    process_group: str = "gloo"
+    """Backend between replicas."""
+
+    process_group_timeout_ms: int = 10000
+    """How long an operation between replicas may take."""
+
+    replica_id: int = 0
+    """Number of this replica."""
+
+    group_size: int = 0
+    """Number of replicas."""
+
+    min_replica_size: int = 1
+    """Replicas that a step needs."""
+
+    semi_sync_method: str | None = None
+    """How replicas that are not in step exchange weights."""
+
+    sync_steps: int = 5
+    """Steps between such exchanges."""
+
+    should_quantize: bool = False
+    """Exchange in fewer bits."""
+
+    fragment_sync_delay: int = 0
+    """Steps by which an exchange may lag."""
+
+    fragment_update_alpha: float = 0.0
+    """Share of the own weights that an exchange keeps."""
+
+
+@dataclass
+class Experimental:
+    """Modules from outside of this repository."""
+
+    custom_import: str = ""
+    """Module to import at the start."""
+
+    custom_args_module: str = ""
+    """Module with further settings."""
+
+
+@dataclass
+class JobConfig:
+    """All sections."""
+
+    job: Job = field(default_factory=Job)
+    profiling: Profiling = field(default_factory=Profiling)
+    metrics: Metrics = field(default_factory=Metrics)
+    model: Model = field(default_factory=Model)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    lr_scheduler: LRScheduler = field(default_factory=LRScheduler)
+    training: Training = field(default_factory=Training)
+    validation: Validation = field(default_factory=Validation)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    parallelism: Parallelism = field(default_factory=Parallelism)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    activation_checkpoint: ActivationCheckpoint = field(default_factory=ActivationCheckpoint)
+    compile: Compile = field(default_factory=Compile)
+    float8: Float8 = field(default_factory=Float8)
+    mx: MX = field(default_factory=MX)
+    comm: Comm = field(default_factory=Comm)
+    memory_estimation: MemoryEstimation = field(default_factory=MemoryEstimation)
+    fault_tolerance: FaultTolerance = field(default_factory=FaultTolerance)
+    experimental: Experimental = field(default_factory=Experimental)
+
+
+SECTIONS: dict[str, type] = get_type_hints(JobConfig)
+# "section.key" to its type and its default, in the order above.
+TYPES: dict[str, Any] = {f"{s}.{key}": kind for s, cls in SECTIONS.items() for key, kind in get_type_hints(cls).items()}
+DEFAULTS: dict[str, Any] = {f"{s}.{key}": v for s, table in asdict(JobConfig()).items() for key, v in table.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What values are allowed
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Off:
+    """A key that is known but not built: only its default, and `also`, are accepted."""
+
+    reason: str
+    also: tuple[Any, ...] = ()
+
+
+_TP, _PP, _CP = (f"{kind} parallelism is not built yet" for kind in ("tensor", "pipeline", "context"))
+
+OFF_ONLY: dict[str, Off] = {
+    "job.use_for_integration_test": Off("TorchTitan's integration tests are not part of this project"),
+    "model.tokenizer_path": Off("the tokenizer is always read from model.name"),
+    "model.converters": Off("model converters are not built yet"),
+    "model.print_after_conversion": Off("model converters are not built yet"),
+    "optimizer.early_step_in_backward": Off("it excludes gradient clipping and is not built"),
+    "training.packing": Off("packing several samples into a row is not built yet"),
+    "training.enable_cpu_offload": Off("CPU offloading is not built yet"),
+    "evaluation.enable_evaluation": Off("benchmarks are run after training, by the scripts in eval/"),
+    "parallelism.data_parallel_replicate_degree": Off("replicated data parallelism is not built yet"),
+    "parallelism.tensor_parallel_degree": Off(_TP),
+    "parallelism.disable_loss_parallel": Off(_TP),
+    "parallelism.enable_async_tensor_parallel": Off(_TP),
+    "parallelism.pipeline_parallel_degree": Off(_PP),
+    "parallelism.pipeline_parallel_split_points": Off(_PP),
+    "parallelism.pipeline_parallel_layers_per_stage": Off(_PP),
+    "parallelism.pipeline_parallel_schedule": Off(_PP),
+    "parallelism.pipeline_parallel_schedule_csv": Off(_PP),
+    "parallelism.pipeline_parallel_microbatch_size": Off(_PP),
+    "parallelism.context_parallel_degree": Off(_CP),
+    "parallelism.context_parallel_rotate_method": Off(_CP),
+    "parallelism.expert_parallel_degree": Off("the model has no experts"),
+    "parallelism.enable_compiled_autograd": Off("compiled autograd is not built yet"),
+    "checkpoint.last_save_in_hf": Off("checkpoints are converted by scripts/convert_dcp_to_hf.py"),
+    "checkpoint.create_seed_checkpoint": Off("saving the initial weights alone is not built yet"),
+    "checkpoint.async_mode": Off("saving in the background is not built yet"),
+    "checkpoint.exclude_from_loading": Off("loading parts of a checkpoint is not built yet"),
+    "activation_checkpoint.mode": Off("selective checkpointing is not built yet", also=("full",)),
+    # These two choose nothing unless the mode is "selective"; existing files set the first one anyway.
+    "activation_checkpoint.selective_ac_option": Off("selective checkpointing is not built yet", also=("2",)),
+    "activation_checkpoint.per_op_sac_force_recompute_mm_shapes_by_fqns": Off("the model has no experts"),
+    "compile.components": Off("only the model's blocks are compiled"),
+    # An exception from an empty rule chooses nothing; existing files set it anyway.
+    "float8.filter_fqns": Off("float8 training is not built yet", also=(["output"],)),
+    "mx.filter_fqns": Off("MX training is not built yet", also=([],)),
+    "float8.*": Off("float8 training is not built yet"),
+    "mx.*": Off("MX training is not built yet"),
+    "memory_estimation.*": Off("memory estimation is not built yet"),
+    "fault_tolerance.*": Off("fault tolerance is not built yet"),
+    "experimental.*": Off("modules from outside are not imported"),
+}
+
+
+def off_rule(key: str) -> Off | None:
+    """The entry of `OFF_ONLY` that binds `key`, if any."""
+    return OFF_ONLY.get(key) or OFF_ONLY.get(key.split(".")[0] + ".*")
+
+
+# A test, and how it is said.
+Range = tuple[Callable[[Any], bool], str]
+
+
+def _at_least(low: float) -> Range:
+    return lambda value: value >= low, f"at least {low}"
+
+
+def _above(low: float) -> Range:
+    return lambda value: value > low, f"above {low}"
+
+
+def _between(low: float, high: float) -> Range:
+    return lambda value: low <= value <= high, f"from {low} to {high}"
+
+
+_BETA: Range = lambda value: 0 <= value < 1, "at least 0 and below 1"
+_POSITIVE_OR_ALL: Range = lambda value: value == -1 or value >= 1, "at least 1, or -1"
+_PLAIN_NAME: Range = lambda value: "/" not in value and value not in (".", ".."), "a name without slashes"
+_NOT_EMPTY: Range = lambda value: bool(value.strip()), "not empty"
+
+RANGES: dict[str, Range] = {
+    "job.dump_folder": _NOT_EMPTY,
+    "job.wandb_run_name": _PLAIN_NAME,
+    "profiling.profile_freq": _at_least(1),
+    "metrics.log_freq": _at_least(1),
+    "model.num_quantizers": _between(1, 32),
+    "optimizer.lr": _at_least(0),
+    "optimizer.beta1": _BETA,
+    "optimizer.beta2": _BETA,
+    "optimizer.eps": _above(0),
+    "optimizer.weight_decay": _at_least(0),
+    "lr_scheduler.warmup_steps": _at_least(0),
+    "lr_scheduler.decay_ratio": _between(0, 1),
+    "lr_scheduler.lr_min": _between(0, 1),
+    "training.dataset": _NOT_EMPTY,
+    "training.max_seconds": _above(0),
+    "training.num_workers": _at_least(0),
+    "training.local_batch_size": _at_least(1),
+    "training.global_batch_size": _POSITIVE_OR_ALL,
+    "training.max_norm": _above(0),
+    "training.steps": _at_least(1),
+    "training.gc_freq": _at_least(1),
+    "training.seed": _between(0, 2**63 - 1),
+    "validation.dataset": _NOT_EMPTY,
+    "validation.local_batch_size": _at_least(1),
+    "validation.freq": _at_least(1),
+    "validation.steps": _POSITIVE_OR_ALL,
+    "evaluation.evaluation_freq": _at_least(1),
+    "parallelism.data_parallel_shard_degree": _POSITIVE_OR_ALL,
+    "checkpoint.folder": _NOT_EMPTY,
+    "checkpoint.interval": _at_least(1),
+    "checkpoint.keep_latest_k": _at_least(0),
+    "checkpoint.load_step": _at_least(-1),
+    "comm.init_timeout_seconds": _at_least(1),
+    "comm.train_timeout_seconds": _at_least(1),
+    "comm.trace_buf_size": _at_least(0),
+}
+
+# Two names for one switch: setting either sets both.
+TWINS = {"training.compile": "compile.enable", "compile.enable": "training.compile"}
+
+
+def check_values(config: JobConfig, origins: dict[str, str] | None = None) -> None:
+    """Raises `ConfigError` for values that no machine could run with. `origins` says where a key's value is from."""
+    values = {key: getattr(getattr(config, key.split(".")[0]), key.split(".")[1]) for key in TYPES}
+
+    def refuse(key: str, expected: str) -> None:
+        raise ConfigError(f"{_said(key, values[key], (origins or {}).get(key))}: {expected}.")
+
+    for key, value in values.items():
+        off = off_rule(key)
+        if off and value != DEFAULTS[key] and value not in off.also:
+            accepted = " or ".join(_show(v) for v in (DEFAULTS[key], *off.also))
+            refuse(key, f"{off.reason}, so only {accepted} can be used here")
+        if key in RANGES and value is not None and not RANGES[key][0](value):
+            refuse(key, f"it must be {RANGES[key][1]}")
+
+    if config.training.compile != config.compile.enable:
+        refuse("training.compile", f"compile.enable is the same switch, but is {_show(config.compile.enable)}")
+
+    name, flavor = config.model.name, config.model.flavor
+    if flavor == "debug" and config.model.pretrained:
+        refuse("model.flavor", "there are no weights for it, so it needs model.pretrained = false")
+    if flavor not in ("", "debug") and not re.search(rf"(?<![\d.]){flavor}", name, re.IGNORECASE):
+        refuse("model.flavor", f'model.name = "{name}" is not of that size by its name; leave model.flavor empty')
+
+    shortest = config.model.num_quantizers + 3
+    for key in ("training.seq_len", "validation.seq_len"):
+        if values[key] < shortest and (key == "training.seq_len" or config.validation.enabled):
+            quantizers = config.model.num_quantizers
+            refuse(key, f"one frame with model.num_quantizers = {quantizers} needs at least {shortest} tokens")
+
+    if config.checkpoint.export_dtype != "float32" and not config.checkpoint.last_save_model_only:
+        refuse("checkpoint.export_dtype", "it applies only with checkpoint.last_save_model_only = true")
+    if not config.checkpoint.enable_checkpoint:
+        for key in ("checkpoint.initial_load_path", "checkpoint.load_step"):
+            if values[key] != DEFAULTS[key]:
+                refuse(key, "nothing is loaded unless checkpoint.enable_checkpoint = true")
+
+
+def check(config: JobConfig, world_size: int) -> None:
+    """Raises `ConfigError` if `config` cannot run here, on `world_size` ranks: values, arithmetic, files."""
+    check_values(config)
+    accumulation_steps(config, world_size)
+
+    for key, kind in (("model.name", "model"), ("model.audio_tokenizer", "codec")):
+        section, field_name = key.split(".")
+        _check_source(key, getattr(getattr(config, section), field_name), f"a {kind} folder")
+    _check_source("training.dataset_path", config.training.dataset_path, "a data set's folder or file", files=True)
+    if config.validation.enabled:
+        _check_source("validation.dataset_path", config.validation.dataset_path, "a data set's folder", files=True)
+
+    start = config.checkpoint.initial_load_path
+    if start is not None and not os.path.isdir(start):
+        raise ConfigError(f"{_said('checkpoint.initial_load_path', start)}: there is no such folder.")
+    if os.path.exists(config.job.dump_folder) and not os.path.isdir(config.job.dump_folder):
+        raise ConfigError(f"{_said('job.dump_folder', config.job.dump_folder)}: this is a file, not a folder.")
+
+
+def data_parallel_degree(config: JobConfig, world_size: int) -> int:
+    """Number of ranks that see different data. Raises `ConfigError` if the degrees do not fit the number of ranks."""
+    par = config.parallelism
+    model = par.tensor_parallel_degree * par.pipeline_parallel_degree * par.context_parallel_degree
+    others = model * par.data_parallel_replicate_degree
+    shard = par.data_parallel_shard_degree
+    if shard == -1:
+        shard = max(world_size // others, 1)
+    if shard * others != world_size:
+        rest = f" and the other degrees multiply to {others}" if others > 1 else ""
+        raise ConfigError(
+            f"{_said('parallelism.data_parallel_shard_degree', par.data_parallel_shard_degree)}: "
+            f"there are {world_size} ranks{rest}, and all degrees together must multiply to the number of ranks "
+            "(-1 takes what is left)."
+        )
+    return par.data_parallel_replicate_degree * shard
+
+
+def accumulation_steps(config: JobConfig, world_size: int) -> int:
+    """Forward passes of each rank in one step. Raises `ConfigError` if the global batch size is not a whole number."""
+    local, rows = config.training.local_batch_size, config.training.global_batch_size
+    degree = data_parallel_degree(config, world_size)
+    at_once = local * degree
+    if rows == -1:
+        return 1
+    if rows % at_once:
+        low = rows // at_once * at_once
+        near = f"{low} or {low + at_once}" if low else f"{at_once}"
+        raise ConfigError(
+            f"{_said('training.global_batch_size', rows)}: it must be a multiple of training.local_batch_size "
+            f"({local}) times the data-parallel degree ({degree}), such as {near}."
+        )
+    return rows // at_once
+
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+def _check_source(key: str, value: str | None, what: str, files: bool = False) -> None:
+    """A local source must be there; a hub name (`owner/name`) is left to whoever downloads it."""
+    found = value is None or os.path.isdir(value) or (files and os.path.isfile(value))
+    if not found and not _HUB_NAME.fullmatch(value or ""):
+        raise ConfigError(f"{_said(key, value)}: this is neither {what} that exists nor a hub name (owner/name).")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading values
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+COMMAND_LINE = "on the command line"
+
+
+def _show(value: Any) -> str:
+    """A value as TOML writes it."""
+    return "none" if value is None else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _said(key: str, value: Any, origin: str | None = None) -> str:
+    return f"{key} = {_show(value)}" + (f" {origin}" if origin else "")
+
+
+def _without_none(kind: Any) -> tuple[Any, bool]:
+    """`int | None` to (int, True), `int` to (int, False)."""
+    if get_origin(kind) not in (Union, types.UnionType):
+        return kind, False
+    return next(k for k in get_args(kind) if k is not type(None)), True
+
+
+def _expected(kind: Any) -> str:
+    kind, optional = _without_none(kind)
+    if get_origin(kind) is Literal:
+        said = "one of " + ", ".join(_show(choice) for choice in get_args(kind))
+    elif get_origin(kind) is list:
+        said = "a list of names"
+    else:
+        said = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}[kind]
+    return said + (" or none" if optional else "")
+
+
+def _typed(kind: Any, value: Any) -> Any:
+    """`value` as `kind`. Raises ValueError. The only conversions: int to float, "a,b" to a list, "" to none."""
+    kind, optional = _without_none(kind)
+    if optional and (value is None or value == ""):
+        return None
+    if get_origin(kind) is Literal:
+        ok = isinstance(value, str) and value in get_args(kind)
+    elif get_origin(kind) is list:
+        if isinstance(value, str):
+            return [part.strip() for part in value.split(",") if part.strip()]
+        ok = isinstance(value, list) and all(isinstance(item, str) for item in value)
+        value = list(value) if ok else value
+    elif kind is float:
+        ok = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        value = float(value) if ok else value
+    else:
+        ok = type(value) is kind
+    if not ok:
+        raise ValueError(value)
+    return value
+
+
+def _from_text(kind: Any, text: str) -> Any:
+    """What a command line says, as `kind`. Raises ValueError."""
+    plain, optional = _without_none(kind)
+    if optional and text.lower() == "none":
+        return None
+    if plain is bool:
+        return {"true": True, "false": False}.get(text.lower(), text)
+    if text and plain in (int, float):
+        return plain(text)
+    return text
+
+
+def _read(key: str, value: Any, origin: str) -> Any:
+    try:
+        if origin == COMMAND_LINE:
+            value = _from_text(TYPES[key], value) if isinstance(value, str) else value
+        return _typed(TYPES[key], value)
+    except ValueError:
+        raise ConfigError(f"{_said(key, value, origin)}: expected {_expected(TYPES[key])}.") from None
+
+
+def _unknown(key: str, origin: str) -> ConfigError:
+    section, _, name = key.partition(".")
+    problem = f"section {section} has no key {name}" if section in SECTIONS else f"there is no section {section}"
+    # A slip of the fingers, else the right name in the wrong section, else whatever is near.
+    close = difflib.get_close_matches(key, TYPES, n=1, cutoff=0.8)
+    close = close or [known for known in TYPES if known.split(".")[1] == name]
+    close = close or difflib.get_close_matches(key, TYPES, n=1)
+    hint = f"did you mean {' or '.join(close)}?" if close else "--help lists all keys."
+    return ConfigError(f"{key} {origin}: {problem}; {hint}")
+
+
+def _read_table(table: dict[str, Any], origin: str) -> dict[str, Any]:
+    """A nested table, as of a TOML file, to {"section.key": value}, with names and types checked."""
+    values: dict[str, Any] = {}
+    for section, keys in table.items():
+        if not isinstance(keys, dict):
+            raise ConfigError(f"{_said(section, keys, origin)}: this is outside of any [section].")
+        if section not in SECTIONS:
+            close = difflib.get_close_matches(section, SECTIONS, n=1)
+            hint = f"did you mean [{close[0]}]?" if close else f"there are {', '.join(SECTIONS)}."
+            raise ConfigError(f"[{section}] {origin}: there is no such section; {hint}")
+        for name, value in keys.items():
+            key = f"{section}.{name}"
+            if key not in TYPES:
+                raise _unknown(key, origin)
+            values[key] = _read(key, value, origin)
+    for key, twin in TWINS.items():
+        if key in values and values.get(twin, values[key]) != values[key]:
+            raise ConfigError(f"{_said(key, values[key], origin)}: {twin} is the same switch, set to the opposite.")
+    return values
+
+
+def _read_toml(path: str) -> dict[str, Any]:
+    try:
+        with open(path, "rb") as file:
+            table = tomllib.load(file)
+    except OSError as error:
+        raise ConfigError(f"{_said('job.config_file', path)}: the file cannot be read ({error.strerror}).") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{_said('job.config_file', path)}: the file is not valid TOML ({error}).") from None
+    values = _read_table(table, f"in {path}")
+    if "job.config_file" in values:
+        raise ConfigError(f"job.config_file in {path}: it can only be given on the command line.")
+    return values
+
+
+def _read_command_line(argv: list[str]) -> dict[str, Any]:
+    """["--training.steps", "20"] to {"training.steps": 20}, with names and types checked."""
+    values: dict[str, Any] = {}
+    rest = list(argv)
+    while rest:
+        option, equals, text = rest.pop(0).partition("=")
+        if not option.startswith("--") or "." not in option:
+            raise ConfigError(f"{option} {COMMAND_LINE}: settings are written as --section.key value.")
+        key = option[2:].replace("-", "_")
+        section, _, name = key.partition(".")
+        positive = f"{section}.{name.removeprefix('no_')}"
+        if key not in TYPES and name.startswith("no_") and TYPES.get(positive) is bool:
+            if equals:
+                raise ConfigError(f"{option}={text} {COMMAND_LINE}: {option} takes no value.")
+            key, value = positive, False
+        elif key not in TYPES:
+            raise _unknown(key, COMMAND_LINE)
+        elif equals:
+            value = text
+        elif rest and not rest[0].startswith("--"):
+            value = rest.pop(0)
+        elif TYPES[key] is bool:
+            value = True
+        else:
+            raise ConfigError(f"{option} {COMMAND_LINE}: a value is missing, expected {_expected(TYPES[key])}.")
+        values[key] = _read(key, value, COMMAND_LINE)
+        if key in TWINS:
+            values[TWINS[key]] = values[key]
+    return values
+
+
+def _build(values: dict[str, Any]) -> JobConfig:
+    """{"section.key": value} to a config. Keys not given have their defaults."""
+    config = JobConfig()
+    for key, value in values.items():
+        for target in (key, TWINS.get(key, key)):
+            section, name = target.split(".")
+            setattr(getattr(config, section), name, value)
+    return config
+
+
+class ConfigManager:
+    """Reads a JobConfig from a TOML file and the command line."""
+
+    def parse_args(self, argv: list[str] | None = None) -> JobConfig:
+        """
+        The settings that `argv` (by default this process's) asks for: defaults, over them the file named by
+        `--job.config_file`, over that the command line. Raises `ConfigError` for anything that cannot be right on any
+        machine; `check` does the rest. `--help` prints the manual and exits.
+        """
+        argv = sys.argv[1:] if argv is None else argv
+        if "--help" in argv or "-h" in argv:
+            print(manual())
+            raise SystemExit(0)
+        given = _read_command_line(argv)
+        path = given.get("job.config_file")
+        from_file = _read_toml(path) if path else {}
+        origins = dict.fromkeys(from_file, f"in {path}") | dict.fromkeys(given, COMMAND_LINE)
+        config = _build(from_file | given)
+        check_values(config, origins)
+        return config
+
+
+def to_dict(config: JobConfig) -> dict[str, Any]:
+    """Nested and ready for JSON, the form in which checkpoints keep it."""
+    return asdict(config)
+
+
+def from_dict(table: dict[str, Any]) -> JobConfig:
+    """The reverse of `to_dict`. Keys that are missing have their defaults; unknown ones raise `ConfigError`."""
+    return _build(_read_table(table, "in the saved config"))
+
+
+def run_name(config: JobConfig) -> str:
+    """Name of the run and of its folder: the same for the same settings, so that a run finds its checkpoints."""
+    if config.job.wandb_run_name:
+        return config.job.wandb_run_name
+    model = os.path.basename(os.path.abspath(config.model.name))
+    dataset = config.training.dataset.replace("/", "_")
+    suffix = "" if config.model.pretrained else "-random"
+    return f"{model}_{dataset}-q{config.model.num_quantizers}-s{config.training.seq_len}{suffix}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# --help
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def explanations() -> dict[str, str]:
+    """{"section.key": its explanation}, read from this file: the text directly under each key."""
+    tree = ast.parse(Path(__file__).read_text("utf-8"))
+    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+    texts: dict[str, str] = {}
+    for section, cls in SECTIONS.items():
+        body = classes[cls.__name__].body
+        for name, text in itertools.pairwise(body):
+            if isinstance(name, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
+                texts[f"{section}.{ast.unparse(name.target)}"] = inspect.cleandoc(str(text.value.value))
+    return texts
+
+
+def manual() -> str:
+    """All keys with their types, defaults, limits and explanations, as text."""
+    texts = explanations()
+    lines = [
+        "usage: torchrun --nproc_per_node=N -m torchtitan.train --job.config_file FILE.toml [--section.key VALUE ...]",
+        "",
+        "Settings on the command line win over those in the file, which win over the defaults. A switch is set by",
+        "--section.key and unset by --section.no-key; a list is written a,b,c.",
+    ]
+    for section, cls in SECTIONS.items():
+        lines += ["", f"[{section}] {inspect.getdoc(cls)}"]
+        for name in (f.name for f in fields(cls)):
+            key = f"{section}.{name}"
+            limits = [_expected(TYPES[key])]
+            if key in RANGES:
+                limits.append(RANGES[key][1])
+            limits.append(f"default {_show(DEFAULTS[key])}")
+            notes = texts[key]
+            off = off_rule(key)
+            if off:
+                also = "".join(f" and {_show(value)}" for value in off.also)
+                notes += f" Only the default{also} can be used: {off.reason}."
+            lines.append(f"  --{key}  ({'; '.join(limits)})")
+            lines += textwrap.wrap(" ".join(notes.split()), 110, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return "\n".join(lines)

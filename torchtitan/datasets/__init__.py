@@ -1,0 +1,1 @@
+"""Data sets of speech, from files to batches of ids."""

@@ -1,0 +1,1 @@
+"""Process groups and meshes; knows nothing of models."""

@@ -1,0 +1,74 @@
+"""The process group of a run, on GPUs (nccl) or CPUs (gloo), with or without torchrun."""
+
+import os
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from torchtitan.config_manager import Comm
+from torchtitan.tools.errors import UserError
+
+
+def world_size() -> int:
+    """Ranks that torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    """This process's rank; 0 without torchrun."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def init_distributed(comm: Comm) -> torch.device:
+    """Open the process group and return this rank's device.
+
+    Raises:
+        UserError: a node has more ranks than GPUs.
+    """
+    if torch.cuda.is_available():
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        if local >= torch.cuda.device_count():
+            raise UserError(
+                f"{os.environ.get('LOCAL_WORLD_SIZE', local + 1)} ranks were started on a node of "
+                f"{torch.cuda.device_count()} GPUs; give torchrun --nproc_per_node={torch.cuda.device_count()}."
+            )
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
+        if comm.trace_buf_size > 0:
+            os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(comm.trace_buf_size))
+            os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+    else:
+        device, backend = torch.device("cpu"), "gloo"
+    timeout = timedelta(seconds=comm.init_timeout_seconds)
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    return device
+
+
+def shorten_timeout(comm: Comm, device: torch.device) -> None:
+    """After the first step, in which models load and kernels compile, a collective that hangs is noticed sooner."""
+    dist.barrier()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    # The public name came with torch 2.14.
+    set_timeout = getattr(dist.distributed_c10d, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
+    set_timeout(timedelta(seconds=comm.train_timeout_seconds))
+
+
+def sum_over_ranks(values: list[float]) -> list[float]:
+    """Sum numbers over all ranks, exactly for integers below 2^53."""
+    tensor = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(tensor)
+    return tensor.tolist()
+
+
+def broadcast_object(value: Any) -> Any:
+    """Rank 0's value, on all ranks."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]

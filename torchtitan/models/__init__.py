@@ -1,0 +1,1 @@
+"""Models: one folder each, plain PyTorch, parallelised from outside."""

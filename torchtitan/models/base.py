@@ -1,0 +1,89 @@
+"""What a run starts from: a Hugging Face Llama's sizes, tokenizer and, if wanted, weights."""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torchtitan.audio.token_stream import TokenStream, extend_tokenizer, quantizers_in
+from torchtitan.config_manager import Model
+from torchtitan.models.llama3.args import Llama3Args, read_config
+from torchtitan.models.speech_lm import PUBLISHED_CONVENTIONS, require_model_folder
+from torchtitan.tools.errors import UserError
+from torchtitan.tools.logging import logger
+
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+_REST = ("*.json", "tokenizer*", "*.model")
+
+
+@dataclass
+class BaseModel:
+    """A base model made ready for speech.
+
+    Attributes:
+        folder: where its files lie.
+        args: sizes, the audio tokens included.
+        known_vocab_size: rows of its embedding that its weights hold; the rest is new.
+        tokenizer: with the audio tokens.
+    """
+
+    folder: Path
+    args: Llama3Args
+    known_vocab_size: int
+    tokenizer: Any
+    stream: TokenStream
+
+    @classmethod
+    def load(cls, config: Model) -> "BaseModel":
+        """Read a base model by hub name or folder, extend its vocabulary, or check it if it has the audio tokens.
+
+        Raises:
+            UserError: the model is missing, is no Llama, has no tokenizer, or has audio tokens for another Q.
+        """
+        from transformers import AutoTokenizer
+
+        folder = _fetch(config.name, config.pretrained)
+        hf_config = read_config(folder)
+        args = Llama3Args.from_hf(hf_config, config.name)
+        try:
+            tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+        except (OSError, ValueError, KeyError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise UserError(f"{config.name}: no tokenizer could be loaded from there ({reason}).") from None
+        known = len(tokenizer)
+        if quantizers_in(tokenizer):
+            _compare_conventions(config, hf_config)
+        stream = extend_tokenizer(tokenizer, config.num_quantizers)
+        if config.flavor == "debug":
+            args = Llama3Args(vocab_size=stream.vocab_size)
+        args = replace(args, vocab_size=len(tokenizer))
+        return cls(folder, args, known, tokenizer, stream)
+
+
+def _fetch(name: str, weights: bool) -> Path:
+    """The local folder of a model; a hub name is downloaded, with its weights only if they are wanted."""
+    require_model_folder(name)
+    if Path(name).expanduser().is_dir():
+        return Path(name).expanduser()
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=[*_REST, *(_WEIGHTS if weights else ())]))
+    except (OSError, HfHubHTTPError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{name}: the model cannot be downloaded ({reason}).") from None
+
+
+def _compare_conventions(config: Model, hf_config: dict[str, Any]) -> None:
+    """Warn when a speech model is trained further on codes that are made in another way than before."""
+    for key, default in PUBLISHED_CONVENTIONS.items():
+        before, now = hf_config.get(key, default), getattr(config, key)
+        if before != now:
+            logger.warning(
+                "%s was trained with model.%s = %s, this run uses %s: their codes differ.",
+                config.name,
+                key,
+                json.dumps(before),
+                json.dumps(now),
+            )

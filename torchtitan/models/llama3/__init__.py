@@ -1,0 +1,1 @@
+"""The Llama 3 decoder: arguments, model, Hugging Face weights in and out, and its parallelisation."""

@@ -1,0 +1,170 @@
+"""Llama 3 in plain PyTorch: RMSNorm, rotary embedding, grouped-query attention, SwiGLU, tied or untied head.
+
+The same function as transformers' ``LlamaForCausalLM`` on the same weights (rotate-half rotary layout, so no weight is
+permuted on the way). Parallelism is applied from outside (parallelize.py). The module is made on the meta device and
+gets its values from :meth:`Llama3.reset_buffers` and the functions of weights.py.
+"""
+
+import math
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from torchtitan.components.loss import chunked_nll, chunked_nll_sum
+from torchtitan.models.llama3.args import Llama3Args
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension; the scale is computed in fp32."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(dim))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+
+def rotary_frequencies(args: Llama3Args, device: torch.device | None = None) -> torch.Tensor:
+    """Angular frequencies [head_dim / 2] of the rotary embedding, with Llama 3.1's rescaling where asked.
+
+    Llama 3.1: wavelengths over ``original / low_freq_factor`` are slowed down by ``factor``, those under
+    ``original / high_freq_factor`` are left, in between both are blended linearly.
+    """
+    exponent = torch.arange(0, args.head_dim, 2, dtype=torch.int64, device=device).float() / args.head_dim
+    frequencies = 1.0 / (args.rope_theta**exponent)
+    if args.rope_scaling is None:
+        return frequencies
+    factor, low, high, original = (
+        args.rope_scaling[key]
+        for key in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    )
+    turns = original * frequencies / (2 * math.pi)  # full turns within the original context
+    keep = ((turns - low) / (high - low)).clamp(0.0, 1.0)
+    return (1 - keep) * frequencies / factor + keep * frequencies
+
+
+def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate x [B, heads, S, head_dim] by cos and sin [S, head_dim]; halves are rotated against each other."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention."""
+
+    def __init__(self, args: Llama3Args):
+        super().__init__()
+        self.n_heads, self.n_kv_heads, self.head_dim = args.n_heads, args.n_kv_heads, args.head_dim
+        self.wq = nn.Linear(args.dim, args.n_heads * args.head_dim, bias=False)
+        self.wk = nn.Linear(args.dim, args.n_kv_heads * args.head_dim, bias=False)
+        self.wv = nn.Linear(args.dim, args.n_kv_heads * args.head_dim, bias=False)
+        self.wo = nn.Linear(args.n_heads * args.head_dim, args.dim, bias=False)
+
+    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """x [B, S, dim] to [B, S, dim]."""
+        batch, length, _ = x.shape
+        q = self.wq(x).view(batch, length, self.n_heads, self.head_dim).transpose(1, 2)
+        k = self.wk(x).view(batch, length, self.n_kv_heads, self.head_dim).transpose(1, 2)
+        v = self.wv(x).view(batch, length, self.n_kv_heads, self.head_dim).transpose(1, 2)
+        q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
+        grouped = self.n_heads != self.n_kv_heads
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+        return self.wo(out.transpose(1, 2).reshape(batch, length, -1))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: w2(silu(w1 x) * w3 x)."""
+
+    def __init__(self, args: Llama3Args):
+        super().__init__()
+        self.w1 = nn.Linear(args.dim, args.hidden_dim, bias=False)
+        self.w2 = nn.Linear(args.hidden_dim, args.dim, bias=False)
+        self.w3 = nn.Linear(args.dim, args.hidden_dim, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm attention and feed-forward, each with a residual connection."""
+
+    def __init__(self, args: Llama3Args):
+        super().__init__()
+        self.attention_norm = RMSNorm(args.dim, args.norm_eps)
+        self.attention = Attention(args)
+        self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
+        self.feed_forward = FeedForward(args)
+
+    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        x = x + self.attention(self.attention_norm(x), cos, sin)
+        return x + self.feed_forward(self.ffn_norm(x))
+
+
+class OutputHead(nn.Module):
+    """The projection onto the vocabulary, alignment rows left out, and the loss over it."""
+
+    def __init__(self, args: Llama3Args):
+        super().__init__()
+        self.vocab_size = args.vocab_size
+        self.weight = nn.Parameter(torch.empty(args.padded_vocab_size, args.dim))
+
+    def forward(self, hidden: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
+        """Hidden states [B, S, dim] to logits [B, S, vocab_size].
+
+        With ``targets`` [B, S] the logits are never held whole: the result is the sum of the negative
+        log-likelihoods (a scalar, with gradients) in training mode, and each target's [B, S] in eval mode.
+        """
+        weight = self.weight[: self.vocab_size]
+        if targets is None:
+            return F.linear(hidden, weight)
+        if self.training:
+            return chunked_nll_sum(hidden, weight, targets)
+        return chunked_nll(hidden, weight, targets)
+
+
+class Llama3(nn.Module):
+    """The decoder. Construct under ``torch.device("meta")`` for large sizes."""
+
+    rope_cos: torch.Tensor
+    rope_sin: torch.Tensor
+
+    def __init__(self, args: Llama3Args):
+        super().__init__()
+        self.args = args
+        self.tok_embeddings = nn.Embedding(args.padded_vocab_size, args.dim)
+        self.layers = nn.ModuleDict({str(i): TransformerBlock(args) for i in range(args.n_layers)})
+        self.norm = RMSNorm(args.dim, args.norm_eps)
+        self.output = OutputHead(args)
+        self.register_buffer("rope_cos", torch.empty(0, args.head_dim), persistent=False)
+        self.register_buffer("rope_sin", torch.empty(0, args.head_dim), persistent=False)
+        self.tie()
+
+    def tie(self) -> None:
+        """Make the head share the embedding's parameter, if the model is tied."""
+        if self.args.tied:
+            self.output.weight = cast(nn.Parameter, self.tok_embeddings.weight)
+
+    def reset_buffers(self, seq_len: int, device: torch.device) -> None:
+        """Compute the rotary tables [seq_len, head_dim] in fp32 on ``device``."""
+        angles = torch.outer(torch.arange(seq_len, device=device).float(), rotary_frequencies(self.args, device))
+        angles = torch.cat((angles, angles), dim=-1)
+        self.rope_cos, self.rope_sin = angles.cos(), angles.sin()
+
+    def forward(self, tokens: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
+        """Ids [B, S] to logits [B, S, vocab_size], or with targets [B, S] to their losses (see OutputHead).
+
+        Raises:
+            ValueError: the rows are longer than the rotary tables of :meth:`reset_buffers`.
+        """
+        length = tokens.shape[1]
+        if length > self.rope_cos.shape[0]:
+            raise ValueError(f"rows of {length} ids need rotary tables of that length, not {self.rope_cos.shape[0]}")
+        x = self.tok_embeddings(tokens)
+        cos, sin = self.rope_cos[:length].to(x.dtype), self.rope_sin[:length].to(x.dtype)
+        for layer in self.layers.values():
+            x = layer(x, cos, sin)
+        return self.output(self.norm(x), targets)

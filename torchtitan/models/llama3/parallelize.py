@@ -1,0 +1,46 @@
+"""Llama 3 on several devices: activation checkpointing, compile and FSDP2, applied from outside."""
+
+from functools import partial
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.utils.checkpoint import checkpoint
+
+from torchtitan.models.llama3.model import Llama3
+
+
+def checkpoint_activations(model: Llama3) -> None:
+    """Keep only each block's input in the forward pass; the block is computed again in the backward pass."""
+    for block in model.layers.values():
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def compile_blocks(model: Llama3) -> None:
+    """Compile every block by itself: one graph serves all of them."""
+    for block in model.layers.values():
+        block.compile(fullgraph=True, dynamic=False)
+
+
+def shard(
+    model: Llama3,
+    mesh: DeviceMesh,
+    param_dtype: torch.dtype,
+    reduce_dtype: torch.dtype,
+    reshard_after_forward: bool = True,
+) -> None:
+    """FSDP2 with one unit a block, and one for embedding, final norm and head (a tied weight must not be split).
+
+    The loss is divided by the targets of all ranks before the backward pass, so gradients are summed, not averaged.
+    """
+    policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype)
+    for block in model.layers.values():
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+    ends: list[nn.Module] = [model.tok_embeddings, model.norm, model.output]
+    fully_shard(ends, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)

@@ -1,0 +1,127 @@
+"""A speech language model at rest: a Llama in Hugging Face format, its tokenizer and its codec.
+
+What inference and the evaluations load. Published checkpoints and ones exported here go through the same code; which
+codec made a checkpoint's training codes, and how, is read from its config.json, and a checkpoint that does not say
+(as the published ones) gets the settings those were trained with.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from torchtitan.audio.codec import Codec
+from torchtitan.audio.token_stream import TokenStream
+from torchtitan.tools.errors import UserError
+
+# The published checkpoints: kyutai/mimi through a transformers version that attended over the whole clip.
+PUBLISHED_CONVENTIONS = {"audio_tokenizer": "kyutai/mimi", "codec_padding": "exact", "codec_window": "full"}
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass
+class SpeechLM:
+    """A loaded model with everything that turns audio into its ids and back.
+
+    Attributes:
+        name: the hub name or folder it was loaded from.
+        model: a transformers causal language model in eval mode, without gradients.
+        stream: the id layout, Q included (``stream.num_quantizers``).
+        codec: the codec with the checkpoint's conventions, on the model's device.
+    """
+
+    name: str
+    model: Any
+    tokenizer: Any
+    stream: TokenStream
+    codec: Codec
+
+    @classmethod
+    def load(
+        cls,
+        model_name: str,
+        audio_tokenizer: str | None = None,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        revision: str | None = None,
+    ) -> "SpeechLM":
+        """Load a model by hub name or folder.
+
+        Args:
+            audio_tokenizer: the codec's hub name or folder; None takes the one named in the model's config.json.
+            device: None picks cuda, then mps, then cpu.
+            dtype: of the language model (the codec is always fp32); None is bfloat16 on cuda, float32 elsewhere.
+
+        Raises:
+            UserError: the folder or hub id does not exist, is no causal language model, has no audio tokens, or its
+                codec cannot be loaded.
+        """
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+        device = torch.device(device) if device is not None else default_device()
+        if isinstance(dtype, str):
+            if dtype not in DTYPES:
+                raise UserError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}.")
+            dtype = DTYPES[dtype]
+        if dtype is None:
+            dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        require_model_folder(model_name)
+        try:
+            config = AutoConfig.from_pretrained(model_name, revision=revision)
+            tokenizer = AutoTokenizer.from_pretrained(model_name, revision=revision)
+            stream = TokenStream.from_tokenizer(tokenizer, getattr(config, "num_quantizers", None))
+            model = AutoModelForCausalLM.from_pretrained(model_name, dtype=dtype, revision=revision)
+        except (OSError, KeyError) as error:
+            reason = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
+            raise UserError(f"{model_name}: no language model could be loaded from there ({reason}).") from None
+        rows = model.get_input_embeddings().weight.shape[0]
+        if rows < stream.vocab_size:
+            raise UserError(
+                f"{model_name}: the model has {rows:,} embeddings, its tokenizer {stream.vocab_size:,} ids."
+            )
+        conventions = conventions_of(config)
+        codec = Codec.load(
+            audio_tokenizer or conventions["audio_tokenizer"],
+            stream.num_quantizers,
+            conventions["codec_padding"],
+            conventions["codec_window"],
+            device,
+        )
+        return cls(model_name, model.to(device).eval().requires_grad_(False), tokenizer, stream, codec)
+
+    @property
+    def device(self) -> torch.device:
+        return self.codec.device
+
+    @property
+    def max_length(self) -> int:
+        """The longest sequence of ids the model was made for."""
+        return self.model.config.max_position_embeddings
+
+
+def conventions_of(config: Any) -> dict[str, str]:
+    """The codec's name and conventions that a checkpoint's config states, or those of the published checkpoints."""
+    return {key: getattr(config, key, None) or default for key, default in PUBLISHED_CONVENTIONS.items()}
+
+
+def default_device() -> torch.device:
+    """cuda if there is one, then mps, then cpu."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def require_model_folder(name: str) -> None:
+    """Refuse a name that can only be a local folder but is none, or a folder without config.json.
+
+    Raises:
+        UserError: with what is missing.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"{name}: the folder holds no config.json, so it is not a model in Hugging Face format.")
+    elif name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise UserError(f"{name}: there is no such folder (a hub name has the form owner/name).")

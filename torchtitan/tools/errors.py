@@ -1,0 +1,24 @@
+"""What a user did wrong, told in one sentence."""
+
+import sys
+from collections.abc import Callable
+
+
+class UserError(ValueError):
+    """Input that cannot be used; its message is one clear sentence for the person who gave it."""
+
+
+def run_command(main: Callable[[], int | None]) -> None:
+    """Run a command-line program: a :class:`UserError` becomes one line on stderr and exit code 2.
+
+    Any other exception is a bug and keeps its stack trace; Ctrl-C exits with 130.
+    """
+    try:
+        code = main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130
+    sys.exit(code)

@@ -1,0 +1,62 @@
+"""Traces of time and memory, from torch.profiler and the CUDA allocator."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from torchtitan.config_manager import Profiling
+from torchtitan.tools.logging import logger
+
+_WARMUP_STEPS = 1
+
+
+@contextmanager
+def profile(config: Profiling, folder: Path, rank: int) -> Iterator[Any]:
+    """A context whose value is called once a step (``.step()``), or None; traces open in chrome://tracing or Perfetto.
+
+    Every ``profile_freq`` steps one step is traced.
+    """
+    if not config.enable_profiling:
+        yield None
+        return
+
+    def save(profiler: Any) -> None:
+        path = folder / config.save_traces_folder / f"step-{profiler.step_num}" / f"rank{rank}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        profiler.export_chrome_trace(str(path))
+        logger.info("trace written to %s", path)
+
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    wait = max(0, config.profile_freq - _WARMUP_STEPS - 1)
+    schedule = torch.profiler.schedule(wait=wait, warmup=_WARMUP_STEPS, active=1)
+    with torch.profiler.profile(activities=activities, schedule=schedule, on_trace_ready=save) as profiler:
+        yield profiler
+
+
+@contextmanager
+def memory_snapshots(config: Profiling, folder: Path, rank: int) -> Iterator[Any]:
+    """A context whose value is called with the step to write a CUDA memory snapshot every ``profile_freq`` steps.
+
+    Running out of memory writes one too.
+    """
+    if not config.enable_memory_snapshot or not torch.cuda.is_available():
+        yield lambda step: None
+        return
+    torch.cuda.memory._record_memory_history(max_entries=100_000)
+
+    def save(name: str) -> None:
+        path = folder / config.save_memory_snapshot_folder / name / f"rank{rank}.pickle"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.cuda.memory._dump_snapshot(str(path))
+        logger.info("memory snapshot written to %s", path)
+
+    try:
+        yield lambda step: save(f"step-{step}") if step % config.profile_freq == 0 else None
+    except torch.OutOfMemoryError:
+        save("out-of-memory")
+        raise

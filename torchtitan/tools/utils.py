@@ -1,0 +1,44 @@
+"""Facts about devices, and the garbage collector under control."""
+
+import gc
+
+import torch
+
+# Dense bf16 peak in FLOP/s, from the vendors' data sheets.
+_PEAK_FLOPS = {
+    "H200": 989e12,
+    "H100 NVL": 835e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "H20": 148e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "A10": 125e12,
+    "RTX 4090": 165e12,
+    "MI300X": 1307e12,
+    "MI250X": 191.5e12,
+}
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Dense bf16 peak of a GPU in FLOP/s; None where it is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in _PEAK_FLOPS.items() if part in name), None)
+
+
+class GarbageCollection:
+    """Collects garbage at the same steps on all ranks: one rank that pauses by itself makes all others wait."""
+
+    def __init__(self, freq: int, debug: bool = False):
+        self.freq = 1 if debug else freq
+        gc.disable()
+        gc.collect(1)
+
+    def run(self, step: int) -> None:
+        if step > 1 and step % self.freq == 0:
+            gc.collect(1)

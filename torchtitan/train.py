@@ -1,0 +1,419 @@
+"""Train a Llama on speech: ``torchrun --nproc_per_node=N -m torchtitan.train --job.config_file FILE.toml``.
+
+What happens, from top to bottom of :func:`main`:
+
+1. the config is read and checked, and every file it names looked up, before any process group exists;
+2. :func:`build` makes model, optimizer, data loaders and checkpoints of this rank;
+3. :func:`train` repeats: fetch the microbatches of a step, count their targets over all ranks, run each forward and
+   backward with its loss divided by that count, clip, update; log, validate and save at their intervals.
+
+Runs on 1..N GPUs (nccl) or CPU processes (gloo); without torchrun it is a run of one rank.
+"""
+
+import math
+import os
+import random
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+from torchtitan.audio.codec import Codec
+from torchtitan.components.checkpoint import (
+    CheckpointManager,
+    find_checkpoint,
+    load_checkpoint,
+    read_state,
+    restore_random_state,
+)
+from torchtitan.components.dataloader import BadRows, Batch, SpeechDataLoader
+from torchtitan.components.hf_export import write_hf_files
+from torchtitan.components.loss import IGNORE_INDEX
+from torchtitan.components.lr_scheduler import lr_factor
+from torchtitan.components.metrics import MetricsLogger
+from torchtitan.components.optimizer import build_optimizer
+from torchtitan.components.validate import ValidationResult, Validator
+from torchtitan.config_manager import ConfigManager, JobConfig, accumulation_steps, check, run_name, to_dict
+from torchtitan.datasets.hf_dataset import HuggingFaceDataset, Source, find_files, find_source
+from torchtitan.distributed.utils import (
+    broadcast_object,
+    init_distributed,
+    rank,
+    shorten_timeout,
+    sum_over_ranks,
+    world_size,
+)
+from torchtitan.models.base import BaseModel
+from torchtitan.models.llama3.model import Llama3
+from torchtitan.models.llama3.parallelize import checkpoint_activations, compile_blocks, shard
+from torchtitan.models.llama3.weights import init_random, load_hf, materialize
+from torchtitan.tools.errors import UserError
+from torchtitan.tools.logging import init_logger, logger, quiet_transformers
+from torchtitan.tools.profiling import memory_snapshots, profile
+from torchtitan.tools.utils import GarbageCollection
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass
+class Inputs:
+    """All that a run reads, found and checked before the process group exists."""
+
+    config: JobConfig
+    folder: Path
+    base: BaseModel
+    codec: Codec
+    train_data: tuple[Source, list[str]]
+    validation_data: tuple[Source, list[str]] | None
+
+
+@dataclass
+class Trainer:
+    """The parts of a run on this rank."""
+
+    inputs: Inputs
+    device: torch.device
+    model: Llama3
+    optimizer: torch.optim.Optimizer
+    loader: SpeechDataLoader
+    validator: Validator | None
+    checkpoints: CheckpointManager
+    metrics: MetricsLogger
+    autocast: AbstractContextManager
+    step: int = 0
+    tokens_seen: int = 0
+    data_state: dict[str, Any] = field(default_factory=dict)
+    validation: ValidationResult | None = None
+
+
+def find_inputs(config: JobConfig) -> Inputs:
+    """Check a config and open what it names.
+
+    Raises:
+        UserError: a value, the arithmetic of ranks and batches, or a file is wrong.
+    """
+    check(config, world_size())
+    train_source = find_source(config.training.dataset)
+    train_data = (train_source, find_files(train_source, config.training.dataset_path))
+    validation_data = None
+    if config.validation.enabled:
+        source = find_source(config.validation.dataset)
+        validation_data = (source, find_files(source, config.validation.dataset_path))
+    model = config.model
+    codec = Codec.load(model.audio_tokenizer, model.num_quantizers, model.codec_padding, model.codec_window)
+    folder = Path(config.job.dump_folder) / run_name(config)
+    return Inputs(config, folder, BaseModel.load(model), codec, train_data, validation_data)
+
+
+def build(inputs: Inputs) -> Trainer:
+    """Make the parts of a run, and bring them to where its latest checkpoint left off; called by all ranks."""
+    config, base = inputs.config, inputs.base
+    device = init_distributed(config.comm)
+    checkpoints = CheckpointManager(inputs.folder / config.checkpoint.folder, config.checkpoint.keep_latest_k)
+    latest = checkpoints.latest(config.checkpoint.load_step) if config.checkpoint.enable_checkpoint else None
+    latest = broadcast_object(latest)
+    seed_everything(config, latest)
+
+    model = build_model(config, base, device)
+    start = latest or config.checkpoint.initial_load_path
+    if start is None and config.model.pretrained:
+        load_hf(model, base.folder, base.known_vocab_size)
+    elif start is None:
+        init_random(model, config.training.seed or 0)
+    optimizer = build_optimizer(model, config.optimizer)
+
+    codec = inputs.codec.to(device)
+    bad_rows = BadRows(inputs.folder / f"bad_rows.rank{rank()}.tsv")
+    loader = build_loader(inputs, codec, bad_rows, validation=False)
+    validator = None
+    if inputs.validation_data:
+        validation_loader = build_loader(inputs, codec, bad_rows, validation=True)
+        validator = Validator(validation_loader, base.stream, device, config.validation.steps)
+
+    flops = base.args.flops_per_token(config.training.seq_len)
+    metrics = MetricsLogger(config, inputs.folder, rank(), device, flops)
+    # One rank has no FSDP to cast its parameters.
+    dtype = DTYPES[config.training.mixed_precision_param]
+    autocast = torch.autocast(device.type, dtype) if world_size() == 1 and dtype != torch.float32 else nullcontext()
+    trainer = Trainer(inputs, device, model, optimizer, loader, validator, checkpoints, metrics, autocast)
+    if start is not None:
+        load(trainer, find_checkpoint(start), weights_only=latest is None and config.checkpoint.initial_load_model_only)
+    logger.info(
+        "%s: %s parameters, %d ranks on %s, %d rows a step, run folder %s",
+        run_name(config),
+        f"{base.args.num_params:,}",
+        world_size(),
+        device.type,
+        config.training.local_batch_size * accumulation_steps(config, world_size()) * world_size(),
+        inputs.folder,
+    )
+    return trainer
+
+
+def seed_everything(config: JobConfig, latest: Path | None) -> None:
+    """Settle the seed: the configured one, or the resumed run's, or a new one, the same on all ranks."""
+    if config.training.seed is None:
+        saved = read_state(latest)["config"]["training"]["seed"] if latest else random.SystemRandom().getrandbits(31)
+        config.training.seed = broadcast_object(saved)
+    torch.manual_seed(config.training.seed)
+    if config.training.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+
+
+def build_model(config: JobConfig, base: BaseModel, device: torch.device) -> Llama3:
+    """The model, sharded if there are several ranks, with memory but without values."""
+    with torch.device("meta"):
+        model = Llama3(base.args)
+    if config.activation_checkpoint.mode == "full":
+        checkpoint_activations(model)
+    if config.training.compile:
+        compile_blocks(model)
+    if world_size() > 1:
+        policy = config.parallelism.fsdp_reshard_after_forward
+        shard(
+            model,
+            init_device_mesh(device.type, (world_size(),), mesh_dim_names=("dp_shard",)),
+            DTYPES[config.training.mixed_precision_param],
+            DTYPES[config.training.mixed_precision_reduce],
+            reshard_after_forward=policy != "never",
+        )
+    longest = max(config.training.seq_len, config.validation.seq_len if config.validation.enabled else 0)
+    materialize(model, device, longest)
+    return model.train()
+
+
+def build_loader(inputs: Inputs, codec: Codec, bad_rows: BadRows, validation: bool) -> SpeechDataLoader:
+    """The loader of the training data, endless and shuffled, or of the validation data, once and as it lies."""
+    config, base = inputs.config, inputs.base
+    data = inputs.validation_data if validation else inputs.train_data
+    assert data is not None
+    part = config.validation if validation else config.training
+    source, files = data
+    return SpeechDataLoader(
+        HuggingFaceDataset(source, files, rank(), world_size(), config.training.seed or 0, shuffle=not validation),
+        base.stream,
+        codec,
+        base.tokenizer,
+        config.training.task,
+        part.seq_len,
+        part.local_batch_size,
+        config.training.max_seconds,
+        config.training.num_workers,
+        infinite=not validation,
+        fixed_length=config.training.compile,
+        bad_rows=bad_rows,
+    )
+
+
+def load(trainer: Trainer, checkpoint: Path, weights_only: bool) -> None:
+    """Continue from a checkpoint: all of it, or only its weights.
+
+    Raises:
+        UserError: it does not fit this run.
+    """
+    state = load_checkpoint(
+        checkpoint, trainer.model, None if weights_only else trainer.optimizer, trainer.inputs.base.args
+    )
+    if weights_only:
+        logger.info("weights loaded from %s", checkpoint)
+        return
+    if len(state["ranks"]) != world_size():
+        raise UserError(
+            f"{checkpoint}: it was made by {len(state['ranks'])} ranks and holds their places in the data, so it "
+            f"cannot be resumed by {world_size()}; start a new run from its weights with checkpoint.initial_load_path."
+        )
+    seed = state["config"]["training"]["seed"]
+    if seed != trainer.inputs.config.training.seed:
+        logger.warning("the checkpoint was made with seed %s: from here on the order of the data is another", seed)
+    trainer.step, trainer.tokens_seen = state["step"], state["tokens_seen"]
+    own = state["ranks"][rank()]
+    trainer.data_state = own["data"]
+    if own["data"]:
+        trainer.loader.load_state_dict(own["data"])
+    restore_random_state(own["random"])
+    logger.info("resumed from %s", checkpoint)
+
+
+def save(trainer: Trainer) -> None:
+    """Save the current step; called by all ranks."""
+    config, base = trainer.inputs.config, trainer.inputs.base
+    weights_only = trainer.step == config.training.steps and config.checkpoint.last_save_model_only
+    state = {
+        "model_args": base.args.to_dict(),
+        "tokens_seen": trainer.tokens_seen,
+        "config": to_dict(config),
+        "validation": asdict(trainer.validation) if trainer.validation else None,
+    }
+    path = trainer.checkpoints.save(
+        trainer.step,
+        trainer.model,
+        None if weights_only else trainer.optimizer,
+        state,
+        {"data": trainer.data_state},
+        lambda folder: write_hf_files(folder, base.args, base.tokenizer, base.stream, config.model),
+        DTYPES[config.checkpoint.export_dtype],
+    )
+    logger.info("checkpoint saved to %s", path)
+
+
+def train(trainer: Trainer) -> None:
+    """The training loop."""
+    config, steps = trainer.inputs.config, trainer.inputs.config.training.steps
+    accumulation = accumulation_steps(config, world_size())
+    if trainer.step >= steps:
+        logger.info("nothing to do: the run is at step %d of %d", trainer.step, steps)
+        return
+    garbage = GarbageCollection(config.training.gc_freq, config.training.gc_debug)
+    batches, first_step = iter(trainer.loader), trainer.step + 1
+    with (
+        profile(config.profiling, trainer.inputs.folder, rank()) as profiler,
+        memory_snapshots(config.profiling, trainer.inputs.folder, rank()) as snapshot,
+    ):
+        while trainer.step < steps:
+            trainer.step += 1
+            garbage.run(trainer.step)
+            microbatches = fetch(trainer, batches, accumulation)
+            loss, grad_norm, lr = train_step(trainer, microbatches)
+
+            logs = trainer.step == first_step or trainer.step % config.metrics.log_freq == 0 or trainer.step == steps
+            saves = config.checkpoint.enable_checkpoint and (
+                trainer.step % config.checkpoint.interval == 0
+                or trainer.step == steps
+                or (trainer.step == 1 and config.checkpoint.enable_first_step_checkpoint)
+            )
+            if logs or saves:
+                report(trainer, loss, grad_norm, lr, logs)
+            with trainer.metrics.paused():
+                if trainer.validator and (trainer.step % config.validation.freq == 0 or trainer.step == steps):
+                    validate(trainer)
+                if saves:
+                    save(trainer)
+            if profiler:
+                profiler.step()
+            snapshot(trainer.step)
+            if trainer.step == first_step:
+                shorten_timeout(config.comm, trainer.device)
+
+
+def fetch(trainer: Trainer, batches: Iterator[Batch], accumulation: int) -> list[Batch]:
+    """The microbatches of one step, and the time that waiting for them took."""
+    microbatches = []
+    for _ in range(accumulation):
+        begin = time.perf_counter()
+        batch = next(batches)
+        trainer.metrics.add(batch.num_tokens, batch.tokens.numel(), time.perf_counter() - begin)
+        trainer.data_state = batch.state
+        microbatches.append(batch)
+    return microbatches
+
+
+def train_step(trainer: Trainer, microbatches: list[Batch]) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """One update. Returns this rank's share of the mean loss, the gradient norm before clipping, and the rate.
+
+    The loss of every target of the step, on whichever rank and in whichever microbatch, has the same weight.
+    """
+    config, device = trainer.inputs.config, trainer.device
+    targets, tokens = sum_over_ranks(
+        [
+            float(sum(int((batch.targets != IGNORE_INDEX).sum()) for batch in microbatches)),
+            float(sum(batch.num_tokens for batch in microbatches)),
+        ]
+    )
+    trainer.tokens_seen += int(tokens)
+    total = torch.zeros((), device=device)
+    for batch in microbatches:
+        with trainer.autocast:
+            loss = trainer.model(
+                batch.tokens.to(device, non_blocking=True), batch.targets.to(device, non_blocking=True)
+            )
+        loss = loss / targets
+        loss.backward()
+        total += loss.detach()
+    grad_norm = torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), config.training.max_norm, foreach=True)
+    if isinstance(grad_norm, torch.distributed.tensor.DTensor):
+        grad_norm = grad_norm.full_tensor()
+    lr = config.optimizer.lr * lr_factor(trainer.step, config.training.steps, config.lr_scheduler)
+    for group in trainer.optimizer.param_groups:
+        group["lr"] = lr
+    trainer.optimizer.step()
+    trainer.optimizer.zero_grad(set_to_none=True)
+    return total, grad_norm, lr
+
+
+def report(trainer: Trainer, loss: torch.Tensor, grad_norm: torch.Tensor, lr: float, logs: bool) -> None:
+    """Sum the loss over ranks, stop if it is no number, and log the step.
+
+    Raises:
+        UserError: the loss or the gradient norm is not finite.
+    """
+    counters = trainer.data_state["counters"]
+    mean, *counts = sum_over_ranks([loss.item(), *map(float, counters.values())])
+    if not (math.isfinite(mean) and math.isfinite(grad_norm.item())):
+        raise UserError(
+            f"step {trainer.step}: the loss is {mean} and the gradient norm {grad_norm.item()}, so training stops; "
+            "no checkpoint of this step is saved. A lower optimizer.lr or a longer warm-up may help."
+        )
+    if logs:
+        named = dict(zip(counters, map(int, counts), strict=True))
+        trainer.metrics.report(trainer.step, mean, grad_norm.item(), lr, named)
+
+
+def validate(trainer: Trainer) -> None:
+    """Run the validation and log it."""
+    assert trainer.validator is not None
+    with trainer.autocast:
+        result = trainer.validator.run(trainer.model)
+    trainer.validation = result
+    by_quantizer = {f"validation/loss_q{q}": loss for q, loss in enumerate(result.quantizers)}
+    logger.info(
+        "step: %d  validation loss: %.4f  by quantizer: %s  (%s targets)",
+        trainer.step,
+        result.loss,
+        " ".join(f"{loss:.3f}" for loss in result.quantizers),
+        f"{result.num_targets:,}",
+    )
+    trainer.metrics.write(trainer.step, {"validation/loss": result.loss, **by_quantizer})
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a training; returns the exit code."""
+    init_logger()
+    quiet_transformers()
+    try:
+        config = ConfigManager().parse_args(argv)
+        inputs = find_inputs(config)
+    except UserError as error:
+        if rank() == 0:
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    if config.job.print_args:
+        logger.info("%s", to_dict(config))
+    logger.info("%s", config.job.description)
+    try:
+        trainer = build(inputs)
+        try:
+            train(trainer)
+        finally:
+            trainer.metrics.close()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        if dist.is_initialized() and world_size() > 1:
+            os._exit(2)  # Other ranks may wait in a collective; torchrun ends them.
+        return 2
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
