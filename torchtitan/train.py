@@ -375,13 +375,15 @@ def validate(trainer: Trainer) -> None:
     trainer.validation = result
     by_quantizer = {f"validation/loss_q{q}": loss for q, loss in enumerate(result.quantizers)}
     logger.info(
-        "step: %d  validation loss: %.4f  by quantizer: %s  (%s targets)",
+        "step: %d  validation loss: %.4f  by quantizer: %s  (%s targets; entropy of the codes: %.4f)",
         trainer.step,
         result.loss,
         " ".join(f"{loss:.3f}" for loss in result.quantizers),
         f"{result.num_targets:,}",
+        result.entropy,
     )
-    trainer.metrics.write(trainer.step, {"validation/loss": result.loss, **by_quantizer})
+    figures = {"validation/loss": result.loss, "validation/code_entropy": result.entropy, **by_quantizer}
+    trainer.metrics.write(trainer.step, figures)
 
 
 def main(argv: list[str] | None = None) -> int:

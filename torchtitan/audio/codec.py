@@ -122,6 +122,7 @@ class Codec:
         Raises:
             CodecError: there is no such codec, or it does not fit (see the class).
         """
+        from safetensors import SafetensorError
         from transformers import MimiConfig, MimiModel
 
         try:
@@ -130,7 +131,7 @@ class Codec:
             if config.model_type != "mimi":
                 raise CodecError(f"{name}: a Mimi codec is needed, this is a {config.model_type} model.")
             model = MimiModel.from_pretrained(str(name), config=config, dtype=torch.float32, **options)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             raise CodecError(f"{name}: no codec could be loaded from there ({_first_line(error)}).") from None
         codec = cls(model, num_quantizers, padding, window, str(name))
         return codec.to(device)

@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 
 from torchtitan.components.optimizer import optimizer_tensors
 from torchtitan.models.llama3.args import Llama3Args
@@ -134,7 +135,9 @@ class CheckpointManager:
             shutil.rmtree(target, ignore_errors=True)
             partial.rename(target)
             if self.keep_latest_k > 0:
-                for old in find_steps(self.folder)[: -self.keep_latest_k]:
+                # Later steps are there when the run went back to an earlier one; the new one must outlive them.
+                older = [old for old in find_steps(self.folder) if old < step]
+                for old in older[: max(0, len(older) + 1 - self.keep_latest_k)]:
                     shutil.rmtree(self.folder / f"step-{old}", ignore_errors=True)
         dist.barrier()
         return target
@@ -184,7 +187,7 @@ def _load(tensors: dict[str, torch.Tensor], checkpoint: Path, no_dist: bool = Fa
         with warnings.catch_warnings():  # of loading without a process group, which is meant
             warnings.simplefilter("ignore", UserWarning)
             dcp.load(tensors, checkpoint_id=checkpoint, no_dist=no_dist)
-    except Exception as error:  # torch wraps what any rank met into its own exception type
+    except (Exception, CheckpointException) as error:  # the latter, with what any rank met, is no Exception
         reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
         raise UserError(f"{checkpoint}: the checkpoint is damaged or incomplete ({reason}).") from error
 

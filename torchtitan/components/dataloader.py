@@ -267,7 +267,7 @@ class SpeechDataLoader:
         waveforms: dict[str, torch.Tensor] = {}
         reasons: dict[str, str] = {}
         for pending in rows:
-            if pending.waveform is not None:
+            if pending.waveform is not None and pending.row.key not in self._codes:
                 try:
                     waveforms[pending.row.key] = pending.waveform.result()
                 except AudioError as error:
@@ -318,4 +318,4 @@ class SpeechDataLoader:
 class _PendingRow:
     row: Row
     following: Position
-    waveform: "Future[torch.Tensor] | None"  # None: its codes are known
+    waveform: "Future[torch.Tensor] | None"  # None: its codes were known when it was read

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from torchtitan.audio.token_stream import TokenStream
+from torchtitan.audio.token_stream import CODEBOOK_SIZE, TokenStream
 from torchtitan.components.dataloader import SpeechDataLoader
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.datasets.hf_dataset import Position
@@ -21,12 +21,20 @@ class ValidationResult:
     Attributes:
         loss: over all targets (units, marks, and text in task ``tts``).
         quantizers: over the units of each quantizer, Q numbers.
+        entropies: of the units of each quantizer as they are distributed here, Q numbers in nats: the loss of someone
+            who knows how often each code occurs in these very clips, and nothing else.
         num_targets: how many targets there were.
     """
 
     loss: float
     quantizers: list[float]
+    entropies: list[float]
     num_targets: int
+
+    @property
+    def entropy(self) -> float:
+        """Mean of the entropies over the quantizers."""
+        return sum(self.entropies) / len(self.entropies)
 
 
 class Validator:
@@ -49,6 +57,7 @@ class Validator:
         model.eval()
         # Sums and counts: all targets, then each quantizer's.
         sums = torch.zeros(2, 1 + self.stream.num_quantizers, dtype=torch.float64)
+        counts = torch.zeros(self.stream.num_quantizers, CODEBOOK_SIZE, dtype=torch.float64)
         self.loader.load_state_dict({"position": Position().to_dict(), "counters": {}})
         batches = islice(iter(self.loader), self.steps if self.steps >= 0 else None)
         while True:
@@ -66,9 +75,15 @@ class Validator:
             quantizer = self.stream.quantizer_of(targets)
             masks = [targets != IGNORE_INDEX, *(quantizer == q for q in range(self.stream.num_quantizers))]
             sums += torch.stack([torch.stack([losses[m].sum() for m in masks]), torch.stack([m.sum() for m in masks])])
+            for q in range(self.stream.num_quantizers):
+                codes = (targets[quantizer == q] - self.stream.base_size) // self.stream.num_quantizers
+                counts[q] += torch.bincount(codes, minlength=CODEBOOK_SIZE)
         model.train()
         dist.all_reduce(sums)
+        dist.all_reduce(counts)
         if sums[1, 0] == 0:
             raise UserError("no row of the validation data set could be used; the log names each one's reason.")
         means = (sums[0] / sums[1]).tolist()
-        return ValidationResult(means[0], means[1:], int(sums[1, 0]))
+        shares = counts / counts.sum(dim=1, keepdim=True).clamp(min=1)
+        entropies = -(shares * shares.clamp(min=1e-300).log()).sum(dim=1)
+        return ValidationResult(means[0], means[1:], entropies.tolist(), int(sums[1, 0]))

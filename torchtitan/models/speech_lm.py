@@ -14,6 +14,7 @@ import torch
 from torchtitan.audio.codec import Codec
 from torchtitan.audio.token_stream import TokenStream
 from torchtitan.tools.errors import UserError
+from torchtitan.tools.logging import quiet_transformers
 
 # The published checkpoints: kyutai/mimi through a transformers version that attended over the whole clip.
 PUBLISHED_CONVENTIONS = {"audio_tokenizer": "kyutai/mimi", "codec_padding": "exact", "codec_window": "full"}
@@ -51,16 +52,17 @@ class SpeechLM:
 
         Args:
             audio_tokenizer: the codec's hub name or folder; None takes the one named in the model's config.json.
-            device: None picks cuda, then mps, then cpu.
+            device: None takes cuda if there is one, then mps, then cpu.
             dtype: of the language model (the codec is always fp32); None is bfloat16 on cuda, float32 elsewhere.
 
         Raises:
-            UserError: the folder or hub id does not exist, is no causal language model, has no audio tokens, or its
-                codec cannot be loaded.
+            UserError: the folder or hub id does not exist, is no causal language model, has no audio tokens, its
+                codec cannot be loaded, or there is no such device.
         """
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-        device = torch.device(device) if device is not None else default_device()
+        quiet_transformers()
+        device = choose_device(device)
         if isinstance(dtype, str):
             if dtype not in DTYPES:
                 raise UserError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}.")
@@ -106,11 +108,22 @@ def conventions_of(config: Any) -> dict[str, str]:
     return {key: getattr(config, key, None) or default for key, default in PUBLISHED_CONVENTIONS.items()}
 
 
-def default_device() -> torch.device:
-    """cuda if there is one, then mps, then cpu."""
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+def choose_device(name: str | torch.device | None = None) -> torch.device:
+    """The device of a name; None takes cuda if there is one, then mps, then cpu.
+
+    Raises:
+        UserError: the name is unknown, or there is no such device here.
+    """
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"device must be cpu, cuda (or cuda:N) or mps, not {name!r}.") from None
+    available = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if (device.index or 0) >= available.get(device.type, 0):
+        raise UserError(f"device {str(name)!r} is not available on this machine; cpu always is.")
+    return device
 
 
 def require_model_folder(name: str) -> None:

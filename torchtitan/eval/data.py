@@ -1,0 +1,199 @@
+"""Pairs of clips, from the Hugging Face hub or from a local folder of the same layout.
+
+A benchmark has several tasks. On the hub they are configurations of one data set (``slprl/SALMon``) or data sets of
+one owner (``speed/sWUGGY``); on disk a task is a folder of parquet files named after it, and its parent stands for
+all of them. Audio stays undecoded (``{bytes, path}``) until a clip is scored.
+"""
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torchtitan.tools.errors import UserError
+
+_ROWS_PER_READ = 16
+
+
+class DataError(UserError):
+    """A data set that is not there, or not in the layout of the benchmark."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task's pairs, opened and checked but not read.
+
+    Attributes:
+        name: ``sWUGGY``, ``bg_alignment``, ...
+        source: the folder or hub id, for messages and records.
+        revision: the hub commit the rows are from; None for a folder, or where it is not known.
+        columns: names of the columns with the positive and the negative clip.
+        num_pairs: number of rows.
+        rows: parquet files, or a ``datasets.Dataset``.
+    """
+
+    name: str
+    source: str
+    revision: str | None
+    columns: tuple[str, str]
+    num_pairs: int
+    rows: Any
+
+    def pairs(self, limit: int | None = None) -> Iterator[dict[str, Any]]:
+        """The first ``limit`` rows (None: all) in the data set's order.
+
+        Raises:
+            DataError: a parquet file cannot be read any further.
+        """
+        rows = _parquet_rows(self.rows) if isinstance(self.rows, list) else iter(self.rows)
+        for index, row in enumerate(rows):
+            if limit is not None and index >= limit:
+                return
+            yield row
+
+    def audio(self, row: dict[str, Any], column: str) -> bytes | Path | None:
+        """The undecoded audio in a column of a row: bytes, a path, or None where the row has no audio."""
+        value = row[column] or {}
+        if value.get("bytes") is not None:
+            return value["bytes"]
+        if value.get("path"):
+            return Path(self.source) / value["path"]
+        return None
+
+
+def open_tasks(
+    dataset: str, names: Sequence[str], columns: tuple[str, str], as_configurations: bool
+) -> tuple[list[Task], list[str]]:
+    """Open a benchmark's tasks.
+
+    Args:
+        dataset: a local folder (the parent of the tasks, or one task's own) or a hub id.
+        names: the benchmark's tasks.
+        columns: the columns with the positive and the negative clip.
+        as_configurations: on the hub the tasks are configurations of the data set ``dataset``; otherwise they are data
+            sets of the owner ``dataset``, or ``dataset`` is one of them (``owner/task``).
+
+    Returns:
+        the tasks that are there, in the order of ``names``, and the names of those that should be and are not.
+
+    Raises:
+        DataError: none of the tasks is there, a column is missing, or the hub cannot be reached.
+    """
+    path = Path(os.path.abspath(Path(dataset).expanduser()))
+    if path.is_dir():
+        if path.name in names and _parquet_files(path):
+            return [_open_folder(path.name, path, columns)], []
+        found = [_open_folder(name, path / name, columns) for name in names if _parquet_files(path / name)]
+        where = f"the folder {dataset} holds none of the task folders {', '.join(names)} and is none of them itself"
+    elif path.exists() or dataset.startswith((".", "/", "~")):
+        raise DataError(f"{dataset}: there is no such folder.")
+    elif as_configurations:
+        if dataset.count("/") != 1:
+            raise DataError(f"{dataset}: there is no such folder, and a hub id has the form owner/name.")
+        found = [task for name in names if (task := _open_hub(name, dataset, name, columns))]
+        where = f"{dataset} is no folder, and the hub has no data set of that name with one of {', '.join(names)}"
+    else:
+        owner, _, name = dataset.partition("/")
+        if name and name not in names:
+            raise DataError(f"{dataset}: there is no such folder, and a hub id must end in {' or '.join(names)}.")
+        names = [name] if name else names
+        found = [task for name in names if (task := _open_hub(name, f"{owner}/{name}", None, columns))]
+        where = f"{dataset} is no folder, and the hub has none of {', '.join(f'{owner}/{name}' for name in names)}"
+    if not found:
+        raise DataError(f"There is nothing to evaluate: {where}.")
+    return found, [name for name in names if name not in {task.name for task in found}]
+
+
+def _parquet_files(folder: Path) -> list[Path]:
+    """A task folder's parquet files: those of the split train where files are named after splits, otherwise all."""
+    files = [
+        file
+        for file in sorted(folder.rglob("*.parquet"))
+        if not any(part.startswith(".") for part in file.relative_to(folder).parts)
+    ]
+    return [file for file in files if file.name.startswith("train")] or files
+
+
+def _open_folder(name: str, folder: Path, columns: tuple[str, str]) -> Task:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    files = _parquet_files(folder)
+    num_pairs = 0
+    for file in files:
+        try:
+            parquet = pq.ParquetFile(file)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise DataError(f"{file}: not a readable parquet file ({_first_line(error)}).") from None
+        schema = parquet.schema_arrow
+        audio = [
+            field.name
+            for field in schema
+            if pa.types.is_struct(field.type) and {"bytes", "path"} <= {child.name for child in field.type}
+        ]
+        _require_columns(name, str(file), columns, schema.names, audio)
+        num_pairs += parquet.metadata.num_rows
+    _require_pairs(name, str(folder), num_pairs)
+    return Task(name, str(folder), None, columns, num_pairs, files)
+
+
+def _parquet_rows(files: list[Path]) -> Iterator[dict[str, Any]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for file in files:
+        try:
+            for batch in pq.ParquetFile(file).iter_batches(_ROWS_PER_READ):
+                yield from batch.to_pylist()
+        except (pa.ArrowInvalid, OSError) as error:
+            raise DataError(f"{file}: the parquet file is damaged ({_first_line(error)}).") from None
+
+
+def _open_hub(name: str, repository: str, configuration: str | None, columns: tuple[str, str]) -> Task | None:
+    """A task from the hub; None if the hub has no such data set or configuration."""
+    import datasets
+    from datasets.exceptions import DatasetNotFoundError
+
+    try:
+        rows = datasets.load_dataset(repository, configuration, split="train")
+    except DatasetNotFoundError:
+        return None
+    except (ValueError, OSError) as error:
+        if isinstance(error, ValueError) and configuration and f"'{configuration}' not found" in str(error):
+            return None
+        raise DataError(f"{repository}: the data set could not be loaded ({_first_line(error)}).") from None
+    audio = [column for column, feature in rows.features.items() if isinstance(feature, datasets.Audio)]
+    _require_columns(name, repository, columns, rows.column_names, audio)
+    _require_pairs(name, repository, rows.num_rows)
+    for column in columns:
+        rows = rows.cast_column(column, datasets.Audio(decode=False))
+    return Task(name, repository, _revision(rows), columns, rows.num_rows, rows)
+
+
+def _revision(rows: Any) -> str | None:
+    """The hub commit that a data set's files were fetched at, read off their addresses."""
+    for address in rows.info.download_checksums or {}:
+        if match := re.search(r"@([0-9a-f]{40})/", address):
+            return match.group(1)
+    return None
+
+
+def _require_columns(
+    name: str, where: str, columns: Sequence[str], present: Sequence[str], audio: Sequence[str]
+) -> None:
+    for column in columns:
+        if column not in present:
+            raise DataError(f"{where}: task {name} needs the column {column!r}; there are {', '.join(present)}.")
+        if column not in audio:
+            raise DataError(f"{where}: column {column!r} of task {name} must hold audio as {{bytes, path}}.")
+
+
+def _require_pairs(name: str, where: str, num_pairs: int) -> None:
+    if num_pairs == 0:
+        raise DataError(f"{where}: task {name} holds no pairs.")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__

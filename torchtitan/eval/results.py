@@ -1,0 +1,172 @@
+"""What an evaluation writes: accuracy.json, results.json and samples.parquet.
+
+``samples.parquet`` has a row a clip:
+
+    task         string   the task's name
+    pair         int64    the pair's row in the data set
+    side         string   positive or negative
+    item         string   the data set's own id of the pair, or its row
+    frames       int32    frames scored, T; 0 for an unreadable clip
+    codes        [int16]  Q * T codes, frame by frame
+    nll          [float]  Q * T + 2 negative log-likelihoods in nats: <audio>, the units, </audio>
+    cut          float64  seconds of audio that were cut off the end, for whatever reason
+    context_cut  float64  seconds of these that were cut because of the model's context
+    error        string   why the clip could not be read, null for a good one
+
+and then the data set's own plain columns (voice, type, ...). Its metadata hold ``num_quantizers`` (Q) and
+``settings``, both as JSON. All figures are computed from it.
+"""
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from torchtitan.eval.metrics import TaskResult
+from torchtitan.tools.errors import UserError
+
+
+@dataclass
+class Clip:
+    """One side of a pair, from its codes to its NLLs; the attributes are the columns of samples.parquet.
+
+    Attributes:
+        codes: int16 [Q, T]; None for an unreadable clip.
+        nll: float32 [Q * T + 2]; None until it is scored.
+        columns: the data set's plain columns.
+    """
+
+    task: str
+    pair: int
+    side: str
+    item: str
+    codes: torch.Tensor | None = None
+    nll: torch.Tensor | None = None
+    cut: float = 0.0
+    context_cut: float = 0.0
+    error: str | None = None
+    columns: dict[str, Any] = field(default_factory=dict)
+
+
+def samples_table(clips: Sequence[Clip], num_quantizers: int, settings: dict[str, Any]) -> Any:
+    """The samples as a pyarrow table with the columns and metadata described above."""
+    import pyarrow as pa
+
+    nothing = torch.empty(0)
+    table: dict[str, Any] = {
+        "task": pa.array([clip.task for clip in clips], pa.string()),
+        "pair": pa.array([clip.pair for clip in clips], pa.int64()),
+        "side": pa.array([clip.side for clip in clips], pa.string()),
+        "item": pa.array([clip.item for clip in clips], pa.string()),
+        "frames": pa.array([0 if clip.codes is None else clip.codes.shape[1] for clip in clips], pa.int32()),
+        "codes": _list_array([nothing if c.codes is None else c.codes.T.reshape(-1) for c in clips], np.int16),
+        "nll": _list_array([nothing if c.nll is None else c.nll for c in clips], np.float32),
+        "cut": pa.array([clip.cut for clip in clips], pa.float64()),
+        "context_cut": pa.array([clip.context_cut for clip in clips], pa.float64()),
+        "error": pa.array([clip.error for clip in clips], pa.string()),
+    }
+    for name in dict.fromkeys(name for clip in clips for name in clip.columns):
+        if name not in table:
+            table[name] = _plain_array([clip.columns.get(name) for clip in clips])
+    metadata = {"num_quantizers": json.dumps(num_quantizers), "settings": json.dumps(settings)}
+    return pa.table(table).replace_schema_metadata(metadata)
+
+
+def _list_array(rows: list[torch.Tensor], dtype: Any) -> Any:
+    import pyarrow as pa
+
+    offsets = np.cumsum([0, *(row.numel() for row in rows)], dtype=np.int32)
+    values = torch.cat(rows).numpy().astype(dtype) if rows else np.empty(0, dtype)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
+
+
+def _plain_array(values: list[Any]) -> Any:
+    """A column of one type; values that have none in common, as two tasks' may, become strings."""
+    import pyarrow as pa
+
+    try:
+        return pa.array(values)
+    except (pa.ArrowInvalid, pa.ArrowTypeError):
+        return pa.array([None if value is None else str(value) for value in values])
+
+
+def results_folder(output_dir: str | Path, benchmark: str, model_name: str) -> Path:
+    """``<output_dir>/<benchmark>/<model_name>``, where a local folder is called by its last two parts."""
+    path = Path(model_name).expanduser()
+    if path.is_dir():
+        absolute = Path(os.path.abspath(path))
+        model_name = os.path.join(*absolute.relative_to(absolute.anchor).parts[-2:])
+    return Path(output_dir).expanduser() / benchmark / model_name
+
+
+def make_folder(folder: Path) -> None:
+    """Create the results folder.
+
+    Raises:
+        UserError: it cannot be created or written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: the results folder cannot be created ({error.strerror}).") from None
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"{folder}: the results folder cannot be written to.")
+
+
+def write_results(folder: Path, samples: Any, results: dict[str, TaskResult], report: dict[str, Any]) -> None:
+    """Write the three files, each in one piece: a file that is there is whole.
+
+    Args:
+        samples: the table of :func:`samples_table`.
+        results: each task's figures.
+        report: what else results.json says, ``settings`` and the like.
+    """
+    import pyarrow.parquet as pq
+
+    tasks = {name: dataclasses.asdict(result) for name, result in results.items()}
+    with _Replacing(folder / "samples.parquet") as path:
+        pq.write_table(samples, path)
+    with _Replacing(folder / "results.json") as path:
+        path.write_text(json.dumps({"tasks": tasks, **report}, indent=2, allow_nan=False) + "\n")
+    with _Replacing(folder / "accuracy.json") as path:
+        accuracies = {name: result.accuracy for name, result in results.items()}
+        path.write_text(json.dumps(accuracies, indent=4, allow_nan=False) + "\n")
+
+
+class _Replacing:
+    """Gives a path to write to that takes the place of the real one when all went well."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+    def __enter__(self) -> Path:
+        return self.temporary
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        if kind is None:
+            os.replace(self.temporary, self.path)
+        else:
+            self.temporary.unlink(missing_ok=True)
+
+
+def format_table(results: dict[str, TaskResult]) -> str:
+    """The accuracies as lines of text."""
+    width = max(len("task"), *map(len, results))
+    lines = [f"{'task':<{width}}  accuracy  std. error   pairs  ties  left out  cut"]
+    for name, result in results.items():
+        accuracy = f"{math.nan if result.accuracy is None else result.accuracy:.4f}"
+        error = f"{math.nan if result.standard_error is None else result.standard_error:.4f}"
+        cut = result.cut_clips + result.context_cut_clips
+        lines.append(
+            f"{name:<{width}}  {accuracy:>8}  {error:>10}  {result.pairs:>6}  {result.ties:>4}  "
+            f"{len(result.left_out):>8}  {cut:>3}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,82 @@
+"""Negative log-likelihoods of id sequences under a transformers causal language model.
+
+Sequences are sorted by length and right-padded into batches. Attention is causal, so what stands to the right of a
+sequence changes nothing in it and no mask is needed. Only the hidden states of real targets go through the output head,
+a block of :data:`LOGITS_BLOCK` at a time: with 136,450 columns the fp32 logits of a batch would not fit into memory.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from torchtitan.tools.errors import UserError
+
+LOGITS_BLOCK = 512
+
+
+@torch.inference_mode()
+def score(
+    model: Any,
+    sequences: Sequence[torch.Tensor],
+    batch_size: int = 16,
+    on_progress: Callable[[int], Any] | None = None,
+) -> list[torch.Tensor]:
+    """The negative log-likelihood of every id after a sequence's first.
+
+    Equal sequences are computed once and get the same bits, so equal clips tie exactly, whatever batch they are in.
+
+    Args:
+        model: a transformers causal language model whose logits are its output embedding applied to its hidden states.
+        sequences: int64 ids [L], L >= 2.
+        batch_size: sequences in one forward pass. It changes the results by rounding only (1e-5 in fp32).
+        on_progress: called with the number of sequences done since the last call.
+
+    Returns:
+        for each sequence, in the given order, float32 [L - 1] on the CPU, in nats.
+
+    Raises:
+        UserError: the model computes its logits in another way, by scaling or capping them.
+    """
+    places: dict[bytes, list[int]] = {}  # equal sequences, by content
+    for i, ids in enumerate(sequences):
+        places.setdefault(ids.numpy().tobytes(), []).append(i)
+    groups = sorted(places.values(), key=lambda group: (-len(sequences[group[0]]), group[0]))
+    scores: dict[int, torch.Tensor] = {}
+    for start in range(0, len(groups), batch_size):
+        batch = groups[start : start + batch_size]
+        if start == 0:
+            _require_plain_head(model, sequences[batch[0][0]][:8])
+        results = _score_batch(model, [sequences[group[0]] for group in batch])
+        for group, result in zip(batch, results, strict=True):
+            scores.update((i, result) for i in group)
+        if on_progress is not None:
+            on_progress(sum(len(group) for group in batch))
+    return [scores[i] for i in range(len(sequences))]
+
+
+def _score_batch(model: Any, sequences: list[torch.Tensor]) -> list[torch.Tensor]:
+    device = model.get_input_embeddings().weight.device
+    lengths = [len(ids) - 1 for ids in sequences]
+    padded = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True).to(device)  # 0 is an id like any other
+    valid = torch.arange(max(lengths), device=device) < torch.tensor(lengths, device=device)[:, None]
+    hidden = model.base_model(input_ids=padded[:, :-1], use_cache=False).last_hidden_state[valid]  # [targets, D]
+    targets = padded[:, 1:][valid]
+    head = model.get_output_embeddings()
+    nll = torch.empty(len(targets), dtype=torch.float32, device=device)
+    for start in range(0, len(targets), LOGITS_BLOCK):
+        block = slice(start, start + LOGITS_BLOCK)
+        logits = head(hidden[block]).float()  # [<= LOGITS_BLOCK, V]
+        nll[block] = logits.logsumexp(dim=-1) - logits.gather(1, targets[block, None])[:, 0]
+    return list(nll.cpu().split(lengths))
+
+
+def _require_plain_head(model: Any, ids: torch.Tensor) -> None:
+    ids = ids[None].to(model.get_input_embeddings().weight.device)
+    expected = model(input_ids=ids, use_cache=False).logits.float()
+    found = model.get_output_embeddings()(model.base_model(input_ids=ids, use_cache=False).last_hidden_state).float()
+    if not torch.allclose(found, expected, rtol=1e-2, atol=1e-2, equal_nan=True):
+        raise UserError(
+            f"The model ({type(model).__name__}) does more to its logits than apply its output embedding; "
+            "the evaluations can score a plain head only."
+        )
