@@ -72,6 +72,9 @@ class Inputs:
     codec: Codec
     train_data: tuple[Source, list[str]]
     validation_data: tuple[Source, list[str]] | None
+    checkpoints: CheckpointManager
+    latest: Path | None  # checkpoint to resume from
+    initial: Path | None  # checkpoint to start from where there is none to resume from
 
 
 @dataclass
@@ -84,7 +87,6 @@ class Trainer:
     optimizer: torch.optim.Optimizer
     loader: SpeechDataLoader
     validator: Validator | None
-    checkpoints: CheckpointManager
     metrics: MetricsLogger
     autocast: AbstractContextManager
     step: int = 0
@@ -106,23 +108,42 @@ def find_inputs(config: JobConfig) -> Inputs:
     if config.validation.enabled:
         source = find_source(config.validation.dataset)
         validation_data = (source, find_files(source, config.validation.dataset_path))
-    model = config.model
-    codec = Codec.load(model.audio_tokenizer, model.num_quantizers, model.codec_padding, model.codec_window)
+    model, saving = config.model, config.checkpoint
     folder = Path(config.job.dump_folder) / run_name(config)
-    return Inputs(config, folder, BaseModel.load(model), codec, train_data, validation_data)
+    checkpoints = CheckpointManager(folder / saving.folder, saving.keep_latest_k)
+    latest = checkpoints.latest(saving.load_step) if saving.enable_checkpoint else None
+    initial = find_checkpoint(saving.initial_load_path) if saving.initial_load_path and latest is None else None
+    if (resumed := latest or (None if saving.initial_load_model_only else initial)) is not None:
+        require_same_ranks(resumed)
+    codec = Codec.load(model.audio_tokenizer, model.num_quantizers, model.codec_padding, model.codec_window)
+    return Inputs(
+        config, folder, BaseModel.load(model), codec, train_data, validation_data, checkpoints, latest, initial
+    )
+
+
+def require_same_ranks(checkpoint: Path) -> None:
+    """Refuse to resume a checkpoint that was made by another number of ranks.
+
+    Raises:
+        UserError: the numbers differ.
+    """
+    ranks = len(read_state(checkpoint)["ranks"])
+    if ranks != world_size():
+        raise UserError(
+            f"{checkpoint}: it was made by {ranks} ranks and holds their places in the data, so it cannot be resumed "
+            f"by {world_size()}; start a new run from its weights with checkpoint.initial_load_path."
+        )
 
 
 def build(inputs: Inputs) -> Trainer:
     """Make the parts of a run, and bring them to where its latest checkpoint left off; called by all ranks."""
     config, base = inputs.config, inputs.base
     device = init_distributed(config.comm)
-    checkpoints = CheckpointManager(inputs.folder / config.checkpoint.folder, config.checkpoint.keep_latest_k)
-    latest = checkpoints.latest(config.checkpoint.load_step) if config.checkpoint.enable_checkpoint else None
-    latest = broadcast_object(latest)
+    latest = broadcast_object(inputs.latest)  # which another rank may have seen a moment later
     seed_everything(config, latest)
 
     model = build_model(config, base, device)
-    start = latest or config.checkpoint.initial_load_path
+    start = latest or inputs.initial
     if start is None and config.model.pretrained:
         load_hf(model, base.folder, base.known_vocab_size)
     elif start is None:
@@ -142,9 +163,9 @@ def build(inputs: Inputs) -> Trainer:
     # One rank has no FSDP to cast its parameters.
     dtype = DTYPES[config.training.mixed_precision_param]
     autocast = torch.autocast(device.type, dtype) if world_size() == 1 and dtype != torch.float32 else nullcontext()
-    trainer = Trainer(inputs, device, model, optimizer, loader, validator, checkpoints, metrics, autocast)
+    trainer = Trainer(inputs, device, model, optimizer, loader, validator, metrics, autocast)
     if start is not None:
-        load(trainer, find_checkpoint(start), weights_only=latest is None and config.checkpoint.initial_load_model_only)
+        load(trainer, start, weights_only=latest is None and config.checkpoint.initial_load_model_only)
     logger.info(
         "%s: %s parameters, %d ranks on %s, %d rows a step, run folder %s",
         run_name(config),
@@ -226,11 +247,6 @@ def load(trainer: Trainer, checkpoint: Path, weights_only: bool) -> None:
     if weights_only:
         logger.info("weights loaded from %s", checkpoint)
         return
-    if len(state["ranks"]) != world_size():
-        raise UserError(
-            f"{checkpoint}: it was made by {len(state['ranks'])} ranks and holds their places in the data, so it "
-            f"cannot be resumed by {world_size()}; start a new run from its weights with checkpoint.initial_load_path."
-        )
     seed = state["config"]["training"]["seed"]
     if seed != trainer.inputs.config.training.seed:
         logger.warning("the checkpoint was made with seed %s: from here on the order of the data is another", seed)
@@ -253,7 +269,7 @@ def save(trainer: Trainer) -> None:
         "config": to_dict(config),
         "validation": asdict(trainer.validation) if trainer.validation else None,
     }
-    path = trainer.checkpoints.save(
+    path = trainer.inputs.checkpoints.save(
         trainer.step,
         trainer.model,
         None if weights_only else trainer.optimizer,

@@ -87,6 +87,7 @@ def _read(source: str | Path | bytes, max_seconds: float | None, name: str) -> t
         # libsndfile tries a resource fork and a file's name last and reports that attempt when nothing fits.
         if reason.startswith(("Error : bad data", "Error : bad map", "Error : bad resource", "File does not exist")):
             reason = "Format not recognised"
+        reason = reason.removeprefix("Error : ")
         raise AudioError(f"{name}: not a readable audio file ({reason}).") from None
     expected = declared if wanted < 0 else min(declared, wanted)
     # The length of an MP3 is an estimate; every other format states it.

@@ -236,4 +236,5 @@ class HuggingFaceDataset:
         audio = values.get(self.source.audio) or {}
         name = values.get("id") or audio.get("path") or ""
         key = f"{path}:{index}" + (f" ({name})" if name else "")
-        return Row(key, audio.get("bytes") or audio.get("path"), values.get(self.source.text))
+        recording = audio.get("bytes")
+        return Row(key, audio.get("path") if recording is None else recording, values.get(self.source.text))

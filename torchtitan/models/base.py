@@ -8,6 +8,7 @@ from typing import Any
 from torchtitan.audio.token_stream import TokenStream, extend_tokenizer, quantizers_in
 from torchtitan.config_manager import Model
 from torchtitan.models.llama3.args import Llama3Args, read_config
+from torchtitan.models.llama3.weights import SafetensorsFolder
 from torchtitan.models.speech_lm import PUBLISHED_CONVENTIONS, require_model_folder
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.logging import logger
@@ -38,7 +39,8 @@ class BaseModel:
         """Read a base model by hub name or folder, extend its vocabulary, or check it if it has the audio tokens.
 
         Raises:
-            UserError: the model is missing, is no Llama, has no tokenizer, or has audio tokens for another Q.
+            UserError: the model is missing, is no Llama, has no tokenizer, no weights where they are wanted, or audio
+                tokens for another Q.
         """
         from transformers import AutoTokenizer
 
@@ -50,6 +52,8 @@ class BaseModel:
         except (OSError, ValueError, KeyError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise UserError(f"{config.name}: no tokenizer could be loaded from there ({reason}).") from None
+        if config.pretrained:
+            SafetensorsFolder(folder)
         known = len(tokenizer)
         if quantizers_in(tokenizer):
             _compare_conventions(config, hf_config)

@@ -1,0 +1,225 @@
+"""The trainer from its command line: resuming, conversion, continuing a converted model, refusals."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from torchtitan import train
+from torchtitan.components.checkpoint import find_checkpoint, load_full_parameters, read_state
+from torchtitan.models.llama3.args import Llama3Args
+from torchtitan.models.llama3.model import Llama3
+
+ROOT = Path(__file__).resolve().parent.parent
+STEPS, CUT = 6, 3
+
+
+@pytest.fixture
+def arguments(make_base_model, mimi_folder, speech_folder):
+    """Arguments of a run of a few steps on small parts, with accumulation, validation and checkpoints."""
+
+    def make(folder: Path, ranks: int = 1, *more: str) -> list[str]:
+        return [
+            *("--job.dump_folder", str(folder), "--job.wandb_run_name", "run"),
+            *("--model.name", str(make_base_model()), "--model.audio_tokenizer", str(mimi_folder)),
+            *("--training.dataset_path", str(speech_folder / "peoples_speech")),
+            *("--training.steps", str(STEPS), "--training.seq_len", "128", "--training.local_batch_size", "2"),
+            *("--training.global_batch_size", str(4 * ranks), "--training.mixed_precision_param", "float32"),
+            *("--validation.enabled", "--validation.dataset_path", str(speech_folder / "librispeech_asr")),
+            *("--validation.freq", "2", "--validation.seq_len", "128", "--validation.local_batch_size", "2"),
+            *("--checkpoint.enable_checkpoint", "--checkpoint.interval", str(CUT)),
+            *("--metrics.log_freq", "1", "--lr_scheduler.warmup_steps", "2", *more),
+        ]
+
+    return make
+
+
+def launch(arguments: list[str], ranks: int) -> None:
+    """Run the trainer: in this process for one rank, under torchrun for several."""
+    if ranks == 1:
+        assert train.main(arguments) == 0
+        return
+    torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--master_port=0"]
+    command = [*torchrun, "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "-m", "torchtitan.train", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def figures(folder: Path) -> dict[tuple[int, str], float]:
+    """Every loss, norm and rate of a run, by step and name."""
+    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    kept = ("loss", "grad_norm", "lr", "validation/loss", "validation/loss_q3")
+    return {(line["step"], name): line[name] for line in lines for name in kept if name in line}
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(arguments, tmp_path, ranks):
+    whole = tmp_path / "whole"
+    launch(arguments(whole, ranks), ranks)
+    # The same run as if it had been cut off after the first checkpoint.
+    cut = tmp_path / "cut"
+    shutil.copytree(whole / "run" / "checkpoint" / f"step-{CUT}", cut / "run" / "checkpoint" / f"step-{CUT}")
+    launch(arguments(cut, ranks), ranks)
+
+    expected = {key: value for key, value in figures(whole).items() if key[0] > CUT}
+    assert len(expected) == (STEPS - CUT) * 3 + 2 * 2
+    assert figures(cut) == expected
+    before, after = (load_full_parameters(find_checkpoint(folder / "run")) for folder in (whole, cut))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_the_converted_model_gives_the_trainers_logits(arguments, tmp_path, mimi_folder):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from scripts.convert_dcp_to_hf import convert
+    from torchtitan.audio.token_stream import TokenStream
+
+    launch(arguments(tmp_path), 1)
+    checkpoint = find_checkpoint(tmp_path / "run")
+    folder = convert(checkpoint, tmp_path / "hf", torch.float32)
+
+    args = Llama3Args(**read_state(checkpoint)["model_args"])
+    ours = Llama3(args).eval()
+    ours.reset_buffers(128, torch.device("cpu"))
+    ours.load_state_dict(load_full_parameters(checkpoint), strict=False)
+    theirs, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    assert theirs.config.vocab_size == len(tokenizer) == args.vocab_size
+    assert TokenStream.from_tokenizer(tokenizer).num_quantizers == theirs.config.num_quantizers == 4
+    assert theirs.config.audio_tokenizer == str(mimi_folder)
+    ids = torch.randint(0, args.vocab_size, (2, 100), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids), theirs(ids).logits, atol=1e-4, rtol=0)
+
+
+def test_a_model_with_audio_tokens_is_continued_not_extended(arguments, tmp_path):
+    from scripts.convert_dcp_to_hf import convert
+
+    launch(arguments(tmp_path), 1)
+    folder = convert(tmp_path / "run", tmp_path / "hf", torch.float32)
+    # With a rate of nearly 0 the first step reports the loss of the loaded weights.
+    more = ("--model.name", str(folder), "--training.steps", "1", "--optimizer.lr", "1e-20")
+    launch(arguments(tmp_path / "further", 1, *more), 1)
+    after = figures(tmp_path / "further")[(1, "validation/loss")]
+    assert after == pytest.approx(figures(tmp_path)[(STEPS, "validation/loss")], abs=1e-5)
+    assert read_state(find_checkpoint(tmp_path / "further" / "run"))["model_args"]["vocab_size"] == 258 + 8192 + 2
+
+
+def test_weights_of_another_run_are_a_start_not_a_resumption(arguments, tmp_path):
+    launch(arguments(tmp_path), 1)
+    start = ("--checkpoint.initial_load_path", str(tmp_path / "run" / "checkpoint"), "--optimizer.lr", "1e-20")
+    launch(arguments(tmp_path / "new", 1, *start, "--training.steps", "1"), 1)
+    result = figures(tmp_path / "new")
+    assert result[(1, "validation/loss")] == pytest.approx(figures(tmp_path)[(STEPS, "validation/loss")], abs=1e-5)
+
+
+def test_the_loss_falls(arguments, tmp_path):
+    launch(arguments(tmp_path, 1, "--optimizer.lr", "3e-3", "--training.steps", "20"), 1)
+    losses = figures(tmp_path)
+    assert losses[(20, "validation/loss")] < losses[(2, "validation/loss")] - 0.5
+
+
+def test_accumulation_does_not_change_the_update(arguments, tmp_path):
+    """The same rows in one microbatch of 4 and in two of 2, of different lengths."""
+    launch(arguments(tmp_path / "two"), 1)
+    launch(arguments(tmp_path / "one", 1, "--training.local_batch_size", "4"), 1)
+    two, one = figures(tmp_path / "two"), figures(tmp_path / "one")
+    assert two.keys() == one.keys()
+    assert all(two[key] == pytest.approx(one[key], rel=1e-4) for key in two)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--activation_checkpoint.mode", "full"),
+        ("--optimizer.implementation", "foreach"),
+        ("--optimizer.implementation", "for-loop"),
+        ("--training.deterministic",),
+        ("--training.num_workers", "0"),
+    ],
+)
+def test_what_must_not_change_the_losses(arguments, tmp_path, options):
+    launch(arguments(tmp_path / "plain"), 1)
+    try:
+        launch(arguments(tmp_path / "other", 1, *options), 1)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    plain, other = figures(tmp_path / "plain"), figures(tmp_path / "other")
+    assert all(plain[key] == pytest.approx(other[key], rel=1e-4) for key in plain)
+
+
+def test_bf16_stays_close_to_fp32(arguments, tmp_path):
+    launch(arguments(tmp_path / "fp32"), 1)
+    launch(arguments(tmp_path / "bf16", 1, "--training.mixed_precision_param", "bfloat16"), 1)
+    fp32, bf16 = figures(tmp_path / "fp32"), figures(tmp_path / "bf16")
+    assert all(fp32[key] == pytest.approx(bf16[key], rel=0.02) for key in fp32 if key[1] == "validation/loss")
+    assert all(t.dtype == torch.float32 for t in load_full_parameters(find_checkpoint(tmp_path / "bf16" / "run")).values())
+
+
+def test_figures_reach_tensorboard_and_offline_wandb_across_a_resume(arguments, tmp_path, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    both = ("--metrics.enable_tensorboard", "--metrics.enable_wandb")
+    launch(arguments(tmp_path, 1, *both), 1)
+    shutil.rmtree(tmp_path / "run" / "checkpoint" / f"step-{STEPS}")
+    launch(arguments(tmp_path, 1, *both), 1)
+    events = EventAccumulator(str(tmp_path / "run" / "tb" / "rank0"))
+    events.Reload()
+    assert {"loss", "grad_norm", "validation/loss", "data_wait_share", "padding_share"} <= set(events.Tags()["scalars"])
+    runs = {path.name.rsplit("-", 1)[1] for path in (tmp_path / "run" / "wandb").glob("offline-run-*")}
+    assert len(runs) == 1
+
+
+def test_keep_latest_k_keeps_the_last_ones(arguments, tmp_path):
+    launch(arguments(tmp_path, 1, "--checkpoint.interval", "1", "--checkpoint.keep_latest_k", "2"), 1)
+    assert sorted(p.name for p in (tmp_path / "run" / "checkpoint").iterdir()) == ["step-5", "step-6"]
+
+
+def test_a_last_checkpoint_of_weights_alone(arguments, tmp_path):
+    only = ("--checkpoint.last_save_model_only", "--checkpoint.export_dtype", "bfloat16")
+    launch(arguments(tmp_path, 1, *only), 1)
+    assert read_state(find_checkpoint(tmp_path / "run"))["model_only"]
+    assert train.main(arguments(tmp_path, 1, *only, "--training.steps", "9")) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (("--training.stepz", "3"), "did you mean training.steps"),
+        (("--training.steps", "many"), "expected a whole number"),
+        (("--training.global_batch_size", "3"), "multiple"),
+        (("--training.dataset_path", "./nowhere"), "./nowhere"),
+        (("--training.dataset", "nothing"), "unknown data set"),
+        (("--model.audio_tokenizer", "./nowhere"), "./nowhere"),
+        (("--model.num_quantizers", "9"), "9 quantizers"),
+        (("--checkpoint.load_step", "7"), "step 7"),
+    ],
+)
+def test_wrong_input_is_one_line_before_any_process_group(arguments, tmp_path, capfd, monkeypatch, options, sentence):
+    monkeypatch.setattr(train, "init_distributed", lambda comm: pytest.fail("a process group was opened"))
+    assert train.main(arguments(tmp_path, 1, *options)) == 2
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1
+    assert sentence in lines[0]
+
+
+def test_resuming_with_another_number_of_ranks_is_refused(arguments, tmp_path, capfd, monkeypatch):
+    launch(arguments(tmp_path), 1)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert train.main(arguments(tmp_path, 2, "--training.steps", "9")) == 2
+    assert "made by 1 ranks" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_debug_config_learns_the_shipped_speech(tmp_path, ranks):
+    """Validation ends at least 0.3 nats below the entropy of the validation codes."""
+    launch(["--job.config_file", "config/debug.toml", "--job.dump_folder", str(tmp_path)], ranks)
+    (run,) = tmp_path.iterdir()
+    last = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][-1]
+    assert last["validation/loss"] < last["validation/code_entropy"] - 0.3
