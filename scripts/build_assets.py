@@ -440,6 +440,9 @@ def build_pairs(folder: Path, texts: list[str], rng: random.Random) -> None:
     write_table(folder / "tStoryCloze" / "train-00000-of-00001.parquet", far, pair_schema)
 
 
+PROMPT_SECONDS = 1.28
+
+
 def build_speech(output: Path, minutes: float, seed: int) -> None:
     """Everything under `<output>/speech`, and `<output>/prompt.flac`."""
     rng = random.Random(seed)
@@ -456,7 +459,9 @@ def build_speech(output: Path, minutes: float, seed: int) -> None:
     long_texts = [text for text in held_counting if len(text.split()) >= 5]
     build_salmon(speech / "SALMon", long_texts, 10, rng)
     build_pairs(speech, long_texts, rng)
-    soundfile.write(output / "prompt.flac", say(prompt_text, VOICES[3], "sad"), STORED_RATE)
+    # Cut off in the middle of the counting, so that there is something to continue.
+    prompt = say(prompt_text, VOICES[3], "sad")[: round(PROMPT_SECONDS * STORED_RATE)]
+    soundfile.write(output / "prompt.flac", prompt, STORED_RATE)
     size = sum(file.stat().st_size for file in speech.rglob("*.parquet"))
     print(f"speech: {size / 1e6:.2f} MB under {speech}")
 

@@ -94,8 +94,9 @@ def test_position_after_the_last_row_is_the_next_epoch(files):
     assert epoch(files)[-1][1] == Position(epoch=1)
 
 
-def test_epochs_have_different_orders(files):
-    orders = [keys(epoch(files, Position(epoch=number))) for number in range(3)]
+@pytest.mark.parametrize("chosen", [slice(None), slice(2, 3)], ids=["of files", "of rows"])
+def test_epochs_have_different_orders(files, chosen):
+    orders = [keys(epoch(files[chosen], Position(epoch=number))) for number in range(3)]
     assert len({tuple(order) for order in orders}) == 3
 
 
@@ -482,6 +483,11 @@ def test_data_without_any_readable_file_is_an_error(make_loader, tmp_path):
     damaged.write_bytes(b"PAR1 and nothing of use")
     with pytest.raises(UserError, match="holds no readable row"):
         take(make_loader([damaged], infinite=True))
+
+
+def test_rank_without_rows_has_nothing_to_validate(make_loader, tmp_path, write_rows, make_sound):
+    path = write_rows(tmp_path / "train-0.parquet", [("a", make_sound(0, 0.2), "t")])
+    assert [len(take(make_loader([path], rank=rank, world_size=2))) for rank in range(2)] == [1, 0]
 
 
 def test_no_audio_column_reaches_the_trainer(make_loader, tmp_path):

@@ -219,7 +219,7 @@ def two_ranks(bases, tmp_path_factory) -> tuple[Path, list[dict]]:
         for rank in range(2)
     ]
     try:
-        outputs = [process.communicate(timeout=300)[0] for process in ranks]
+        outputs = [process.communicate(timeout=180)[0] for process in ranks]
     finally:
         for process in ranks:
             process.kill()

@@ -156,7 +156,9 @@ def test_bf16_stays_close_to_fp32(arguments, tmp_path):
     launch(arguments(tmp_path / "bf16", 1, "--training.mixed_precision_param", "bfloat16"), 1)
     fp32, bf16 = figures(tmp_path / "fp32"), figures(tmp_path / "bf16")
     assert all(fp32[key] == pytest.approx(bf16[key], rel=0.02) for key in fp32 if key[1] == "validation/loss")
-    assert all(t.dtype == torch.float32 for t in load_full_parameters(find_checkpoint(tmp_path / "bf16" / "run")).values())
+    assert all(
+        t.dtype == torch.float32 for t in load_full_parameters(find_checkpoint(tmp_path / "bf16" / "run")).values()
+    )
 
 
 def test_figures_reach_tensorboard_and_offline_wandb_across_a_resume(arguments, tmp_path, monkeypatch):

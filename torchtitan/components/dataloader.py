@@ -148,7 +148,7 @@ class SpeechDataLoader:
         """Batches from the current state on, prepared ahead by a thread.
 
         Raises:
-            UserError: no row of a whole epoch could be used, or a file has no audio column.
+            UserError: a file has no audio column, or, if infinite, no row of a whole epoch could be used.
         """
         ready: queue.Queue[Batch | BaseException | None] = queue.Queue(PREFETCH_BATCHES)
         stopped = threading.Event()
@@ -231,10 +231,10 @@ class SpeechDataLoader:
                 read, position = read + 1, following
                 yield row, following
             position = Position(epoch=epoch + 1)
-            if from_start and read == 0:
-                raise UserError("the data set holds no readable row for this rank.")
             if not self.infinite:
                 return
+            if from_start and read == 0:
+                raise UserError("the data set holds no readable row for this rank.")
             used, unused = (used, unused + read) if self._num_used() == used else (self._num_used(), 0)
             if unused > ahead + read:
                 raise UserError("no row of a whole epoch could be used; the log names each one's reason.")
@@ -297,6 +297,8 @@ class SpeechDataLoader:
             if not text:
                 raise AudioError("the row has no transcription, which task tts needs.")
             text_ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            if any(i >= self.stream.base_size for i in text_ids):
+                raise AudioError("the transcription contains the name of an audio token.")
         fitting = self.stream.max_frames(self.seq_len, len(text_ids))
         if fitting < 1:
             raise AudioError(f"a transcription of {len(text_ids)} ids leaves no room for audio in {self.seq_len} ids.")

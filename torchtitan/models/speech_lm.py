@@ -59,6 +59,7 @@ class SpeechLM:
             UserError: the folder or hub id does not exist, is no causal language model, has no audio tokens, its
                 codec cannot be loaded, or there is no such device.
         """
+        from safetensors import SafetensorError
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
         quiet_transformers()
@@ -75,7 +76,7 @@ class SpeechLM:
             tokenizer = AutoTokenizer.from_pretrained(model_name, revision=revision)
             stream = TokenStream.from_tokenizer(tokenizer, getattr(config, "num_quantizers", None))
             model = AutoModelForCausalLM.from_pretrained(model_name, dtype=dtype, revision=revision)
-        except (OSError, KeyError) as error:
+        except (OSError, KeyError, SafetensorError) as error:
             reason = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
             raise UserError(f"{model_name}: no language model could be loaded from there ({reason}).") from None
         rows = model.get_input_embeddings().weight.shape[0]

@@ -135,7 +135,10 @@ class Llama3(nn.Module):
     def __init__(self, args: Llama3Args):
         super().__init__()
         self.args = args
-        self.tok_embeddings = nn.Embedding(args.padded_vocab_size, args.dim)
+        # With the weight given, nn.Embedding draws no values of its own: on the meta device that imports torch._dynamo,
+        # which takes seconds.
+        size = (args.padded_vocab_size, args.dim)
+        self.tok_embeddings = nn.Embedding(*size, _weight=torch.empty(size))
         self.layers = nn.ModuleDict({str(i): TransformerBlock(args) for i in range(args.n_layers)})
         self.norm = RMSNorm(args.dim, args.norm_eps)
         self.output = OutputHead(args)
