@@ -101,7 +101,7 @@ def run(options: Options) -> list[Path]:
         how = "ended by itself" if continuation.ended else f"stopped at the bound of {max_frames} frames in all"
         print(f"continuation: {frames} frames, {frames / FRAME_RATE:.2f} s, {how}; {path} written")
     seconds = sum(continuation.codes.shape[1] for continuation in continuations) / FRAME_RATE
-    print(f"speed: {seconds:.2f} s of new speech in {elapsed:.2f} s, real-time factor {seconds / elapsed:.2f}")
+    print(f"speed: {seconds:.2f} s of new speech in {elapsed:.2f} s, {seconds / elapsed:.2f} times real time")
     return outputs
 
 
