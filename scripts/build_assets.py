@@ -29,6 +29,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -992,7 +993,8 @@ def train_decoder(model: MimiModel, teacher: Teacher, steps: int) -> None:
     for step in bar:
         _, clean, _ = teacher.batch(6, 24, augment=False)
         with torch.no_grad():
-            codes = model.encode(clean[:, None], num_quantizers=4 if step % 2 else 8).audio_codes
+            encoded: Any = model.encode(clean[:, None], num_quantizers=4 if step % 2 else 8)
+            codes = encoded.audio_codes
             latents = model.quantizer.decode(codes)
         made = decoder(latents).audio_values[:, 0]
         loss = spectral_loss(made, clean)
@@ -1059,7 +1061,8 @@ def load_clips(paths: Iterable[Path]) -> list[torch.Tensor]:
 @torch.no_grad()
 def encode_clips(model: MimiModel, clips: list[torch.Tensor]) -> list[torch.Tensor]:
     """Codes [T, 4] of each clip by itself."""
-    return [model.encode(clip[None, None], num_quantizers=4).audio_codes[0].T for clip in clips]
+    encoded: list[Any] = [model.encode(clip[None, None], num_quantizers=4) for clip in clips]
+    return [one.audio_codes[0].T for one in encoded]
 
 
 def entropies(codes: torch.Tensor) -> list[float]:
