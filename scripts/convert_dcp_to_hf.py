@@ -62,7 +62,7 @@ def main(
 def command() -> None:
     import tyro
 
-    tyro.cli(main, description=__doc__)
+    tyro.cli(main, description=__doc__, use_underscores=True)
 
 
 if __name__ == "__main__":

@@ -225,3 +225,18 @@ def test_the_debug_config_learns_the_shipped_speech(tmp_path, ranks):
     (run,) = tmp_path.iterdir()
     last = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][-1]
     assert last["validation/loss"] < last["validation/code_entropy"] - 0.3
+
+
+def test_the_way_back_from_hugging_face_format(arguments, tmp_path):
+    """Trained, converted, converted back: the same weights, and the same codec conventions."""
+    from scripts.convert_dcp_to_hf import convert as to_hf
+    from scripts.convert_hf_to_dcp import convert as to_dcp
+
+    launch(arguments(tmp_path, 1, "--model.codec_padding", "aligned"), 1)
+    step = to_dcp(str(to_hf(tmp_path / "run", tmp_path / "hf", torch.float32)), tmp_path / "back")
+    before, after = load_full_parameters(find_checkpoint(tmp_path / "run")), load_full_parameters(step)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert read_state(step)["config"]["model"]["codec_padding"] == "aligned"
+    start = ("--checkpoint.initial_load_path", str(tmp_path / "back"), "--training.steps", "1")
+    launch(arguments(tmp_path / "new", 1, *start), 1)

@@ -116,9 +116,9 @@ def find_inputs(config: JobConfig) -> Inputs:
     if (resumed := latest or (None if saving.initial_load_model_only else initial)) is not None:
         require_same_ranks(resumed)
     codec = Codec.load(model.audio_tokenizer, model.num_quantizers, model.codec_padding, model.codec_window)
-    return Inputs(
-        config, folder, BaseModel.load(model), codec, train_data, validation_data, checkpoints, latest, initial
-    )
+    base = BaseModel.load(model)
+    base.warn_of_other_conventions(model)
+    return Inputs(config, folder, base, codec, train_data, validation_data, checkpoints, latest, initial)
 
 
 def require_same_ranks(checkpoint: Path) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torchtitan.audio.token_stream import TokenStream, extend_tokenizer, quantizers_in
+from torchtitan.audio.token_stream import TokenStream, extend_tokenizer
 from torchtitan.config_manager import Model
 from torchtitan.models.llama3.args import Llama3Args, read_config
 from torchtitan.models.llama3.weights import SafetensorsFolder
@@ -26,6 +26,7 @@ class BaseModel:
         args: sizes, the audio tokens included.
         known_vocab_size: rows of its embedding that its weights hold; the rest is new.
         tokenizer: with the audio tokens.
+        hf_config: its config.json as it is.
     """
 
     folder: Path
@@ -33,6 +34,7 @@ class BaseModel:
     known_vocab_size: int
     tokenizer: Any
     stream: TokenStream
+    hf_config: dict[str, Any]
 
     @classmethod
     def load(cls, config: Model) -> "BaseModel":
@@ -55,13 +57,29 @@ class BaseModel:
         if config.pretrained:
             SafetensorsFolder(folder)
         known = len(tokenizer)
-        if quantizers_in(tokenizer):
-            _compare_conventions(config, hf_config)
         stream = extend_tokenizer(tokenizer, config.num_quantizers)
         if config.flavor == "debug":
             args = Llama3Args(vocab_size=stream.vocab_size)
         args = replace(args, vocab_size=len(tokenizer))
-        return cls(folder, args, known, tokenizer, stream)
+        return cls(folder, args, known, tokenizer, stream, hf_config)
+
+    @property
+    def is_speech_model(self) -> bool:
+        """Whether it had the audio tokens before."""
+        return self.known_vocab_size == self.args.vocab_size
+
+    def warn_of_other_conventions(self, config: Model) -> None:
+        """Warn when a speech model is trained further on codes that are made in another way than before."""
+        for key, default in PUBLISHED_CONVENTIONS.items():
+            before, now = self.hf_config.get(key, default), getattr(config, key)
+            if self.is_speech_model and before != now:
+                logger.warning(
+                    "%s was trained with model.%s = %s, this run uses %s: their codes differ.",
+                    config.name,
+                    key,
+                    json.dumps(before),
+                    json.dumps(now),
+                )
 
 
 def _fetch(name: str, weights: bool) -> Path:
@@ -77,17 +95,3 @@ def _fetch(name: str, weights: bool) -> Path:
     except (OSError, HfHubHTTPError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{name}: the model cannot be downloaded ({reason}).") from None
-
-
-def _compare_conventions(config: Model, hf_config: dict[str, Any]) -> None:
-    """Warn when a speech model is trained further on codes that are made in another way than before."""
-    for key, default in PUBLISHED_CONVENTIONS.items():
-        before, now = hf_config.get(key, default), getattr(config, key)
-        if before != now:
-            logger.warning(
-                "%s was trained with model.%s = %s, this run uses %s: their codes differ.",
-                config.name,
-                key,
-                json.dumps(before),
-                json.dumps(now),
-            )
