@@ -200,9 +200,12 @@ def summarize(
     print(f"validation loss    {validation:.2f} on clips that were not trained on; who only knows how often each code")
     print(f"                   occurs in them reaches {entropy:.2f}, so the context gives away the rest")
     for script, folder in BENCHMARKS.items():
-        for file in sorted((results / folder).glob("**/accuracy.json")):
-            for task, accuracy in json.loads(file.read_text()).items():
-                print(f"{script:<19}{task}: {100 * accuracy:.1f} % of the pairs right (chance: 50)")
+        for file in sorted((results / folder).glob("**/results.json")):
+            for task, result in json.loads(file.read_text())["tasks"].items():
+                accuracy, error = 100 * result["accuracy"], 100 * result["standard_error"]
+                print(
+                    f"{script:<19}{task}: {accuracy:.0f} ± {error:.0f} % of {result['pairs']} pairs right (chance: 50)"
+                )
     print(f"model              {model}  (Hugging Face format)")
     print(f"prompt + speech    {wav}")
     print(f"loss curve         {curve}")

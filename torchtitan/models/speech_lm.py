@@ -85,8 +85,13 @@ class SpeechLM:
                 f"{model_name}: the model has {rows:,} embeddings, its tokenizer {stream.vocab_size:,} ids."
             )
         conventions = conventions_of(config)
+        codec_name = audio_tokenizer or conventions["audio_tokenizer"]
+        if codec_name.startswith((".", "/", "~")) and not Path(codec_name).expanduser().is_dir():
+            raise UserError(
+                f"{codec_name}: there is no such codec folder; name the model's codec with --audio_tokenizer."
+            )
         codec = Codec.load(
-            audio_tokenizer or conventions["audio_tokenizer"],
+            codec_name,
             stream.num_quantizers,
             conventions["codec_padding"],
             conventions["codec_window"],
