@@ -30,6 +30,8 @@ def convert(checkpoint: Path, output: Path, dtype: torch.dtype) -> Path:
         raise UserError(f"{output}: there is something already; give another --output or remove it.")
     step = find_checkpoint(checkpoint)
     state = read_state(step)
+    if not (step / HF_FOLDER).is_dir():
+        raise UserError(f"{step}: its folder {HF_FOLDER}/ with config.json and tokenizer is missing.")
     partial = output.with_name(output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(step / HF_FOLDER, partial)

@@ -156,8 +156,35 @@ def test_no_audio_column(tmp_path):
 
     path = tmp_path / "train-0.parquet"
     pq.write_table(pa.table({"id": ["a"], "sound": ["b"]}), path)
-    with pytest.raises(UserError, match=r"there is no column 'audio' \(columns: \['id', 'sound'\]\)"):
-        epoch([str(path)])
+    with pytest.raises(UserError, match=r"there is no column 'audio' \(columns: id, sound\)"):
+        find_files(find_source("peoples_speech"), str(tmp_path))
+
+
+def test_folders_inside_of_the_layout_links_and_whole_words(tmp_path, make_sound, write_rows):
+    rows = [("a", make_sound(0, 0.1), "t")]
+    for name in ("elsewhere/clean/test/0000.parquet", "data/latest/train-0.parquet", "data/test/train-0.parquet"):
+        write_rows(tmp_path / name, rows)
+    test = find_source("librispeech_asr_test")
+    for root in ("elsewhere", "elsewhere/clean", "elsewhere/clean/test"):
+        assert [Path(file).name for file in find_files(test, str(tmp_path / root))] == ["0000.parquet"]
+    write_rows(tmp_path / "disk" / "train-1.parquet", rows)
+    (tmp_path / "data" / "linked").symlink_to(tmp_path / "disk")
+    found = find_files(find_source("mixture"), str(tmp_path / "data"))
+    assert [Path(file).relative_to(tmp_path / "data").as_posix() for file in found] == [
+        "latest/train-0.parquet",
+        "linked/train-1.parquet",
+    ]
+
+
+def test_audio_may_be_named_relative_to_its_table(tmp_path, make_sound):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    (tmp_path / "a.flac").write_bytes(make_sound(0, 0.1))
+    path = tmp_path / "train-0.parquet"
+    pq.write_table(pa.Table.from_pylist([{"audio": {"bytes": None, "path": "a.flac"}, "text": "t"}]), path)
+    ((row, _),) = HuggingFaceDataset(find_source("peoples_speech"), [str(path)]).epoch(Position())
+    assert row.audio == str(tmp_path / "a.flac")
 
 
 # --- which files
@@ -490,14 +517,15 @@ def test_rank_without_rows_has_nothing_to_validate(make_loader, tmp_path, write_
     assert [len(take(make_loader([path], rank=rank, world_size=2))) for rank in range(2)] == [1, 0]
 
 
-def test_no_audio_column_reaches_the_trainer(make_loader, tmp_path):
+def test_a_file_without_audio_is_left_out_and_counted(make_loader, tmp_path, write_rows, make_sound):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     path = tmp_path / "train-0.parquet"
     pq.write_table(pa.table({"id": ["a"]}), path)
-    with pytest.raises(UserError, match="there is no column 'audio'"):
-        take(make_loader([path]))
+    good = write_rows(tmp_path / "train-1.parquet", [("a", make_sound(0, 0.2), "t")])
+    (batch,) = take(make_loader([path, good]))
+    assert batch.state["counters"]["bad_files"] == 1 and batch.state["counters"]["rows"] == 1
 
 
 # --- the loader: state and threads

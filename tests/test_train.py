@@ -200,6 +200,9 @@ def test_a_last_checkpoint_of_weights_alone(arguments, tmp_path):
         (("--model.audio_tokenizer", "./nowhere"), "./nowhere"),
         (("--model.num_quantizers", "9"), "9 quantizers"),
         (("--checkpoint.load_step", "7"), "step 7"),
+        (("--training.seq_len", "100000"), "rows of at most"),
+        (("--job.dump_folder", "/proc/nowhere"), "cannot be created"),
+        (("--profiling.enable_memory_snapshot",), "CUDA"),
     ],
 )
 def test_wrong_input_is_one_line_before_any_process_group(arguments, tmp_path, capfd, monkeypatch, options, sentence):
@@ -215,6 +218,44 @@ def test_resuming_with_another_number_of_ranks_is_refused(arguments, tmp_path, c
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert train.main(arguments(tmp_path, 2, "--training.steps", "9")) == 2
     assert "made by 1 ranks" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "change", [("--training.task", "tts"), ("--model.codec_window", "full"), ("--training.seq_len", "100")]
+)
+def test_a_run_is_not_resumed_with_other_codes_or_data(arguments, tmp_path, capfd, change):
+    launch(arguments(tmp_path), 1)
+    assert train.main(arguments(tmp_path, 1, "--training.steps", "9", *change)) == 2
+    assert f"made with {change[0].removeprefix('--')}" in capfd.readouterr().err
+
+
+def test_a_finished_run_has_nothing_to_do(arguments, tmp_path):
+    launch(arguments(tmp_path, 1, "--checkpoint.last_save_model_only"), 1)
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    launch(arguments(tmp_path, 1, "--checkpoint.last_save_model_only"), 1)
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+
+
+def test_going_back_sets_later_checkpoints_aside(arguments, tmp_path):
+    launch(arguments(tmp_path), 1)
+    launch(arguments(tmp_path, 1, "--checkpoint.load_step", str(CUT), "--training.steps", "4"), 1)
+    names = sorted(path.name for path in (tmp_path / "run" / "checkpoint").iterdir())
+    assert names[:2] == ["step-3", "step-4"] and names[2].startswith("step-6.set-aside")
+
+
+def test_an_error_of_one_rank_is_in_torchruns_report(arguments, tmp_path, speech_folder):
+    """Rank 1 has one file, and it is damaged; the output of rank 1 is filtered away."""
+    data = tmp_path / "data"
+    data.mkdir()
+    for i in range(2):  # which of the two is rank 1's is up to the seed
+        (data / f"train-{i}.parquet").write_bytes(b"PAR1 and nothing of use")
+    more = ("--training.dataset_path", str(data))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--local-ranks-filter", "1"]
+    command = [*torchrun, "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "--role", "rank", "--tee", "3"]
+    command += ["-m", "torchtitan.train", *arguments(tmp_path / "out", 2, *more)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode != 0
+    assert "holds no readable row" in done.stderr
 
 
 @pytest.mark.slow

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from torchtitan.audio.codec import Codec
 from torchtitan.components.checkpoint import (
@@ -109,41 +110,74 @@ def find_inputs(config: JobConfig) -> Inputs:
         source = find_source(config.validation.dataset)
         validation_data = (source, find_files(source, config.validation.dataset_path))
     model, saving = config.model, config.checkpoint
-    folder = Path(config.job.dump_folder) / run_name(config)
+    if config.profiling.enable_memory_snapshot and not torch.cuda.is_available():
+        raise UserError("profiling.enable_memory_snapshot = true: snapshots are of CUDA memory, and there is none.")
+    folder = Path(config.job.dump_folder).expanduser() / run_name(config)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"job.dump_folder: {folder} cannot be created ({error.strerror}).") from None
     checkpoints = CheckpointManager(folder / saving.folder, saving.keep_latest_k)
     latest = checkpoints.latest(saving.load_step) if saving.enable_checkpoint else None
     initial = find_checkpoint(saving.initial_load_path) if saving.initial_load_path and latest is None else None
     if (resumed := latest or (None if saving.initial_load_model_only else initial)) is not None:
-        require_same_ranks(resumed)
+        require_same_run(resumed, config)
     codec = Codec.load(model.audio_tokenizer, model.num_quantizers, model.codec_padding, model.codec_window)
     base = BaseModel.load(model)
     base.warn_of_other_conventions(model)
+    for section in ("training", "validation"):
+        length = getattr(config, section).seq_len
+        if length > base.args.max_seq_len and (section == "training" or config.validation.enabled):
+            raise UserError(
+                f"{section}.seq_len = {length}: {model.name} was made for rows of at most {base.args.max_seq_len} ids."
+            )
     return Inputs(config, folder, base, codec, train_data, validation_data, checkpoints, latest, initial)
 
 
-def require_same_ranks(checkpoint: Path) -> None:
-    """Refuse to resume a checkpoint that was made by another number of ranks.
+# What a run cannot change on the way: where its ranks are in the data, and what a token means, would no longer hold.
+FIXED_KEYS = (
+    *(f"model.{key}" for key in ("num_quantizers", "audio_tokenizer", "codec_padding", "codec_window")),
+    *(f"training.{key}" for key in ("dataset", "dataset_path", "task", "max_seconds", "seq_len", "packing")),
+)
+
+
+def require_same_run(checkpoint: Path, config: JobConfig) -> None:
+    """Refuse to resume a checkpoint of another data set, token stream or number of ranks, or without optimizer state.
 
     Raises:
-        UserError: the numbers differ.
+        UserError: what differs.
     """
-    ranks = len(read_state(checkpoint)["ranks"])
-    if ranks != world_size():
+    state = read_state(checkpoint)
+    remedy = "start a new run (job.wandb_run_name) from its weights with checkpoint.initial_load_path."
+    if len(state["ranks"]) != world_size():
         raise UserError(
-            f"{checkpoint}: it was made by {ranks} ranks and holds their places in the data, so it cannot be resumed "
-            f"by {world_size()}; start a new run from its weights with checkpoint.initial_load_path."
+            f"{checkpoint}: it was made by {len(state['ranks'])} ranks and holds their places in the data, so it "
+            f"cannot be resumed by {world_size()}; {remedy}"
         )
+    now = to_dict(config)
+    for section, key in (name.split(".") for name in FIXED_KEYS):
+        before = state["config"][section][key]
+        if before != now[section][key]:
+            raise UserError(
+                f"{checkpoint}: it was made with {section}.{key} = {before!r}, not {now[section][key]!r}, so it cannot "
+                f"be resumed; {remedy}"
+            )
+    if state["model_only"] and state["step"] < config.training.steps:
+        raise UserError(f"{checkpoint}: it holds only weights, so the run cannot be made longer; {remedy}")
 
 
 def build(inputs: Inputs) -> Trainer:
     """Make the parts of a run, and bring them to where its latest checkpoint left off; called by all ranks."""
     config, base = inputs.config, inputs.base
     device = init_distributed(config.comm)
-    latest = broadcast_object(inputs.latest)  # which another rank may have seen a moment later
+    # Another rank may have looked a moment later, at a folder that is being written.
+    latest, initial = broadcast_object((inputs.latest, inputs.initial))
+    if config.checkpoint.load_step >= 0 and rank() == 0:
+        inputs.checkpoints.set_aside_after(config.checkpoint.load_step)
     seed_everything(config, latest)
 
     model = build_model(config, base, device)
-    start = latest or inputs.initial
+    start = latest or initial
     if start is None and config.model.pretrained:
         load_hf(model, base.folder, base.known_vocab_size)
     elif start is None:
@@ -199,13 +233,12 @@ def build_model(config: JobConfig, base: BaseModel, device: torch.device) -> Lla
     if config.training.compile:
         compile_blocks(model)
     if world_size() > 1:
-        policy = config.parallelism.fsdp_reshard_after_forward
         shard(
             model,
             init_device_mesh(device.type, (world_size(),), mesh_dim_names=("dp_shard",)),
             DTYPES[config.training.mixed_precision_param],
             DTYPES[config.training.mixed_precision_reduce],
-            reshard_after_forward=policy != "never",
+            config.parallelism.fsdp_reshard_after_forward,
         )
     longest = max(config.training.seq_len, config.validation.seq_len if config.validation.enabled else 0)
     materialize(model, device, longest)
@@ -410,9 +443,12 @@ def main(argv: list[str] | None = None) -> int:
         config = ConfigManager().parse_args(argv)
         inputs = find_inputs(config)
     except UserError as error:
-        if rank() == 0:
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # each node may lack another file
             print(f"error: {error}", file=sys.stderr)
         return 2
+    if inputs.latest and (done := read_state(inputs.latest)["step"]) >= config.training.steps:
+        logger.info("nothing to do: the run is at step %d of %d (%s)", done, config.training.steps, inputs.latest)
+        return 0
     if config.job.print_args:
         logger.info("%s", to_dict(config))
     logger.info("%s", config.job.description)
@@ -425,7 +461,11 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         if dist.is_initialized() and world_size() > 1:
-            os._exit(2)  # Other ranks may wait in a collective; torchrun ends them.
+            # Other ranks may wait in a collective: torchrun ends them, and shows this error in its report, also where
+            # this rank's output is filtered away.
+            get_error_handler().initialize()
+            get_error_handler().record_exception(error)
+            os._exit(2)
         return 2
     finally:
         if dist.is_initialized():

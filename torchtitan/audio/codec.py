@@ -17,6 +17,7 @@ over :data:`CHUNK_SECONDS` are encoded in chunks with carried state, which bound
 """
 
 import copy
+import threading
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -307,15 +308,20 @@ def _set_window(transformer: Any, window: int) -> None:
         layer.self_attn.sliding_window = window
 
 
+# The switches are the process's, and training and validation encode from threads of their own.
+_TF32_LOCK = threading.Lock()
+
+
 @contextmanager
 def _no_tf32():
     """Keep CUDA's matrix products and convolutions in full fp32, whatever the trainer allows elsewhere."""
-    matmul, cudnn = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, cudnn
+    with _TF32_LOCK:
+        matmul, cudnn = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        try:
+            yield
+        finally:
+            torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, cudnn
 
 
 def _first_line(error: Exception) -> str:

@@ -11,8 +11,10 @@ name and renamed when it is complete, so a folder called step-N is whole.
 
 import base64
 import json
+import pickle
 import re
 import shutil
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +29,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torchtitan.components.optimizer import optimizer_tensors
 from torchtitan.models.llama3.args import Llama3Args
 from torchtitan.tools.errors import UserError
+from torchtitan.tools.logging import logger
 
 STATE_FILE = "train_state.json"
 HF_FOLDER = "hf"
@@ -75,7 +78,10 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 def load_full_parameters(checkpoint: Path) -> dict[str, torch.Tensor]:
     """All parameters of a checkpoint, whole, in fp32, on the CPU; needs no process group."""
-    metadata = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    try:
+        metadata = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    except (OSError, EOFError, pickle.UnpicklingError) as error:
+        raise UserError(f"{checkpoint}: the checkpoint's .metadata is damaged ({error}).") from None
     tensors = {
         name: torch.empty(entry.size)  # type: ignore[union-attr]
         for name, entry in metadata.items()
@@ -154,6 +160,13 @@ class CheckpointManager:
         if not steps:
             return None
         return self.folder / f"step-{load_step if load_step >= 0 else steps[-1]}"
+
+    def set_aside_after(self, step: int) -> None:
+        """Rename the checkpoints after ``step``, so that a run that goes back is not overtaken by its old self."""
+        for later in (later for later in find_steps(self.folder) if later > step):
+            path = self.folder / f"step-{later}"
+            path.rename(path.with_name(f"{path.name}.set-aside-{time.time_ns()}"))
+            logger.warning("going back to step %d: %s is set aside", step, path)
 
 
 def load_checkpoint(

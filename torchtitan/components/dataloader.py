@@ -5,6 +5,9 @@ resample them (libsndfile and torchaudio release the interpreter lock), gives th
 the training device in one call, and lays out the ids. Codes are kept in memory, so that later epochs of a small data
 set and repeated validations cost no encoding.
 
+On a GPU, where equal clips in other batches may differ in a rare code, a resumed run encodes later epochs in other
+batches than one that still has their codes in memory.
+
 The position that comes with each batch is that of the last row used in it: a checkpoint taken after a batch resumes
 with the next row, whatever had been prepared ahead.
 """
@@ -40,13 +43,15 @@ class Counters:
     """What happened to the rows of one rank so far.
 
     ``rows`` were read; ``bad_rows`` of them could not be used; ``cut_rows`` lost ``cut_frames`` frames because they
-    did not fit the row length (audio past ``max_seconds`` is not counted, it is never encoded).
+    did not fit the row length (audio past ``max_seconds`` is not counted, it is never encoded); ``bad_files`` could not
+    be read to their end.
     """
 
     rows: int = 0
     bad_rows: int = 0
     cut_rows: int = 0
     cut_frames: int = 0
+    bad_files: int = 0
 
 
 @dataclass
@@ -234,7 +239,8 @@ class SpeechDataLoader:
             if not self.infinite:
                 return
             if from_start and read == 0:
-                raise UserError("the data set holds no readable row for this rank.")
+                files = ", ".join(self.dataset.files[:3]) + (", ..." if len(self.dataset.files) > 3 else "")
+                raise UserError(f"the data set holds no readable row for this rank (its files: {files}).")
             used, unused = (used, unused + read) if self._num_used() == used else (self._num_used(), 0)
             if unused > ahead + read:
                 raise UserError("no row of a whole epoch could be used; the log names each one's reason.")
@@ -259,7 +265,9 @@ class SpeechDataLoader:
             raise AudioError("the row has neither audio bytes nor a path.")
         try:
             return load_audio(row.audio, self.max_seconds, name="its audio")
-        except (RuntimeError, OSError, TypeError, OverflowError) as error:
+        except AudioError:
+            raise
+        except Exception as error:  # whatever else one recording brings about must not end the run
             raise AudioError(f"its audio: cannot be decoded ({type(error).__name__}: {error}).") from None
 
     def _encode(self, rows: list["_PendingRow"], counters: Counters) -> list[torch.Tensor]:
@@ -294,7 +302,7 @@ class SpeechDataLoader:
         """Ids of one sample, cut to the row length by whole frames of audio."""
         text_ids: list[int] = []
         if self.task == "tts":
-            if not text:
+            if not isinstance(text, str) or not text.strip():
                 raise AudioError("the row has no transcription, which task tts needs.")
             text_ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
             if any(i >= self.stream.base_size for i in text_ids):
@@ -313,6 +321,7 @@ class SpeechDataLoader:
             self._codes_bytes += 2 * codes.numel() + 200  # and the entry itself, roughly
 
     def _bad_file(self, path: str, reason: str) -> None:
+        self.counters.bad_files += 1
         self.bad_rows.add(path, f"the rest of the file is left out: {reason}")
 
 

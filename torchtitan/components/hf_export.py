@@ -26,7 +26,7 @@ def write_hf_files(folder: Path, args: Llama3Args, tokenizer: Any, stream: Token
         **args.to_hf(),
         **token_ids,
         "num_quantizers": stream.num_quantizers,
-        "audio_tokenizer": config.audio_tokenizer,
+        "audio_tokenizer": absolute_if_local(config.audio_tokenizer),
         "codec_padding": config.codec_padding,
         "codec_window": config.codec_window,
         "resampler": RESAMPLER,
@@ -92,6 +92,12 @@ Continue a spoken prompt with `python inference.py --model_name FOLDER --prompt 
 `AutoModelForCausalLM` and `AutoTokenizer`. Written by torchtitan (Llama-Mimi) {__version__}.
 """
     )
+
+
+def absolute_if_local(name: str) -> str:
+    """A local folder by its absolute path, so that it is found from any working directory; a hub name as it is."""
+    path = Path(name).expanduser()
+    return str(path.resolve()) if path.is_dir() else name
 
 
 def _name_tokenizer_class(folder: Path) -> None:

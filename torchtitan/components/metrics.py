@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from torchtitan.config_manager import JobConfig, run_name, to_dict
+from torchtitan.tools.errors import UserError
 from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import peak_flops
 
@@ -64,15 +65,22 @@ class MetricsLogger:
             if not id_file.exists():
                 id_file.parent.mkdir(parents=True, exist_ok=True)
                 id_file.write_text(secrets.token_hex(4))
-            self._wandb = wandb.init(
-                id=id_file.read_text().strip(),
-                resume="allow",
-                name=run_name(self.config),
-                project=os.environ.get("WANDB_PROJECT", "llama-mimi"),
-                entity=os.environ.get("WANDB_TEAM"),
-                dir=str(folder),
-                config=to_dict(self.config),
-            )
+            try:
+                self._wandb = wandb.init(
+                    id=id_file.read_text().strip(),
+                    resume="allow",
+                    name=run_name(self.config),
+                    project=os.environ.get("WANDB_PROJECT", "llama-mimi"),
+                    entity=os.environ.get("WANDB_TEAM"),
+                    dir=str(folder),
+                    config=to_dict(self.config),
+                )
+            except wandb.errors.Error as error:
+                reason = str(error).strip().splitlines()[0].rstrip(".")
+                raise UserError(
+                    f"metrics.enable_wandb: Weights & Biases cannot be used ({reason}); run `wandb login`, set "
+                    "WANDB_MODE=offline, or switch it off with --metrics.no-enable_wandb."
+                ) from None
 
     def add(self, tokens: int, positions: int, data_seconds: float) -> None:
         """Count a microbatch: real tokens, positions computed, and seconds waited for it."""
@@ -108,7 +116,7 @@ class MetricsLogger:
             figures["mfu"] = tflops * 1e12 / self.peak_flops
             mfu = f" ({figures['mfu']:.1%} MFU)"
         of_memory = f" ({share:.0%})" if share else ""
-        bad = f"  bad rows: {counters['bad_rows']:,}" if counters.get("bad_rows") else ""
+        bad = "".join(f"  bad {of}: {counters[f'bad_{of}']:,}" for of in ("rows", "files") if counters[f"bad_{of}"])
         logger.info(
             "%s  %s  %s  lr: %.3g  %s  %s  %s  data wait: %.1f%%  padding: %.1f%%%s",
             self._paint("step", f"step: {step}"),

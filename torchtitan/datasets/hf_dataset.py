@@ -9,14 +9,15 @@ Order of an epoch, for one rank: its files in a seeded order, their rows shuffle
 resumed run goes on with the very next row.
 """
 
+import os
 import random
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torchtitan.tools.errors import UserError
-from torchtitan.tools.logging import logger
 
 SHUFFLE_ROWS = 1024
 
@@ -28,7 +29,8 @@ class Source:
     Attributes:
         root: what to read when no ``dataset_path`` is given: a hub id, or a folder if it starts with ``./``.
         files: glob patterns of the parquet files, relative to the root.
-        exclude: parts of a path that rule a file out (held-out splits, subsets that repeat other files).
+        exclude: names of folders, or beginnings of names of files, that rule a file out (held-out splits, subsets that
+            repeat other files).
         audio: column with the recording, a struct of ``bytes`` and ``path``.
         text: column with the transcription, which only task ``tts`` needs.
         licence: as the publisher states it.
@@ -47,13 +49,13 @@ SOURCES = {
     "peoples_speech": Source(
         root="MLCommons/peoples_speech",
         files=("**/train-*.parquet",),
-        exclude=("microset/", "validation", "test"),
+        exclude=("microset", "validation", "test"),
         licence="CC BY and CC BY-SA",
     ),
     "librispeech_asr_train": Source(
         root="openslr/librispeech_asr",
         files=("**/train.*/*.parquet",),
-        exclude=("all/",),
+        exclude=("all",),
         licence="CC BY 4.0",
     ),
     "librispeech_asr_test": Source(
@@ -65,7 +67,7 @@ SOURCES = {
     "mixture": Source(
         root="./data",
         files=("**/*train*.parquet", "**/*train*/*.parquet"),
-        exclude=("microset/", "validation", "test", "dev"),
+        exclude=("microset", "validation", "test", "dev"),
     ),
 }
 ALIASES = {"all": "mixture", "librispeech_asr": "librispeech_asr_test"}
@@ -97,26 +99,59 @@ def find_files(source: Source, root: str | None = None) -> list[str]:
     folder = Path(root).expanduser()
     if folder.is_file() and folder.suffix == ".parquet":
         return [str(folder)]
+    inside = ""
     if folder.is_dir():
-        found = {str(path.relative_to(folder)) for pattern in source.files for path in folder.glob(pattern)}
+        walk = os.walk(folder, followlinks=True)
+        found = {str((Path(top) / name).relative_to(folder)) for top, _, names in walk for name in names}
         prefix = f"{folder}/"
+        # The folder may be one inside of the layout: librispeech_asr/clean, or librispeech_asr/clean/test.
+        inside = f"{folder.resolve().parent.name}/{folder.resolve().name}/"
     elif root.startswith((".", "/", "~")) or root.count("/") != 1:
         raise UserError(f"{root}: there is no such data set folder.")
     else:
-        found, prefix = _find_on_hub(root, source.files), f"hf://datasets/{root}/"
-    files = sorted(prefix + path for path in found if not any(part in path for part in source.exclude))
+        found, prefix = _find_on_hub(root), f"hf://datasets/{root}/"
+    files = sorted(prefix + path for path in found if _fits(source, path, inside))
     if not files:
         raise UserError(f"{root}: no file fits {' or '.join(source.files)} there.")
+    if folder.is_dir():
+        _require_audio(source, files[0])
     return files
 
 
-def _find_on_hub(repository: str, patterns: tuple[str, ...]) -> set[str]:
+def _fits(source: Source, path: str, inside: str) -> bool:
+    """Whether a path, relative to a root that itself lies ``inside``, belongs to a data set."""
+    if any(re.split(r"[-._]", part)[0] in source.exclude for part in path.split("/")):
+        return False
+    # "**/" is any number of folders, "*" any name or part of one.
+    patterns = [re.escape(p).replace(r"\*\*/", "(?:.*/)?").replace(r"\*", "[^/]*") for p in source.files]
+    parent, name, _ = inside.split("/") if inside else ("", "", "")
+    return any(
+        re.fullmatch(pattern, candidate)
+        for pattern in patterns
+        for candidate in (path, f"{name}/{path}", f"{parent}/{name}/{path}")
+    )
+
+
+def _require_audio(source: Source, file: str) -> None:
+    """Refuse a data set whose first file has no audio column; a file that cannot be read is left to the loader."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        columns = pyarrow.parquet.read_schema(file).names
+    except (OSError, pyarrow.ArrowException):
+        return
+    if source.audio not in columns:
+        raise UserError(f"{file}: there is no column {source.audio!r} (columns: {', '.join(columns)}).")
+
+
+def _find_on_hub(repository: str) -> set[str]:
     from huggingface_hub import HfFileSystem
     from huggingface_hub.errors import HfHubHTTPError
 
     prefix = f"datasets/{repository}/"
     try:
-        return {path.removeprefix(prefix) for p in patterns for path in HfFileSystem().glob(prefix + p)}  # type: ignore[union-attr]
+        return {path.removeprefix(prefix) for path in HfFileSystem().find(prefix)}  # type: ignore[union-attr]
     except (OSError, HfHubHTTPError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{repository}: the data set cannot be read from the hub ({reason}).") from None
@@ -220,15 +255,12 @@ class HuggingFaceDataset:
             rows: Any = load_dataset("parquet", data_files=[path], split="train", streaming=True)
             columns = set(rows.features or {})
             if self.source.audio not in columns:
-                raise UserError(f"{path}: there is no column {self.source.audio!r} (columns: {sorted(columns)}).")
+                raise ValueError(f"there is no column {self.source.audio!r}, only {', '.join(sorted(columns))}")
             rows = rows.select_columns([c for c in ("id", self.source.audio, self.source.text) if c in columns])
             rows = rows.cast_column(self.source.audio, Audio(decode=False))
             yield from enumerate(rows.skip(first) if first else rows, start=first)
-        except UserError:
-            raise
         except Exception as error:  # whatever a damaged file or a failing hub raises ends this file, not the epoch
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            logger.warning("%s cannot be read (any further): %s", path, reason)
             if self.on_bad_file:
                 self.on_bad_file(path, reason)
 
@@ -237,4 +269,7 @@ class HuggingFaceDataset:
         name = values.get("id") or audio.get("path") or ""
         key = f"{path}:{index}" + (f" ({name})" if name else "")
         recording = audio.get("bytes")
-        return Row(key, audio.get("path") if recording is None else recording, values.get(self.source.text))
+        if recording is None and audio.get("path"):  # of a file, perhaps relative to the data
+            beside = Path(path).parent / audio["path"]
+            recording = str(beside) if beside.is_file() else audio["path"]
+        return Row(key, recording, values.get(self.source.text))

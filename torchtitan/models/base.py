@@ -72,7 +72,8 @@ class BaseModel:
         """Warn when a speech model is trained further on codes that are made in another way than before."""
         for key, default in PUBLISHED_CONVENTIONS.items():
             before, now = self.hf_config.get(key, default), getattr(config, key)
-            if self.is_speech_model and before != now:
+            same = before == now or (Path(before).is_dir() and Path(before).resolve() == Path(now).resolve())
+            if self.is_speech_model and not same:
                 logger.warning(
                     "%s was trained with model.%s = %s, this run uses %s: their codes differ.",
                     config.name,

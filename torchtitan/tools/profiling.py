@@ -32,8 +32,8 @@ def profile(config: Profiling, folder: Path, rank: int) -> Iterator[Any]:
     activities = [torch.profiler.ProfilerActivity.CPU]
     if torch.cuda.is_available():
         activities.append(torch.profiler.ProfilerActivity.CUDA)
-    wait = max(0, config.profile_freq - _WARMUP_STEPS - 1)
-    schedule = torch.profiler.schedule(wait=wait, warmup=_WARMUP_STEPS, active=1)
+    warmup = min(_WARMUP_STEPS, config.profile_freq - 1)
+    schedule = torch.profiler.schedule(wait=config.profile_freq - warmup - 1, warmup=warmup, active=1)
     with torch.profiler.profile(activities=activities, schedule=schedule, on_trace_ready=save) as profiler:
         yield profiler
 
@@ -44,7 +44,7 @@ def memory_snapshots(config: Profiling, folder: Path, rank: int) -> Iterator[Any
 
     Running out of memory writes one too.
     """
-    if not config.enable_memory_snapshot or not torch.cuda.is_available():
+    if not config.enable_memory_snapshot:
         yield lambda step: None
         return
     torch.cuda.memory._record_memory_history(max_entries=100_000)

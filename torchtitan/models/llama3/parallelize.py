@@ -1,6 +1,7 @@
 """Llama 3 on several devices: activation checkpointing, compile and FSDP2, applied from outside."""
 
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import nn
@@ -28,18 +29,21 @@ def shard(
     mesh: DeviceMesh,
     param_dtype: torch.dtype,
     reduce_dtype: torch.dtype,
-    reshard_after_forward: bool = True,
+    reshard: Literal["default", "always", "never"] = "default",
 ) -> None:
     """FSDP2 with one unit a block, and one for embedding, final norm and head (a tied weight must not be split).
+
+    ``reshard`` says whether parameters are freed between forward and backward pass: always, never, or (default) those
+    of the blocks but not those of the last unit, which the backward pass needs at once.
 
     The loss is divided by the targets of all ranks before the backward pass, so gradients are summed, not averaged.
     """
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype)
     for block in model.layers.values():
-        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard != "never")
     ends: list[nn.Module] = [model.tok_embeddings, model.norm, model.output]
-    fully_shard(ends, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
-    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+    fully_shard(ends, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard == "always")
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard != "never")
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)

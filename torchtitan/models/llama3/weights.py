@@ -1,7 +1,7 @@
 """Values for a Llama 3 that was built on the meta device: from Hugging Face safetensors, or random.
 
-Every parameter is filled shard by shard: a rank reads (or draws) only what it keeps, whatever the sharding. Both
-sources give the same values for any number of ranks.
+Every parameter is filled shard by shard, and from a file a rank reads only what it keeps. (Random values are drawn
+whole, one parameter at a time.) Both sources give the same values for any number of ranks.
 """
 
 import hashlib
