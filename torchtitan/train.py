@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ from torchtitan.components.lr_scheduler import lr_factor
 from torchtitan.components.metrics import MetricsLogger
 from torchtitan.components.optimizer import build_optimizer
 from torchtitan.components.validate import ValidationResult, Validator
-from torchtitan.config_manager import ConfigManager, JobConfig, accumulation_steps, check, run_name, to_dict
+from torchtitan.config_manager import ConfigManager, JobConfig, accumulation_steps, check, from_dict, run_name, to_dict
 from torchtitan.datasets.hf_dataset import HuggingFaceDataset, Source, find_files, find_source
 from torchtitan.distributed.utils import (
     broadcast_object,
@@ -154,13 +155,12 @@ def require_same_run(checkpoint: Path, config: JobConfig) -> None:
             f"{checkpoint}: it was made by {len(state['ranks'])} ranks and holds their places in the data, so it "
             f"cannot be resumed by {world_size()}; {remedy}"
         )
-    now = to_dict(config)
-    for section, key in (name.split(".") for name in FIXED_KEYS):
-        before = state["config"][section][key]
-        if before != now[section][key]:
+    saved = from_dict(state["config"])
+    for name in FIXED_KEYS:
+        before, now = attrgetter(name)(saved), attrgetter(name)(config)
+        if before != now:
             raise UserError(
-                f"{checkpoint}: it was made with {section}.{key} = {before!r}, not {now[section][key]!r}, so it cannot "
-                f"be resumed; {remedy}"
+                f"{checkpoint}: it was made with {name} = {before!r}, not {now!r}, so it cannot be resumed; {remedy}"
             )
     if state["model_only"] and state["step"] < config.training.steps:
         raise UserError(f"{checkpoint}: it holds only weights, so the run cannot be made longer; {remedy}")
