@@ -163,6 +163,52 @@ def make_base_model(tmp_path_factory, make_tokenizer) -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
+def save_speech_model(make_tokenizer) -> Callable[..., Path]:
+    """A function that writes the folder of a random Llama with audio tokens, as the converter exports one.
+
+    Args of the function:
+        folder: where to write it.
+        codec: folder of its codec.
+        num_quantizers: Q.
+        context: longest sequence of ids.
+        broken: with a weight that is NaN.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from torchtitan.audio.token_stream import extend_tokenizer
+
+    def save(folder: Path, codec: Path, num_quantizers: int = 4, context: int = 2048, broken: bool = False) -> Path:
+        tokenizer = make_tokenizer()
+        stream = extend_tokenizer(tokenizer, num_quantizers)
+        config = LlamaConfig(
+            vocab_size=stream.vocab_size,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=context,
+            initializer_range=0.3,
+            bos_token_id=stream.bos_id,
+            eos_token_id=stream.audio_end_id,
+            num_quantizers=num_quantizers,
+            audio_tokenizer=str(codec),
+            codec_padding="exact",
+            codec_window="codec",
+        )
+        with torch.random.fork_rng():
+            torch.manual_seed(num_quantizers)
+            model = LlamaForCausalLM(config)
+        if broken:
+            model.model.norm.weight.data[0] = float("nan")
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    return save
+
+
+@pytest.fixture(scope="session")
 def make_sound() -> Callable[..., bytes]:
     """A function that makes a recording: a rising tone with bursts of noise, as the bytes of a file."""
 

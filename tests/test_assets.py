@@ -13,20 +13,12 @@ import torch
 import torchaudio
 from transformers import AutoConfig, AutoTokenizer, EncodecFeatureExtractor, MimiModel
 
+from torchtitan.eval.benchmark import SALMON
+
 ASSETS = Path(__file__).parent.parent / "assets"
 SPEECH = ASSETS / "speech"
 TRAIN = SPEECH / "peoples_speech" / "clean" / "train-00000-of-00001.parquet"
 TEST = SPEECH / "librispeech_asr" / "clean" / "test" / "0000.parquet"
-SALMON_TASKS = [
-    "sentiment_consistency",
-    "speaker_consistency",
-    "gender_consistency",
-    "bg_domain_consistency",
-    "bg_all_consistency",
-    "rir_consistency",
-    "sentiment_alignment",
-    "bg_alignment",
-]
 # Path under assets/speech, columns, columns that hold audio.
 TABLES = [
     (TRAIN.relative_to(SPEECH), ["id", "audio", "duration_ms", "text"], ["audio"]),
@@ -40,7 +32,7 @@ TABLES = [
             ["task", "ind", "positive_audio", "negative_audio"],
             ["positive_audio", "negative_audio"],
         )
-        for task in SALMON_TASKS
+        for task in SALMON.tasks
     ],
 ]
 

@@ -16,7 +16,7 @@ import pytest
 import soundfile
 import torch
 
-from torchtitan.audio.token_stream import TokenStream, extend_tokenizer
+from torchtitan.audio.token_stream import TokenStream
 from torchtitan.eval.benchmark import SALMON, SLM21, Benchmark, Options, command, score_task
 from torchtitan.eval.data import DataError, open_tasks
 from torchtitan.eval.metrics import Rule, clip_scores, judge
@@ -30,74 +30,9 @@ CONTEXT = 40  # ids: nine frames of four codes
 MAX_FRAMES = 9
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
-def codec_folder(tmp_path_factory):
-    from transformers import MimiConfig, MimiModel
-
-    torch.manual_seed(0)
-    config = MimiConfig(
-        num_filters=4,
-        hidden_size=32,
-        num_hidden_layers=1,
-        intermediate_size=64,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        head_dim=16,
-        codebook_dim=16,
-        vector_quantization_hidden_dimension=16,
-        upsample_groups=32,
-        num_quantizers=4,
-    )
-    model = MimiModel(config).eval()
-    for module in model.modules():
-        if hasattr(module, "embed_sum"):
-            module.embed_sum.normal_()
-    folder = tmp_path_factory.mktemp("codec") / "tiny-mimi"
-    model.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory, codec_folder):
-    return save_model(tmp_path_factory.mktemp("runs") / "run" / "step-10", codec_folder)
-
-
-def save_model(folder: Path, codec_folder: Path, break_weights: bool = False) -> Path:
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    words = Tokenizer(WordLevel({"<unk>": 0, "<s>": 1, "one": 2, "two": 3, "three": 4}, unk_token="<unk>"))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", unk_token="<unk>")
-    stream = extend_tokenizer(tokenizer, 4)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=stream.vocab_size,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=CONTEXT,
-        initializer_range=0.3,
-        bos_token_id=1,
-    )
-    conventions = {"audio_tokenizer": str(codec_folder), "codec_padding": "exact", "codec_window": "codec"}
-    config.update({"num_quantizers": 4, **conventions})
-    model = LlamaForCausalLM(config)
-    if break_weights:
-        model.model.norm.weight.data[0] = float("nan")
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+def model_folder(tmp_path_factory, mimi_folder, save_speech_model):
+    return save_speech_model(tmp_path_factory.mktemp("runs") / "run" / "step-10", mimi_folder, context=CONTEXT)
 
 
 @pytest.fixture(scope="module")
@@ -460,8 +395,8 @@ def test_unreadable_clip_leaves_its_pair_out_and_everything_is_written(model_fol
     assert "3 of 4 pairs are left out" in capsys.readouterr().err
 
 
-def test_a_model_with_nan_weights_gives_no_accuracy_and_exit_code_1(codec_folder, tmp_path):
-    model = save_model(tmp_path / "m" / "broken", codec_folder, break_weights=True)
+def test_a_model_with_nan_weights_gives_no_accuracy_and_exit_code_1(mimi_folder, save_speech_model, tmp_path):
+    model = save_speech_model(tmp_path / "m" / "broken", mimi_folder, context=CONTEXT, broken=True)
     write_task(tmp_path / "sWUGGY", [(wav(0.2, 1), wav(0.2, 2))], SLM21.columns)
     code, folder = run(SLM21, tmp_path / "sWUGGY", model, tmp_path / "out")
     assert code == 1

@@ -14,21 +14,14 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
 from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
     LogitsProcessor,
-    MimiConfig,
-    MimiModel,
-    PreTrainedTokenizerFast,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
 
 from torchtitan.audio.codec import FRAME_SIZE
-from torchtitan.audio.token_stream import CODEBOOK_SIZE, extend_tokenizer
+from torchtitan.audio.token_stream import CODEBOOK_SIZE
 from torchtitan.audio.waveform import SAMPLE_RATE, load_audio
 from torchtitan.generation import Sampling, continue_codes, draw, frame_bound
 from torchtitan.models.speech_lm import SpeechLM
@@ -51,63 +44,12 @@ inference = import_script("inference")
 
 
 @pytest.fixture(scope="session")
-def tiny_codec(tmp_path_factory) -> Path:
-    """A folder with a small random Mimi of eight filled codebooks."""
-    torch.manual_seed(0)
-    config = MimiConfig(
-        num_filters=8,
-        hidden_size=64,
-        num_hidden_layers=1,
-        intermediate_size=128,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        head_dim=32,
-        codebook_dim=32,
-        vector_quantization_hidden_dimension=32,
-        upsample_groups=64,
-        num_quantizers=8,
-    )
-    model = MimiModel(config)
-    for module in model.modules():
-        if hasattr(module, "embed_sum"):
-            module.embed_sum.normal_()
-    folder = tmp_path_factory.mktemp("codec")
-    model.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory, tiny_codec):
+def checkpoint(tmp_path_factory, mimi_folder, save_speech_model):
     """A function: number of quantizers to the folder of a small random Llama with that many, made once."""
 
     @functools.cache
     def make(num_quantizers: int) -> Path:
-        torch.manual_seed(num_quantizers)
-        words = {"<bos>": 0, "<eos>": 1, "speech": 2}
-        tokenizer = PreTrainedTokenizerFast(
-            tokenizer_object=Tokenizer(WordLevel(words, unk_token="<eos>")), bos_token="<bos>", eos_token="<eos>"
-        )
-        stream = extend_tokenizer(tokenizer, num_quantizers)
-        config = LlamaConfig(
-            vocab_size=stream.vocab_size,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=2048,
-            initializer_range=0.3,
-            bos_token_id=0,
-            eos_token_id=1,
-            num_quantizers=num_quantizers,
-            audio_tokenizer=str(tiny_codec),
-            codec_padding="exact",
-            codec_window="codec",
-        )
-        folder = tmp_path_factory.mktemp(f"llama-q{num_quantizers}")
-        LlamaForCausalLM(config).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        return folder
+        return save_speech_model(tmp_path_factory.mktemp("llama") / f"q{num_quantizers}", mimi_folder, num_quantizers)
 
     return make
 
