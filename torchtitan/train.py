@@ -114,10 +114,6 @@ def find_inputs(config: JobConfig) -> Inputs:
     if config.profiling.enable_memory_snapshot and not torch.cuda.is_available():
         raise UserError("profiling.enable_memory_snapshot = true: snapshots are of CUDA memory, and there is none.")
     folder = Path(config.job.dump_folder).expanduser() / run_name(config)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"job.dump_folder: {folder} cannot be created ({error.strerror}).") from None
     checkpoints = CheckpointManager(folder / saving.folder, saving.keep_latest_k)
     latest = checkpoints.latest(saving.load_step) if saving.enable_checkpoint else None
     initial = find_checkpoint(saving.initial_load_path) if saving.initial_load_path and latest is None else None
@@ -132,6 +128,10 @@ def find_inputs(config: JobConfig) -> Inputs:
             raise UserError(
                 f"{section}.seq_len = {length}: {model.name} was made for rows of at most {base.args.max_seq_len} ids."
             )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"job.dump_folder: {folder} cannot be created ({error.strerror}).") from None
     return Inputs(config, folder, base, codec, train_data, validation_data, checkpoints, latest, initial)
 
 
