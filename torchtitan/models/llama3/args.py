@@ -118,9 +118,10 @@ class Llama3Args:
         layer = attention + 3 * self.dim * self.hidden_dim + 2 * self.dim
         return self.n_layers * layer + self.dim + self.vocab_size * self.dim * (1 if self.tied else 2)
 
-    def flops_per_token(self, seq_len: int) -> float:
+    def flops_per_token(self, seq_len: float) -> float:
         """Training FLOPs of a token: 6 N + 12 L H T, with N the parameters that are multiplied with (the head once,
-        no input look-up), H = heads x head_dim and T the row length."""
+        no input look-up), H = heads x head_dim and T = seq_len, the length that attention spans: that of a row, in
+        packed rows that of a token's document, on average."""
         multiplied = self.num_params - self.vocab_size * self.dim * (0 if self.tied else 1)
         return 6 * multiplied + 12 * self.n_layers * self.n_heads * self.head_dim * seq_len
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from torchtitan.components.loss import chunked_nll, chunked_nll_sum
 from torchtitan.models.llama3.args import Llama3Args
+from torchtitan.models.llama3.attention import Documents, attend, find_documents
 
 
 class RMSNorm(nn.Module):
@@ -48,13 +49,16 @@ def rotary_frequencies(args: Llama3Args, device: torch.device | None = None) -> 
 
 
 def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate x [B, heads, S, head_dim] by cos and sin [S, head_dim]; halves are rotated against each other."""
+    """Rotate x [B, heads, S, head_dim] by cos and sin; halves are rotated against each other.
+
+    cos and sin are [S, head_dim], or [B, 1, S, head_dim] where rows differ.
+    """
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
 class Attention(nn.Module):
-    """Causal grouped-query attention."""
+    """Causal grouped-query attention, in packed rows within each document."""
 
     def __init__(self, args: Llama3Args):
         super().__init__()
@@ -64,15 +68,16 @@ class Attention(nn.Module):
         self.wv = nn.Linear(args.dim, args.n_kv_heads * args.head_dim, bias=False)
         self.wo = nn.Linear(args.n_heads * args.head_dim, args.dim, bias=False)
 
-    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, documents: Documents | None = None
+    ) -> torch.Tensor:
         """x [B, S, dim] to [B, S, dim]."""
         batch, length, _ = x.shape
         q = self.wq(x).view(batch, length, self.n_heads, self.head_dim).transpose(1, 2)
         k = self.wk(x).view(batch, length, self.n_kv_heads, self.head_dim).transpose(1, 2)
         v = self.wv(x).view(batch, length, self.n_kv_heads, self.head_dim).transpose(1, 2)
         q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
-        grouped = self.n_heads != self.n_kv_heads
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+        out = attend(q, k, v, documents)
         return self.wo(out.transpose(1, 2).reshape(batch, length, -1))
 
 
@@ -99,8 +104,10 @@ class TransformerBlock(nn.Module):
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
         self.feed_forward = FeedForward(args)
 
-    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        x = x + self.attention(self.attention_norm(x), cos, sin)
+    def forward(
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, documents: Documents | None = None
+    ) -> torch.Tensor:
+        x = x + self.attention(self.attention_norm(x), cos, sin, documents)
         return x + self.feed_forward(self.ffn_norm(x))
 
 
@@ -135,6 +142,7 @@ class Llama3(nn.Module):
     def __init__(self, args: Llama3Args):
         super().__init__()
         self.args = args
+        self.compiled = False  # the blocks are, see compile_blocks
         # With the weight given, nn.Embedding draws no values of its own: on the meta device that imports torch._dynamo,
         # which takes seconds.
         size = (args.padded_vocab_size, args.dim)
@@ -157,8 +165,19 @@ class Llama3(nn.Module):
         angles = torch.cat((angles, angles), dim=-1)
         self.rope_cos, self.rope_sin = angles.cos(), angles.sin()
 
-    def forward(self, tokens: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        targets: torch.Tensor | None = None,
+        positions: torch.Tensor | None = None,
+        num_documents: int | None = None,
+    ) -> torch.Tensor:
         """Ids [B, S] to logits [B, S, vocab_size], or with targets [B, S] to their losses (see OutputHead).
+
+        ``positions`` [B, S] packs several documents into a row: it is each id's position within its document, and a
+        document begins wherever it is 0. None sees another, and each has the losses that it has in a row of its own,
+        if its last id has no target. Padding is a document too. Without positions each row is one document.
+        ``num_documents`` is how many there are; a GPU is waited for if it is not given.
 
         Raises:
             ValueError: the rows are longer than the rotary tables of :meth:`reset_buffers`.
@@ -168,6 +187,13 @@ class Llama3(nn.Module):
             raise ValueError(f"rows of {length} ids need rotary tables of that length, not {self.rope_cos.shape[0]}")
         x = self.tok_embeddings(tokens)
         cos, sin = self.rope_cos[:length].to(x.dtype), self.rope_sin[:length].to(x.dtype)
+        documents = None
+        if positions is not None:
+            cos, sin = cos[positions][:, None], sin[positions][:, None]
+            device_type = x.device.type
+            autocast = torch.is_autocast_enabled(device_type)
+            dtype = torch.get_autocast_dtype(device_type) if autocast else x.dtype
+            documents = find_documents(positions, dtype, self.args.head_dim, self.compiled, num_documents)
         for layer in self.layers.values():
-            x = layer(x, cos, sin)
+            x = layer(x, cos, sin, documents)
         return self.output(self.norm(x), targets)

@@ -1,7 +1,7 @@
 """Llama 3 on several devices: activation checkpointing, compile and FSDP2, applied from outside."""
 
-from functools import partial
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
@@ -14,14 +14,23 @@ from torchtitan.models.llama3.model import Llama3
 
 def checkpoint_activations(model: Llama3) -> None:
     """Keep only each block's input in the forward pass; the block is computed again in the backward pass."""
+
+    def checkpointed(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        # A function, not a functools.partial: torch.compile of torch 2.14 finds no code in a partial.
+        def run(*inputs: Any) -> torch.Tensor:
+            return cast(torch.Tensor, checkpoint(forward, *inputs, use_reentrant=False))
+
+        return run
+
     for block in model.layers.values():
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        block.forward = checkpointed(block.forward)
 
 
 def compile_blocks(model: Llama3) -> None:
     """Compile every block by itself: one graph serves all of them."""
     for block in model.layers.values():
         block.compile(fullgraph=True, dynamic=False)
+    model.compiled = True  # Packed rows then come to the blocks as tensors of few shapes, not as Python numbers.
 
 
 def shard(
