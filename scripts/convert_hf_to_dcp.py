@@ -47,7 +47,7 @@ def convert(model_name: str, output: Path, num_quantizers: int | None = None) ->
         model = Llama3(base.args)
     materialize(model, torch.device("cpu"), 1)
     load_hf(model, base.folder, base.known_vocab_size)
-    state = {"model_args": base.args.to_dict(), "tokens_seen": 0, "config": to_dict(config), "validation": None}
+    state = {"model_args": base.args.to_dict(), "tokens_seen": 0, "config": to_dict(config), "data": {}}
     init_distributed(Comm())
     try:
         return CheckpointManager(output).save(
@@ -55,7 +55,6 @@ def convert(model_name: str, output: Path, num_quantizers: int | None = None) ->
             model,
             None,
             state,
-            {"data": {}},
             lambda folder: write_hf_files(folder, base.args, base.tokenizer, base.stream, config.model),
         )
     finally:

@@ -261,3 +261,31 @@ def speech_folder(tmp_path_factory, make_sound, write_rows) -> Path:
     path = folder / "librispeech_asr" / "clean" / "test" / "0000.parquet"
     write_rows(path, rows, file=[f"{i}.flac" for i in range(3)], speaker_id=[1] * 3, chapter_id=[2] * 3)
     return folder
+
+
+@pytest.fixture(scope="session")
+def write_code_shards() -> Callable[..., Path]:
+    """A function that encodes sounds (bytes by name) into a set of two code shards with six quantizers."""
+    from torchtitan.audio.codec import Codec
+    from torchtitan.audio.waveform import load_audio
+    from torchtitan.datasets.shards import Recording, merge_parts, shard_name, write_part
+
+    def write(folder: Path, sounds: dict[str, bytes], codec: str | Path, texts: dict[str, str] | None = None) -> Path:
+        folder.mkdir(parents=True, exist_ok=True)
+        wider = Codec.load(codec, 6)
+        header = {"format": 1, "of": 2, "num_quantizers": 6, "codec_fingerprint": "", "source": {"name": "clips"}}
+        recordings = []
+        for name, sound in sounds.items():
+            waveform = load_audio(sound)
+            codes = wider.encode([waveform])[0].T.numpy().astype(np.uint16)
+            text = (texts or {}).get(name)
+            recordings.append(Recording(f"clip ({name})", codes, len(waveform) / 24_000, text, "clips"))
+        half = len(recordings) // 2 + 1
+        for number, some in enumerate((recordings[:half], recordings[half:])):
+            part = folder / "part"
+            write_part(part, some, {"failed": [], "left_out": 0})
+            merge_parts([part], folder / shard_name(number, 2), {**header, "shard": number, "rows": len(some)})
+            part.unlink()
+        return folder
+
+    return write

@@ -45,6 +45,7 @@ def clips():
 def batches(monkeypatch):
     """Make the CPU encode in batches as a GPU does."""
     monkeypatch.setitem(codec_module._BATCH_SECONDS, "cpu", 1000.0)
+    monkeypatch.setattr(codec_module, "CPU_CHUNK_SECONDS", codec_module.CHUNK_SECONDS)
 
 
 def lone(mimi, waveform: torch.Tensor, num_quantizers: int = 4) -> torch.Tensor:
@@ -115,7 +116,7 @@ def test_order_and_repetition_of_clips_do_not_matter(codec, clips, batches):
         assert_same_codes(codes, codec.encode([clips[n]])[0])
 
 
-def test_batches_stay_within_the_budget(codec, monkeypatch):
+def test_batches_stay_within_the_budget(codec, batches, monkeypatch):
     monkeypatch.setitem(codec_module._BATCH_SECONDS, "cpu", 3.0)
     lengths = [RATE, 25 * RATE, RATE // 2, RATE, 2 * RATE, 30 * RATE]
     batches = codec._batches(lengths)
@@ -144,16 +145,68 @@ def test_number_of_frames_is_exact_at_any_length(codec, num_samples):
 # --- long clips
 
 
+@pytest.fixture
+def chunks(monkeypatch):
+    """A function that sets the length of chunks, in seconds; it returns the numbers of samples of the chunks made."""
+    made: list[int] = []
+    latents = Codec._latents
+
+    def recorded(self, x, lengths, state):
+        made.extend(lengths)
+        return latents(self, x, lengths, state)
+
+    def set_length(seconds: float) -> list[int]:
+        monkeypatch.setattr(codec_module, "CHUNK_SECONDS", seconds)
+        monkeypatch.setattr(codec_module, "CPU_CHUNK_SECONDS", seconds)
+        made.clear()
+        return made
+
+    monkeypatch.setattr(Codec, "_latents", recorded)
+    return set_length
+
+
 @pytest.mark.parametrize("length", [8 * RATE + 1, 8 * RATE, 12 * RATE + 333])
 @pytest.mark.parametrize("padding", ["exact", "aligned"])
-def test_chunks_equal_the_whole(load_mimi, monkeypatch, padding, length):
+def test_chunks_equal_the_whole(load_mimi, chunks, padding, length):
     codec = Codec(load_mimi(), 4, padding)
     torch.manual_seed(length)
     clip = 0.3 * torch.randn(length)
+    made = chunks(20)
     (whole,) = codec.encode([clip])
-    monkeypatch.setattr(codec_module, "CHUNK_SECONDS", 4)
+    assert len(made) == 1
+    made = chunks(4)
     (chunked,) = codec.encode([clip])
+    assert len(made) > 1
     assert_same_codes(chunked, whole)
+
+
+FRAMES = 13 * FRAME_SIZE  # about a second
+
+
+@pytest.mark.parametrize("length", [2 * FRAMES - 1, 2 * FRAMES, 2 * FRAMES + 1, 3 * FRAMES - 1919, 11 * FRAMES + 1])
+@pytest.mark.parametrize("window", ["codec", "full"])
+@pytest.mark.parametrize("padding", ["exact", "aligned"])
+def test_short_chunks_equal_a_lone_call(load_mimi, mimi, mimi_full, chunks, padding, window, length):
+    torch.manual_seed(length)
+    clip = 0.3 * torch.randn(length)
+    made = chunks(FRAMES / RATE)
+    (found,) = Codec(load_mimi(), 4, padding, window).encode([clip])
+    assert sum(made) == length
+    assert len(made) >= length // FRAMES  # or else the next line proves nothing
+    assert max(made) <= FRAMES
+    whole = aligned(clip) if padding == "aligned" else clip
+    assert_same_codes(found, lone(mimi_full if window == "full" else mimi, whole))
+
+
+def test_cpu_takes_chunks_of_about_the_best_length(codec, chunks):
+    made = chunks(20)
+    for seconds in (1, 5.9, 6.1, 11, 30):
+        made.clear()
+        codec_module.CPU_CHUNK_SECONDS = 4  # the fixture restores it
+        codec.encode([torch.zeros(round(seconds * RATE))])
+        assert len(made) == max(1, round(seconds / 4))
+        assert max(made) - min(made) < FRAME_SIZE * len(made)
+        assert max(made) <= 6 * RATE
 
 
 def test_chunks_equal_the_whole_with_the_full_window(load_mimi, mimi_full, clips, monkeypatch):
@@ -201,6 +254,54 @@ def test_decode_uses_the_codecs_own_window_whatever_the_encoders(load_mimi, mimi
 
 def test_decode_of_no_frames(codec):
     assert codec.decode(torch.zeros(4, 0, dtype=torch.int64)).shape == (0,)
+
+
+# --- fingerprint
+
+
+def test_fingerprint_is_that_of_the_weights_wherever_they_lie(codec, mimi_folder, tmp_path):
+    shutil.copytree(mimi_folder, tmp_path / "copy")
+    assert Codec.load(tmp_path / "copy", 4).fingerprint() == codec.fingerprint()
+
+
+def test_fingerprint_leaves_out_what_codes_do_not_depend_on(load_mimi, codec):
+    model = load_mimi()
+    for parameter in [
+        *model.decoder.parameters(),
+        model.quantizer.acoustic_residual_vector_quantizer.output_proj.weight,
+    ]:
+        parameter.data.zero_()
+    model.quantizer.acoustic_residual_vector_quantizer.layers[3].codebook.embed_sum.zero_()  # the fifth of all
+    assert Codec(model, 4, "aligned", "full").fingerprint() == codec.fingerprint()
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        "quantizer.semantic_residual_vector_quantizer.input_proj.weight",
+        "quantizer.acoustic_residual_vector_quantizer.input_proj.weight",
+        "quantizer.semantic_residual_vector_quantizer.layers.0.codebook.embed_sum",
+        "quantizer.acoustic_residual_vector_quantizer.layers.2.codebook.cluster_usage",
+        "_seanet.layers.0.conv.weight",
+        "_seanet.layers.0.conv.bias",
+        "_transformer.layers.1.self_attn.q_proj.weight",
+        "_transformer.layers.1.mlp_layer_scale.scale",
+        "_downsample.conv.weight",
+    ],
+)
+def test_fingerprint_covers_every_part(load_mimi, codec, part):
+    changed = Codec(load_mimi(), 4)
+    root, _, rest = part.partition(".")
+    tensor = getattr(changed, root) if root.startswith("_") else getattr(changed.model, root)
+    for name in rest.split("."):
+        tensor = getattr(tensor, name)
+    tensor.data.view(-1)[0] += 1.5
+    assert changed.fingerprint() != codec.fingerprint()
+
+
+def test_fingerprint_covers_settings(load_mimi, codec):
+    assert Codec(load_mimi(sliding_window=100), 4).fingerprint() != codec.fingerprint()
+    assert Codec(load_mimi(), 3).fingerprint() != codec.fingerprint()
 
 
 # --- loading

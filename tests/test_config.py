@@ -9,9 +9,11 @@ import pytest
 from torchtitan.config_manager import (
     DEFAULTS,
     OFF_ONLY,
+    SOURCE_TYPES,
     TYPES,
     ConfigError,
     ConfigManager,
+    DataSource,
     JobConfig,
     accumulation_steps,
     check,
@@ -23,6 +25,7 @@ from torchtitan.config_manager import (
     run_name,
     to_dict,
 )
+from torchtitan.tools.errors import UserError
 
 CONFIGS = sorted((Path(__file__).parents[1] / "config").glob("*.toml"))
 
@@ -171,7 +174,11 @@ def test_the_compile_switch_cannot_contradict_itself(toml):
         (["--training.max_norm", "inf"], ["training.max_norm", "a number"]),
         (["--metrics.enable_wandb", "maybe"], ['metrics.enable_wandb = "maybe"', "true or false"]),
         (["--metrics.no-enable_wandb=true"], ["--metrics.no-enable_wandb=true", "no value"]),
-        (["--training.task", "asr"], ['training.task = "asr"', '"a2a"', '"tts"']),
+        (["--training.task", "stt"], ['training.task = "stt"', '"a2a"', '"tts"', '"asr"']),
+        (["--training.long_clips", "drop"], ['training.long_clips = "drop"', '"cut"', '"split"']),
+        (["--training.packing", "best"], ['training.packing = "best"', '"none"', '"best_fit"']),
+        (["--training.source", "a"], ["training.source", "on the command line", "[[training.source]] tables"]),
+        (["--validation.source=[]"], ["validation.source", "on the command line", "[[validation.source]] tables"]),
         (["--optimizer.name", "SGD"], ['optimizer.name = "SGD"', '"AdamW"']),
         (["--lr_scheduler.decay_type", "exp"], ["lr_scheduler.decay_type", '"cosine"']),
         (["--model.codec_padding", "none"], ["model.codec_padding", '"exact"', '"aligned"']),
@@ -232,6 +239,9 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
         ("training.max_seconds", "0"),
         ("training.max_norm", "0"),
         ("training.num_workers", "-1"),
+        ("training.packing_window", "0"),
+        ("training.read_retries", "-1"),
+        ("training.max_bad_share", "1.5"),
         ("training.seed", "-1"),
         ("training.dataset", ""),
         ("optimizer.lr", "-1"),
@@ -304,6 +314,109 @@ def test_a_refused_value_in_a_file_can_be_taken_back_on_the_command_line(toml):
     option = toml('[activation_checkpoint]\nmode = "selective"\n')
     assert "run.toml" in error(option)
     assert parse(option, "--activation_checkpoint.mode=full").activation_checkpoint.mode == "full"
+
+
+# --- data sources
+
+
+SOURCES = """
+[training]
+dataset = "both"
+
+[[training.source]]
+name = "books"
+path = "{path}"
+format = "audio"
+files = ["**/*.flac"]
+weight = 1
+min_seconds = 0.5
+
+[[training.source]]
+name = "peoples_speech"
+weight = 2.5
+"""
+
+
+def test_data_sources_are_tables(toml, tmp_path):
+    config = parse(toml(SOURCES.format(path=tmp_path)))
+    books, speech = config.training.source
+    assert books == {
+        "name": "books",
+        "path": str(tmp_path),
+        "format": "audio",
+        "files": ["**/*.flac"],
+        "weight": 1.0,
+        "min_seconds": 0.5,
+    }
+    assert speech == {"name": "peoples_speech", "weight": 2.5}
+    assert config.validation.source == []
+    assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
+    assert run_name(config) == "Llama-3.2-1B_both-q4-s1024"
+
+
+def test_runs_on_other_sources_have_other_names(toml):
+    text = '[[training.source]]\npath = "./my/speech/"\n[[training.source]]\nname = "emilia"\n'
+    assert run_name(parse(toml(text))) == "Llama-3.2-1B_speech+emilia-q4-s1024"
+
+
+@pytest.mark.parametrize(
+    ("table", "parts"),
+    [
+        ('paht = "."', ["no key paht", "did you mean path?"]),
+        ('zzz = "."', ["no key zzz", "there are name, path, format"]),
+        ("path = 3", ["path = 3", "a text or none"]),
+        ('path = "."\nformat = "mp3"', ['format = "mp3"', '"audio"']),
+        ('path = "."\nfiles = [1]', ["files = [1]", "a list of names"]),
+        ('path = "."\nweight = "2"', ['weight = "2"', "a number"]),
+        ('path = "."\nmin_seconds = true', ["min_seconds = true", "a number"]),
+        ('path = "."\nweight = 0', ["weight = 0.0", "above 0"]),
+        ('path = "."\nmax_seconds = 0.0', ["max_seconds = 0.0", "above 0"]),
+        ('path = "."\nmin_seconds = -1', ["min_seconds = -1.0", "at least 0"]),
+        ('path = "."\nmin_seconds = 3\nmax_seconds = 2', ["min_seconds = 3.0", "above max_seconds = 2.0"]),
+        ('path = "."\naudio = ""', ['audio = ""', "not empty"]),
+        ('split = "train"', ["path must say"]),
+    ],
+)
+@pytest.mark.parametrize("section", ["training", "validation"])
+def test_wrong_source_tables_are_refused_in_one_line(toml, section, table, parts):
+    message = error(toml(f'[[{section}.source]]\npath = "."\n[[{section}.source]]\n{table}\n'))
+    assert message.startswith(f"[[{section}.source]] 2")
+    assert all(part in message for part in parts), message
+
+
+def test_sources_that_contradict_other_settings(toml):
+    two = '[[training.source]]\npath = "a/b"\nweight = 1\n[[training.source]]\npath = "c/d"\n'
+    assert error(toml(two)) == "[[training.source]] 2: weight is missing; either all tables have one or none."
+    both = '[training]\ndataset_path = "a/b"\n[[training.source]]\npath = "a/b"\n'
+    assert error(toml(both)).startswith('training.dataset_path = "a/b": the [[training.source]] tables say')
+    for wrong in ('[training.source]\npath = "a/b"\n', "[training]\nsource = 3\n", '[training]\nsource = ["a/b"]\n'):
+        assert "begins with [[training.source]]" in error(toml(wrong))
+    with pytest.raises(ConfigError, match=r"\[\[training.source\]\] 1.*no key paht"):
+        from_dict({"training": {"source": [{"paht": "a/b"}]}})
+
+
+def test_sources_must_be_there(here, tmp_path):
+    here.training.source = [{"path": str(tmp_path)}, {"path": "owner/name"}, {"name": "peoples_speech"}]
+    check(here, 1)
+    here.training.source.append({"path": "./no-such-folder"})
+    with pytest.raises(ConfigError, match=r"^\[\[training.source\]\] 4: path = \"./no-such-folder\": this is neither"):
+        check(here, 1)
+    here.training.source = [{"name": "mine"}]
+    with pytest.raises(ConfigError, match=r"^\[\[training.source\]\] 1: name = 'mine' is no built-in"):
+        check(here, 1)
+    here.training.source = []
+    here.validation.source = [{"path": "./no-such-folder"}]
+    check(here, 1)  # nothing is validated
+    here.validation.enabled = True
+    with pytest.raises(ConfigError, match=r"^\[\[validation.source\]\] 1: path"):
+        check(here, 1)
+
+
+def test_a_built_in_source_that_must_be_downloaded_says_how(here, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    here.training.source = [{"name": "libri_light"}]
+    with pytest.raises(UserError, match=r"\./data/libri_light: there is no such .*download small.tar"):
+        check(here, 1)
 
 
 def test_settings_that_would_have_no_effect_are_refused():
@@ -544,5 +657,16 @@ def test_help_explains_every_key(capsys):
     assert stopped.value.code == 0
     printed = " ".join(capsys.readouterr().out.split())
     for key, text in explanations().items():
-        assert f"--{key} (" in printed
+        assert (f"[[{key}]] (" if key.endswith(".source") else f"--{key} (") in printed
         assert " ".join(text.split()) in printed
+
+
+def test_help_explains_every_key_of_a_source(capsys):
+    texts = explanations({"source": DataSource})
+    assert [key.split(".")[1] for key in texts] == list(SOURCE_TYPES)
+    with pytest.raises(SystemExit):
+        parse("--help")
+    printed = " ".join(capsys.readouterr().out.split())
+    for key, text in texts.items():
+        assert f" {key.split('.')[1]} (" in printed
+        assert text.endswith(".") and " ".join(text.split()) in printed

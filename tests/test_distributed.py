@@ -25,6 +25,7 @@ from torchtitan.components.checkpoint import (
     load_checkpoint,
     load_full_parameters,
     read_state,
+    restore_random_state,
 )
 from torchtitan.components.dataloader import Batch
 from torchtitan.components.loss import IGNORE_INDEX
@@ -116,11 +117,14 @@ class HeldOut:
             targets[row, length:] = IGNORE_INDEX
         self.batches = [Batch(tokens[i : i + 1, :-1], targets[i : i + 1], 0, {}) for i in range(rank, 3, world_size)]
 
+    def start_state(self) -> dict:
+        return {}
+
     def load_state_dict(self, state: dict) -> None:
         pass
 
     def __iter__(self):
-        return iter(self.batches)
+        yield from self.batches
 
 
 def validate(model: Llama3, rank: int, world_size: int, steps: int = -1) -> ValidationResult:
@@ -176,20 +180,23 @@ def run_rank(rank: int, folder: Path, bases: dict[str, Path]) -> None:
     model = loaded(bases["tied"], mesh)
     optimizer = train(model, rows)
     manager = CheckpointManager(folder / "checkpoint", keep_latest_k=2)
+    torch.manual_seed(rank)
     for step in (1, 2, STEPS):
-        manager.save(step, model, optimizer, checkpoint_state(model), {"data": {"rank": rank}}, Path.mkdir)
+        manager.save(step, model, optimizer, checkpoint_state(model), Path.mkdir)
     update(model, optimizer, STEPS, rows)
     results["uninterrupted"] = parameters(model)
 
     model = loaded(bases["tied"], mesh)
     optimizer = build_optimizer(model, SETTINGS)
     state = load_checkpoint(manager.latest(), model, optimizer, model.args)
-    results["state"] = state["ranks"][rank]["data"]
+    torch.rand(1)
+    restore_random_state(state["ranks"][rank]["random"])
+    results["random"] = torch.rand(1)
     update(model, optimizer, STEPS, rows)
     results["resumed"] = parameters(model)
 
     weights_only = CheckpointManager(folder / "weights")
-    weights_only.save(1, model, None, checkpoint_state(model), {}, Path.mkdir, torch.bfloat16)
+    weights_only.save(1, model, None, checkpoint_state(model), Path.mkdir, torch.bfloat16)
 
     results["validation"] = asdict(validate(speech_model(mesh), rank, 2))
     torch.save(results, folder / f"results-{rank}.pt")
@@ -341,8 +348,9 @@ def test_one_rank_goes_on_from_the_checkpoint_of_two(two_ranks, bases, one_rank)
     assert_close(parameters(model), rank["uninterrupted"], 1e-5)
 
 
-def test_each_rank_finds_its_own_state(two_ranks):
-    assert [rank["state"] for rank in two_ranks[1]] == [{"rank": 0}, {"rank": 1}]
+def test_each_rank_finds_its_own_random_state(two_ranks):
+    for number, rank in enumerate(two_ranks[1]):
+        assert torch.equal(rank["random"], torch.rand(1, generator=torch.Generator().manual_seed(number)))
 
 
 def test_only_the_latest_checkpoints_are_kept(two_ranks):
@@ -376,7 +384,7 @@ def saved(bases, one_rank, tmp_path):
     def save(*steps: int, keep_latest_k: int = 0) -> CheckpointManager:
         manager = CheckpointManager(tmp_path, keep_latest_k)
         for step in steps:
-            manager.save(step, model, None, checkpoint_state(model), {}, Path.mkdir)
+            manager.save(step, model, None, checkpoint_state(model), Path.mkdir)
         return manager
 
     return save
@@ -455,7 +463,7 @@ def test_other_format_is_refused(saved, tmp_path):
     saved(1)
     path = tmp_path / "step-1" / "train_state.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "format": 99}))
-    with pytest.raises(UserError, match="a checkpoint of format 99, this version reads 1"):
+    with pytest.raises(UserError, match="a checkpoint of format 99, this version reads 2"):
         read_state(tmp_path / "step-1")
 
 

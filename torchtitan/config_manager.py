@@ -105,6 +105,9 @@ class Metrics:
     save_tb_folder: str = "tb"
     """Where TensorBoard's files are written, inside the run's folder."""
 
+    save_samples: bool = False
+    """Write which recordings each step was trained on, to samples.rank*.jsonl in the run's folder."""
+
     save_for_all_ranks: bool = False
     """Let every rank write its own TensorBoard and Weights & Biases figures, not only rank 0."""
 
@@ -213,26 +216,140 @@ class LRScheduler:
 
 
 @dataclass
+class DataSource:
+    """One data set of several. Only path is needed; what else is not said is found out."""
+
+    name: str | None = None
+    """
+    A built-in data set, whose facts then hold unless the table says otherwise, or any other name, which is shown in
+    messages. By default the last part of path.
+    """
+
+    path: str | None = None
+    """Local folder or file, or hub name (owner/name). A built-in data set has its own place."""
+
+    format: Literal["auto", "parquet", "arrow", "audio", "manifest", "webdataset", "codes"] = "auto"
+    """
+    What the files are: tables in parquet or Arrow, audio files, manifests (.jsonl, .csv, .tsv) that name audio files,
+    tars as WebDataset writes them, or codes tokenized beforehand. "auto": whatever lies there.
+    """
+
+    subset: str | None = None
+    """Only files of this subset: in a folder of that name, or with names that begin with it."""
+
+    split: str | None = None
+    """
+    Only files of this split, likewise. By default those of split train if the names tell splits, else all files.
+    """
+
+    files: list[str] = field(default_factory=list)
+    """
+    Only files that fit one of these patterns, relative to path: * is any part of a name, **/ any number of folders.
+    """
+
+    exclude: list[str] = field(default_factory=list)
+    """Names of folders, or beginnings of names of files, to leave out."""
+
+    audio: str = "audio"
+    """
+    Column or key with the recording: its bytes, a struct of bytes and path, or a path relative to the table. In a
+    tar: the extension of recordings.
+    """
+
+    text: str = "text"
+    """Column or key with the transcription, which only tasks with text need."""
+
+    duration: str | None = None
+    """
+    Column or key with the length of a recording, in milliseconds if the name ends in _ms, else in seconds. By default
+    duration, duration_ms or audio_duration.
+    """
+
+    id: str = "id"
+    """Column or key with the name of a recording."""
+
+    weight: float | None = None
+    """
+    Share of the draws that is of this data set, relative to the others' weights. A draw is a recording, of split codes
+    a piece. Either all tables have one or none; without, each recording comes once an epoch.
+    """
+
+    min_seconds: float | None = None
+    """Leave out recordings that are shorter."""
+
+    max_seconds: float | None = None
+    """Leave out recordings that are longer (training.max_seconds cuts them instead)."""
+
+    revision: str | None = None
+    """Branch, tag or commit, where path is a hub name."""
+
+
+@dataclass
 class Training:
     """Data, batches, length and number formats of training."""
 
     dataset: str = "peoples_speech"
-    """Name of a data set. The names and what they stand for are in torchtitan/datasets/hf_dataset.py."""
+    """
+    Name of a data set. The names and what they stand for are in torchtitan/datasets/sources.py. With
+    [[training.source]] tables it only names the run.
+    """
 
     dataset_path: str | None = None
     """Local folder, or hub name, to read training.dataset from instead of from its usual place."""
 
-    task: Literal["a2a", "tts"] = "a2a"
-    """What a sample is. "a2a": the speech alone. "tts": its transcription, then the speech."""
+    source: list[dict[str, Any]] = field(default_factory=list)
+    """
+    Data sets to train on together, instead of training.dataset: one [[training.source]] table for each, whose keys
+    are explained below. Tables are written in a file; they cannot be given on the command line.
+    """
+
+    task: Literal["a2a", "tts", "asr"] = "a2a"
+    """
+    What a sample is. "a2a": the speech alone. "tts": its transcription, then the speech. "asr": the speech, then its
+    transcription.
+    """
 
     max_seconds: float = 20.0
-    """Clips are cut to this length in seconds."""
+    """Length in seconds over which a recording counts as long (see training.long_clips)."""
 
-    packing: str = "none"
-    """How samples fill rows. "none": one sample a row, the rest of it is padding."""
+    long_clips: Literal["cut", "split"] = "cut"
+    """
+    What becomes of a recording that is longer than training.max_seconds or than a row. "cut": its beginning is used,
+    the rest is left out and counted. "split": it becomes as many samples as it needs, so that none of its audio is
+    lost, mixed as training.packing_window says; not with a task that has text, which belongs to the whole recording.
+    """
+
+    end_cut_clips: bool = True
+    """
+    Let a sample end in `</audio>` also where the recording went on (it was cut or split there), as the published models
+    learned it. They therefore tend to end after 20 s whatever is being said. False: `</audio>` stands only where a
+    recording really ends, so a model learns when speech is over, and goes on otherwise.
+    """
+
+    packing: Literal["none", "best_fit"] = "none"
+    """
+    How samples fill rows. "none": one sample a row, the rest of it is padding. "best_fit": several whole samples share
+    a row, without seeing each other and each with positions from 0; the losses are the same, with fewer rows.
+    """
+
+    packing_window: int = 2048
+    """
+    With packing: among how many samples rows are put together. More of them leave less padding; where audio is
+    tokenized during training, all of them are tokenized before the first row is ready. Where such audio is split, the
+    pieces of so many samples are mixed, with or without packing.
+    """
 
     num_workers: int = 2
-    """Workers for each rank that read and decode audio ahead of training. 0: the trainer does it itself."""
+    """Threads of each rank that decode audio ahead of training. 0: the thread that prepares batches does it itself."""
+
+    read_retries: int = 5
+    """How often a read that failed (network, file system) is tried again, each time after twice the wait."""
+
+    max_bad_share: float = 0.2
+    """
+    The run stops, naming them, once more than this share of the recordings could not be used; looked at from 1,000
+    recordings on. 1: never.
+    """
 
     local_batch_size: int = 8
     """Rows in one forward pass of one rank."""
@@ -289,6 +406,9 @@ class Validation:
 
     dataset_path: str | None = None
     """Local folder, or hub name, to read validation.dataset from instead of from its usual place."""
+
+    source: list[dict[str, Any]] = field(default_factory=list)
+    """Data sets to validate on together, as [[validation.source]] tables, like those of training."""
 
     local_batch_size: int = 8
     """Rows in one forward pass of one rank."""
@@ -585,9 +705,14 @@ class JobConfig:
 
 
 SECTIONS: dict[str, type] = get_type_hints(JobConfig)
+# The type of keys whose values are tables, each a data set.
+TABLES = list[dict[str, Any]]
 # "section.key" to its type and its default, in the order above.
 TYPES: dict[str, Any] = {f"{s}.{key}": kind for s, cls in SECTIONS.items() for key, kind in get_type_hints(cls).items()}
 DEFAULTS: dict[str, Any] = {f"{s}.{key}": v for s, table in asdict(JobConfig()).items() for key, v in table.items()}
+# The same for the keys of a [[training.source]] table.
+SOURCE_TYPES: dict[str, Any] = get_type_hints(DataSource)
+SOURCE_DEFAULTS: dict[str, Any] = asdict(DataSource())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -611,7 +736,6 @@ OFF_ONLY: dict[str, Off] = {
     "model.converters": Off("model converters are not built yet"),
     "model.print_after_conversion": Off("model converters are not built yet"),
     "optimizer.early_step_in_backward": Off("it excludes gradient clipping and is not built"),
-    "training.packing": Off("packing several samples into a row is not built yet"),
     "training.enable_cpu_offload": Off("CPU offloading is not built yet"),
     "evaluation.enable_evaluation": Off("benchmarks are run after training, by the scripts in eval/"),
     "parallelism.data_parallel_replicate_degree": Off("replicated data parallelism is not built yet"),
@@ -690,7 +814,10 @@ RANGES: dict[str, Range] = {
     "lr_scheduler.lr_min": _between(0, 1),
     "training.dataset": _NOT_EMPTY,
     "training.max_seconds": _above(0),
+    "training.packing_window": _at_least(1),
     "training.num_workers": _at_least(0),
+    "training.read_retries": _at_least(0),
+    "training.max_bad_share": _between(0, 1),
     "training.local_batch_size": _at_least(1),
     "training.global_batch_size": _POSITIVE_OR_ALL,
     "training.max_norm": _above(0),
@@ -746,12 +873,52 @@ def check_values(config: JobConfig, origins: dict[str, str] | None = None) -> No
             quantizers = config.model.num_quantizers
             refuse(key, f"one frame with model.num_quantizers = {quantizers} needs at least {shortest} tokens")
 
+    for section in (config.training, config.validation):
+        key = "training.source" if section is config.training else "validation.source"
+        _check_sources(key, section.source, section.dataset_path)
+
+    if config.training.long_clips == "split" and config.training.task != "a2a":
+        refuse(
+            "training.long_clips", f"the transcription of task {config.training.task} belongs to the whole recording"
+        )
+
     if config.checkpoint.export_dtype != "float32" and not config.checkpoint.last_save_model_only:
         refuse("checkpoint.export_dtype", "it applies only with checkpoint.last_save_model_only = true")
     if not config.checkpoint.enable_checkpoint:
         for key in ("checkpoint.initial_load_path", "checkpoint.load_step"):
             if values[key] != DEFAULTS[key]:
                 refuse(key, "nothing is loaded unless checkpoint.enable_checkpoint = true")
+
+
+def _check_sources(key: str, tables: list[dict[str, Any]], dataset_path: str | None) -> None:
+    """Raises `ConfigError` for tables that contradict each other, themselves or other settings."""
+    section = key.split(".")[0]
+    if tables and dataset_path is not None:
+        raise ConfigError(
+            f"{_said(f'{section}.dataset_path', dataset_path)}: the [[{key}]] tables say where the data lie, so it "
+            "must not be set."
+        )
+    for number, table in enumerate(tables, start=1):
+        where = f"[[{key}]] {number}"
+        for name in ("weight", "max_seconds"):
+            if table.get(name, 1) <= 0:
+                raise ConfigError(f"{where}: {_said(name, table[name])}: it must be above 0.")
+        if table.get("min_seconds", 0) < 0:
+            raise ConfigError(f"{where}: {_said('min_seconds', table['min_seconds'])}: it must be at least 0.")
+        if table.get("min_seconds", 0) > table.get("max_seconds", math.inf):
+            raise ConfigError(
+                f"{where}: {_said('min_seconds', table['min_seconds'])}: it is above max_seconds = "
+                f"{table['max_seconds']}, so nothing would be left."
+            )
+        for name in ("name", "path", "audio", "text", "id"):
+            if not table.get(name, "x").strip():
+                raise ConfigError(f"{where}: {_said(name, table[name])}: it must be not empty.")
+        if "name" not in table and "path" not in table:
+            raise ConfigError(f"{where}: path must say where the data lie.")
+    weighted = sum("weight" in table for table in tables)
+    if 0 < weighted < len(tables):
+        missing = next(number for number, table in enumerate(tables, start=1) if "weight" not in table)
+        raise ConfigError(f"[[{key}]] {missing}: weight is missing; either all tables have one or none.")
 
 
 def check(config: JobConfig, world_size: int) -> None:
@@ -763,8 +930,10 @@ def check(config: JobConfig, world_size: int) -> None:
         section, field_name = key.split(".")
         _check_source(key, getattr(getattr(config, section), field_name), f"a {kind} folder")
     _check_source("training.dataset_path", config.training.dataset_path, "a data set's folder or file", files=True)
+    _check_places("training", config.training)
     if config.validation.enabled:
         _check_source("validation.dataset_path", config.validation.dataset_path, "a data set's folder", files=True)
+        _check_places("validation", config.validation)
 
     start = config.checkpoint.initial_load_path
     if start is not None and not os.path.isdir(start):
@@ -808,14 +977,31 @@ def accumulation_steps(config: JobConfig, world_size: int) -> int:
     return rows // at_once
 
 
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 def _check_source(key: str, value: str | None, what: str, files: bool = False) -> None:
     """A local source must be there; a hub name (`owner/name`) is left to whoever downloads it."""
     found = value is None or os.path.isdir(value) or (files and os.path.isfile(value))
-    if not found and not _HUB_NAME.fullmatch(value or ""):
+    if not found and not HUB_NAME.fullmatch(value or ""):
         raise ConfigError(f"{_said(key, value)}: this is neither {what} that exists nor a hub name (owner/name).")
+
+
+def _check_places(section: str, part: Training | Validation) -> None:
+    """What the source tables of a section name must be there."""
+    if not part.source:
+        return
+    from torchtitan.datasets.sources import check_place, sources_from_config
+
+    for number, source in enumerate(sources_from_config(part, section), start=1):
+        table = part.source[number - 1]
+        if "path" not in table:
+            check_place(source)
+        elif not os.path.exists(os.path.expanduser(source.path)) and not HUB_NAME.fullmatch(source.path):
+            raise ConfigError(
+                f"[[{section}.source]] {number}: {_said('path', source.path)}: this is neither a data set's folder or "
+                "file that exists nor a hub name (owner/name)."
+            )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -887,7 +1073,36 @@ def _from_text(kind: Any, text: str) -> Any:
     return text
 
 
+def read_sources(key: str, tables: Any, origin: str = "") -> list[dict[str, Any]]:
+    """The tables of `key` ("training.source") with names and types checked; each has the keys that were given.
+
+    Raises `ConfigError`.
+    """
+    after = f" {origin}" if origin else ""
+    if origin == COMMAND_LINE:
+        raise ConfigError(f"{key}{after}: data sources cannot be given here; write [[{key}]] tables in a TOML file.")
+    if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
+        raise ConfigError(f"{key}{after}: each data set is a table of its own, which begins with [[{key}]].")
+    return [_read_source(f"[[{key}]] {number}{after}", table) for number, table in enumerate(tables, start=1)]
+
+
+def _read_source(where: str, table: dict[str, Any]) -> dict[str, Any]:
+    values = {}
+    for name, value in table.items():
+        if name not in SOURCE_TYPES:
+            close = difflib.get_close_matches(name, SOURCE_TYPES, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(SOURCE_TYPES)}."
+            raise ConfigError(f"{where}: a data source has no key {name}; {hint}")
+        try:
+            values[name] = _typed(SOURCE_TYPES[name], value)
+        except ValueError:
+            raise ConfigError(f"{where}: {_said(name, value)}: expected {_expected(SOURCE_TYPES[name])}.") from None
+    return {name: value for name, value in values.items() if value is not None}
+
+
 def _read(key: str, value: Any, origin: str) -> Any:
+    if TYPES[key] == TABLES:
+        return read_sources(key, value, origin)
     try:
         if origin == COMMAND_LINE:
             value = _from_text(TYPES[key], value) if isinstance(value, str) else value
@@ -1020,7 +1235,14 @@ def run_name(config: JobConfig) -> str:
     if config.job.wandb_run_name:
         return config.job.wandb_run_name
     model = os.path.basename(os.path.abspath(config.model.name))
-    dataset = config.training.dataset.replace("/", "_")
+    dataset = config.training.dataset
+    if config.training.source and dataset == DEFAULTS["training.dataset"]:
+        # Other data must not resume from the folder of a run on the default data set.
+        names = [
+            str(table.get("name") or os.path.basename(table["path"].rstrip("/"))) for table in config.training.source
+        ]
+        dataset = "+".join(names)[:80]
+    dataset = dataset.replace("/", "_")
     suffix = "" if config.model.pretrained else "-random"
     return f"{model}_{dataset}-q{config.model.num_quantizers}-s{config.training.seq_len}{suffix}"
 
@@ -1030,17 +1252,21 @@ def run_name(config: JobConfig) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def explanations() -> dict[str, str]:
+def explanations(sections: dict[str, type] | None = None) -> dict[str, str]:
     """{"section.key": its explanation}, read from this file: the text directly under each key."""
     tree = ast.parse(Path(__file__).read_text("utf-8"))
     classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
     texts: dict[str, str] = {}
-    for section, cls in SECTIONS.items():
+    for section, cls in (SECTIONS if sections is None else sections).items():
         body = classes[cls.__name__].body
         for name, text in itertools.pairwise(body):
             if isinstance(name, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
                 texts[f"{section}.{ast.unparse(name.target)}"] = inspect.cleandoc(str(text.value.value))
     return texts
+
+
+def _paragraph(text: str) -> list[str]:
+    return textwrap.wrap(" ".join(text.split()), 110, initial_indent=" " * 6, subsequent_indent=" " * 6)
 
 
 def manual() -> str:
@@ -1056,6 +1282,9 @@ def manual() -> str:
         lines += ["", f"[{section}] {inspect.getdoc(cls)}"]
         for name in (f.name for f in fields(cls)):
             key = f"{section}.{name}"
+            if TYPES[key] == TABLES:
+                lines += [f"  [[{key}]]  (tables in a file; default none)", *_paragraph(texts[key])]
+                continue
             limits = [_expected(TYPES[key])]
             if key in RANGES:
                 limits.append(RANGES[key][1])
@@ -1065,6 +1294,10 @@ def manual() -> str:
             if off:
                 also = "".join(f" and {_show(value)}" for value in off.also)
                 notes += f" Only the default{also} can be used: {off.reason}."
-            lines.append(f"  --{key}  ({'; '.join(limits)})")
-            lines += textwrap.wrap(" ".join(notes.split()), 110, initial_indent=" " * 6, subsequent_indent=" " * 6)
+            lines += [f"  --{key}  ({'; '.join(limits)})", *_paragraph(notes)]
+    lines += ["", f"[[training.source]] and [[validation.source]] {inspect.getdoc(DataSource)}"]
+    for key, text in explanations({"source": DataSource}).items():
+        name = key.split(".")[1]
+        limits = f"{_expected(SOURCE_TYPES[name])}; default {_show(SOURCE_DEFAULTS[name])}"
+        lines += [f"  {name}  ({limits})", *_paragraph(text)]
     return "\n".join(lines)

@@ -10,14 +10,16 @@ What happens, from top to bottom of :func:`main`:
 Runs on 1..N GPUs (nccl) or CPU processes (gloo); without torchrun it is a run of one rank.
 """
 
+import json
 import math
 import os
 import random
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -35,7 +37,7 @@ from torchtitan.components.checkpoint import (
     read_state,
     restore_random_state,
 )
-from torchtitan.components.dataloader import BadRows, Batch, SpeechDataLoader
+from torchtitan.components.dataloader import BadRows, Batch, Counters, SpeechDataLoader, max_frames_of
 from torchtitan.components.hf_export import write_hf_files
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.lr_scheduler import lr_factor
@@ -43,7 +45,8 @@ from torchtitan.components.metrics import MetricsLogger
 from torchtitan.components.optimizer import build_optimizer
 from torchtitan.components.validate import ValidationResult, Validator
 from torchtitan.config_manager import ConfigManager, JobConfig, accumulation_steps, check, from_dict, run_name, to_dict
-from torchtitan.datasets.hf_dataset import HuggingFaceDataset, Source, find_files, find_source
+from torchtitan.datasets.sources import sources_from_config
+from torchtitan.datasets.streams import FoundData, find_data, open_streams
 from torchtitan.distributed.utils import (
     broadcast_object,
     init_distributed,
@@ -61,6 +64,8 @@ from torchtitan.tools.logging import init_logger, logger, quiet_transformers
 from torchtitan.tools.profiling import memory_snapshots, profile
 from torchtitan.tools.utils import GarbageCollection
 
+# How long a rank waits for the data of the others.
+DATA_TIMEOUT = timedelta(minutes=30)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -71,9 +76,9 @@ class Inputs:
     config: JobConfig
     folder: Path
     base: BaseModel
-    codec: Codec
-    train_data: tuple[Source, list[str]]
-    validation_data: tuple[Source, list[str]] | None
+    codec: Codec | None  # None: all data are codes already
+    train_data: FoundData
+    validation_data: FoundData | None
     checkpoints: CheckpointManager
     latest: Path | None  # checkpoint to resume from
     initial: Path | None  # checkpoint to start from where there is none to resume from
@@ -85,6 +90,7 @@ class Trainer:
 
     inputs: Inputs
     device: torch.device
+    data_group: Any  # of all ranks, with the patience that reading data needs
     model: Llama3
     optimizer: torch.optim.Optimizer
     loader: SpeechDataLoader
@@ -94,6 +100,7 @@ class Trainer:
     step: int = 0
     tokens_seen: int = 0
     data_state: dict[str, Any] = field(default_factory=dict)
+    counters: Counters = field(default_factory=Counters)
     validation: ValidationResult | None = None
 
 
@@ -104,13 +111,16 @@ def find_inputs(config: JobConfig) -> Inputs:
         UserError: a value, the arithmetic of ranks and batches, or a file is wrong.
     """
     check(config, world_size())
-    train_source = find_source(config.training.dataset)
-    train_data = (train_source, find_files(train_source, config.training.dataset_path))
+    # Several ranks count rows later, one for all: that may read a header from each of thousands of files.
+    retries, counts = config.training.read_retries, world_size() == 1
+    train_data = find_data(sources_from_config(config.training, "training"), retries, counts)
     validation_data = None
     if config.validation.enabled:
-        source = find_source(config.validation.dataset)
-        validation_data = (source, find_files(source, config.validation.dataset_path))
+        validation_data = find_data(sources_from_config(config.validation, "validation"), retries, counts)
     model, saving = config.model, config.checkpoint
+    shards = [*train_data.shards.values(), *(validation_data.shards.values() if validation_data else ())]
+    for codes in shards:
+        codes.check_codec(model.audio_tokenizer, model.num_quantizers, model.codec_padding, model.codec_window)
     if config.profiling.enable_memory_snapshot and not torch.cuda.is_available():
         raise UserError("profiling.enable_memory_snapshot = true: snapshots are of CUDA memory, and there is none.")
     folder = Path(config.job.dump_folder).expanduser() / run_name(config)
@@ -119,7 +129,9 @@ def find_inputs(config: JobConfig) -> Inputs:
     initial = find_checkpoint(saving.initial_load_path) if saving.initial_load_path and latest is None else None
     if (resumed := latest or (None if saving.initial_load_model_only else initial)) is not None:
         require_same_run(resumed, config)
-    codec = Codec.load(model.audio_tokenizer, model.num_quantizers, model.codec_padding, model.codec_window)
+    codec = None
+    if train_data.files or (validation_data and validation_data.files):
+        codec = Codec.load(model.audio_tokenizer, model.num_quantizers, model.codec_padding, model.codec_window)
     base = BaseModel.load(model)
     base.warn_of_other_conventions(model)
     for section in ("training", "validation"):
@@ -135,41 +147,40 @@ def find_inputs(config: JobConfig) -> Inputs:
     return Inputs(config, folder, base, codec, train_data, validation_data, checkpoints, latest, initial)
 
 
-# What a run cannot change on the way: where its ranks are in the data, and what a token means, would no longer hold.
+# What a run cannot change on the way: what a token means and where it is in the data would no longer hold.
 FIXED_KEYS = (
     *(f"model.{key}" for key in ("num_quantizers", "audio_tokenizer", "codec_padding", "codec_window")),
-    *(f"training.{key}" for key in ("dataset", "dataset_path", "task", "max_seconds", "seq_len", "packing")),
+    *(f"training.{key}" for key in ("task", "max_seconds", "long_clips", "end_cut_clips")),
+    *(f"training.{key}" for key in ("seq_len", "packing", "packing_window")),
 )
+NEW_RUN = "start a new run (job.wandb_run_name) from its weights with checkpoint.initial_load_path."
 
 
 def require_same_run(checkpoint: Path, config: JobConfig) -> None:
-    """Refuse to resume a checkpoint of another data set, token stream or number of ranks, or without optimizer state.
+    """Refuse to resume a checkpoint of other samples or another token stream, or one without optimizer state.
 
     Raises:
         UserError: what differs.
     """
     state = read_state(checkpoint)
-    remedy = "start a new run (job.wandb_run_name) from its weights with checkpoint.initial_load_path."
-    if len(state["ranks"]) != world_size():
-        raise UserError(
-            f"{checkpoint}: it was made by {len(state['ranks'])} ranks and holds their places in the data, so it "
-            f"cannot be resumed by {world_size()}; {remedy}"
-        )
     saved = from_dict(state["config"])
     for name in FIXED_KEYS:
         before, now = attrgetter(name)(saved), attrgetter(name)(config)
         if before != now:
             raise UserError(
-                f"{checkpoint}: it was made with {name} = {before!r}, not {now!r}, so it cannot be resumed; {remedy}"
+                f"{checkpoint}: it was made with {name} = {before!r}, not {now!r}, so it cannot be resumed; {NEW_RUN}"
             )
     if state["model_only"] and state["step"] < config.training.steps:
-        raise UserError(f"{checkpoint}: it holds only weights, so the run cannot be made longer; {remedy}")
+        raise UserError(f"{checkpoint}: it holds only weights, so the run cannot be made longer; {NEW_RUN}")
 
 
 def build(inputs: Inputs) -> Trainer:
     """Make the parts of a run, and bring them to where its latest checkpoint left off; called by all ranks."""
     config, base = inputs.config, inputs.base
     device = init_distributed(config.comm)
+    # Of its own, since reading what is tried again and again may take longer than any other collective.
+    group = dist.new_group(backend="gloo", timeout=DATA_TIMEOUT)
+    share_data(inputs, group)
     # Another rank may have looked a moment later, at a folder that is being written.
     latest, initial = broadcast_object((inputs.latest, inputs.initial))
     if config.checkpoint.load_step >= 0 and rank() == 0:
@@ -184,20 +195,20 @@ def build(inputs: Inputs) -> Trainer:
         init_random(model, config.training.seed or 0)
     optimizer = build_optimizer(model, config.optimizer)
 
-    codec = inputs.codec.to(device)
-    bad_rows = BadRows(inputs.folder / f"bad_rows.rank{rank()}.tsv")
-    loader = build_loader(inputs, codec, bad_rows, validation=False)
+    if inputs.codec is not None:
+        inputs.codec.to(device)
+    bad_rows = BadRows(inputs.folder / "bad_rows.tsv")
+    loader = build_loader(inputs, bad_rows, group, validation=False)
     validator = None
     if inputs.validation_data:
-        validation_loader = build_loader(inputs, codec, bad_rows, validation=True)
-        validator = Validator(validation_loader, base.stream, device, config.validation.steps)
+        validation_loader = build_loader(inputs, bad_rows, group, validation=True)
+        validator = Validator(validation_loader, base.stream, device, config.validation.steps, group)
 
-    flops = base.args.flops_per_token(config.training.seq_len)
-    metrics = MetricsLogger(config, inputs.folder, rank(), device, flops)
+    metrics = MetricsLogger(config, inputs.folder, rank(), device, base.args.flops_per_token)
     # One rank has no FSDP to cast its parameters.
     dtype = DTYPES[config.training.mixed_precision_param]
     autocast = torch.autocast(device.type, dtype) if world_size() == 1 and dtype != torch.float32 else nullcontext()
-    trainer = Trainer(inputs, device, model, optimizer, loader, validator, metrics, autocast)
+    trainer = Trainer(inputs, device, group, model, optimizer, loader, validator, metrics, autocast)
     if start is not None:
         load(trainer, start, weights_only=latest is None and config.checkpoint.initial_load_model_only)
     logger.info(
@@ -210,6 +221,22 @@ def build(inputs: Inputs) -> Trainer:
         inputs.folder,
     )
     return trainer
+
+
+def share_data(inputs: Inputs, group: Any) -> None:
+    """Have rank 0 count the rows of all files, tell the others, and make sure that all see the same data.
+
+    Raises:
+        UserError: the data cannot be used, or a rank has other files.
+    """
+    for data in filter(None, (inputs.train_data, inputs.validation_data)):
+        if rank() == 0 and not data.indices:
+            data.count_rows(inputs.config.training.read_retries)
+        data.indices = broadcast_object(data.indices, group)
+        expected = broadcast_object(data.fingerprint, group)
+        if data.fingerprint != expected:
+            paths = ", ".join(source.path for source in data.sources)
+            raise UserError(f"{paths}: rank {rank()} finds other data there than rank 0.")
 
 
 def seed_everything(config: JobConfig, latest: Path | None) -> None:
@@ -245,26 +272,47 @@ def build_model(config: JobConfig, base: BaseModel, device: torch.device) -> Lla
     return model.train()
 
 
-def build_loader(inputs: Inputs, codec: Codec, bad_rows: BadRows, validation: bool) -> SpeechDataLoader:
+def build_loader(inputs: Inputs, bad_rows: BadRows, group: Any, validation: bool) -> SpeechDataLoader:
     """The loader of the training data, endless and shuffled, or of the validation data, once and as it lies."""
     config, base = inputs.config, inputs.base
+    training, part = config.training, config.validation if validation else config.training
     data = inputs.validation_data if validation else inputs.train_data
     assert data is not None
-    part = config.validation if validation else config.training
-    source, files = data
+    if rank() == 0:
+        for path, reason in data.bad_files:
+            bad_rows.add(path, f"what cannot be read of the file is left out: {reason}")
+    # A piece of a split recording never has to be cut, so it fits a row.
+    max_frames, split = max_frames_of(training.max_seconds), training.long_clips == "split"
+    if split:
+        max_frames = min(max_frames, base.stream.max_frames(part.seq_len))
+    seed, packing = training.seed or 0, training.packing == "best_fit"
+    mixes = split and bool(data.files)  # pieces in code shards are drawn one by one
+    streams, mixture = open_streams(data, seed, max_frames, split, training.read_retries, shuffle=not validation)
     return SpeechDataLoader(
-        HuggingFaceDataset(source, files, rank(), world_size(), config.training.seed or 0, shuffle=not validation),
+        streams,
+        mixture,
         base.stream,
-        codec,
+        inputs.codec,
         base.tokenizer,
-        config.training.task,
+        training.task,
         part.seq_len,
         part.local_batch_size,
-        config.training.max_seconds,
-        config.training.num_workers,
-        infinite=not validation,
-        fixed_length=config.training.compile,
+        training.max_seconds,
+        rank(),
+        world_size(),
+        split=split,
+        end_cut=training.end_cut_clips,
+        # A validation of some batches is not to wait for a whole window, and its losses are the same.
+        packing=packing and not validation,
+        window=training.packing_window if (packing or mixes) and not validation else 1,
+        num_workers=training.num_workers,
+        fixed_length=training.compile,
         bad_rows=bad_rows,
+        max_bad_share=training.max_bad_share,
+        seed=seed,
+        num_bad_files=len(data.bad_files),
+        group=group,
+        read_retries=training.read_retries,
     )
 
 
@@ -281,14 +329,21 @@ def load(trainer: Trainer, checkpoint: Path, weights_only: bool) -> None:
         logger.info("weights loaded from %s", checkpoint)
         return
     seed = state["config"]["training"]["seed"]
-    if seed != trainer.inputs.config.training.seed:
-        logger.warning("the checkpoint was made with seed %s: from here on the order of the data is another", seed)
-    trainer.step, trainer.tokens_seen = state["step"], state["tokens_seen"]
-    own = state["ranks"][rank()]
-    trainer.data_state = own["data"]
-    if own["data"]:
-        trainer.loader.load_state_dict(own["data"])
-    restore_random_state(own["random"])
+    if state["data"]:
+        if seed != trainer.inputs.config.training.seed:
+            raise UserError(
+                f"{checkpoint}: it was made with training.seed = {seed}, and another seed orders the data in another "
+                f"way, so it cannot be resumed; {NEW_RUN}"
+            )
+        if state["data_fingerprint"] != trainer.inputs.train_data.fingerprint:
+            raise UserError(
+                f"{checkpoint}: it was made with other data (files, rows, weights or limits), in which its place means "
+                f"nothing, so it cannot be resumed; {NEW_RUN}"
+            )
+        trainer.loader.load_state_dict(state["data"])
+    trainer.step, trainer.tokens_seen, trainer.data_state = state["step"], state["tokens_seen"], state["data"]
+    if rank() < len(state["ranks"]):
+        restore_random_state(state["ranks"][rank()]["random"])
     logger.info("resumed from %s", checkpoint)
 
 
@@ -299,6 +354,8 @@ def save(trainer: Trainer) -> None:
     state = {
         "model_args": base.args.to_dict(),
         "tokens_seen": trainer.tokens_seen,
+        "data": trainer.data_state,
+        "data_fingerprint": trainer.inputs.train_data.fingerprint,
         "config": to_dict(config),
         "validation": asdict(trainer.validation) if trainer.validation else None,
     }
@@ -307,7 +364,6 @@ def save(trainer: Trainer) -> None:
         trainer.model,
         None if weights_only else trainer.optimizer,
         state,
-        {"data": trainer.data_state},
         lambda folder: write_hf_files(folder, base.args, base.tokenizer, base.stream, config.model),
         DTYPES[config.checkpoint.export_dtype],
     )
@@ -322,8 +378,9 @@ def train(trainer: Trainer) -> None:
         logger.info("nothing to do: the run is at step %d of %d", trainer.step, steps)
         return
     garbage = GarbageCollection(config.training.gc_freq, config.training.gc_debug)
-    batches, first_step = iter(trainer.loader), trainer.step + 1
+    first_step = trainer.step + 1
     with (
+        closing(iter(trainer.loader)) as batches,
         profile(config.profiling, trainer.inputs.folder, rank()) as profiler,
         memory_snapshots(config.profiling, trainer.inputs.folder, rank()) as snapshot,
     ):
@@ -359,10 +416,19 @@ def fetch(trainer: Trainer, batches: Iterator[Batch], accumulation: int) -> list
     for _ in range(accumulation):
         begin = time.perf_counter()
         batch = next(batches)
-        trainer.metrics.add(batch.num_tokens, batch.tokens.numel(), time.perf_counter() - begin)
-        trainer.data_state = batch.state
+        waited = time.perf_counter() - begin
+        trainer.metrics.add(batch.num_tokens, batch.tokens.numel(), batch.num_squares, waited)
+        if trainer.inputs.config.metrics.save_samples:
+            save_samples(trainer, batch)
+        trainer.data_state, trainer.counters = batch.state, batch.counters
         microbatches.append(batch)
     return microbatches
+
+
+def save_samples(trainer: Trainer, batch: Batch) -> None:
+    """Write down which recordings a microbatch of this rank holds, row by row."""
+    with (trainer.inputs.folder / f"samples.rank{rank()}.jsonl").open("a") as file:
+        file.write(json.dumps({"step": trainer.step, "rows": batch.keys}, ensure_ascii=False) + "\n")
 
 
 def train_step(trainer: Trainer, microbatches: list[Batch]) -> tuple[torch.Tensor, torch.Tensor, float]:
@@ -371,19 +437,20 @@ def train_step(trainer: Trainer, microbatches: list[Batch]) -> tuple[torch.Tenso
     The loss of every target of the step, on whichever rank and in whichever microbatch, has the same weight.
     """
     config, device = trainer.inputs.config, trainer.device
-    targets, tokens = sum_over_ranks(
-        [
-            float(sum(int((batch.targets != IGNORE_INDEX).sum()) for batch in microbatches)),
-            float(sum(batch.num_tokens for batch in microbatches)),
-        ]
+    counts = (
+        float(sum(int((batch.targets != IGNORE_INDEX).sum()) for batch in microbatches)),
+        float(sum(batch.num_tokens for batch in microbatches)),
     )
+    # The first collective after the data were fetched: here the ranks wait for the last one's.
+    targets, tokens = sum_over_ranks(list(counts), trainer.data_group)
     trainer.tokens_seen += int(tokens)
     total = torch.zeros((), device=device)
     for batch in microbatches:
         with trainer.autocast:
-            loss = trainer.model(
-                batch.tokens.to(device, non_blocking=True), batch.targets.to(device, non_blocking=True)
-            )
+            inputs = (batch.tokens, batch.targets, batch.positions)
+            # Counted here, so that the model need not wait for the GPU to count.
+            documents = None if batch.positions is None else int((batch.positions == 0).sum())
+            loss = trainer.model(*(None if t is None else t.to(device, non_blocking=True) for t in inputs), documents)
         loss = loss / targets
         loss.backward()
         total += loss.detach()
@@ -404,16 +471,14 @@ def report(trainer: Trainer, loss: torch.Tensor, grad_norm: torch.Tensor, lr: fl
     Raises:
         UserError: the loss or the gradient norm is not finite.
     """
-    counters = trainer.data_state["counters"]
-    mean, *counts = sum_over_ranks([loss.item(), *map(float, counters.values())])
+    (mean,) = sum_over_ranks([loss.item()])
     if not (math.isfinite(mean) and math.isfinite(grad_norm.item())):
         raise UserError(
             f"step {trainer.step}: the loss is {mean} and the gradient norm {grad_norm.item()}, so training stops; "
             "no checkpoint of this step is saved. A lower optimizer.lr or a longer warm-up may help."
         )
     if logs:
-        named = dict(zip(counters, map(int, counts), strict=True))
-        trainer.metrics.report(trainer.step, mean, grad_norm.item(), lr, named)
+        trainer.metrics.report(trainer.step, mean, grad_norm.item(), lr, asdict(trainer.counters))
 
 
 def validate(trainer: Trainer) -> None:

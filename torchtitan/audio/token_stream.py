@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from torchtitan.tools.errors import UserError
@@ -91,9 +92,9 @@ class TokenStream:
         units = [f"<{code}_{q}>" for code in range(CODEBOOK_SIZE) for q in range(self.num_quantizers)]
         return [*units, AUDIO_START, AUDIO_END]
 
-    def max_frames(self, length: int, num_text: int = 0) -> int:
+    def max_frames(self, length: int, num_text: int = 0, end: bool = True) -> int:
         """Whole frames that fit a row of ``length`` ids beside BOS, ``num_text`` text ids and the audio marks."""
-        return max(0, (length - 3 - num_text) // self.num_quantizers)
+        return max(0, (length - 2 - end - num_text) // self.num_quantizers)
 
     def encode(self, codes: torch.Tensor) -> torch.Tensor:
         """Codes [Q, T] (integers 0..2047) to ids [T * Q] (int64), frame by frame."""
@@ -126,14 +127,45 @@ class TokenStream:
         """The quantizer 0..Q-1 of each audio unit, -1 for every other id; same shape as ``ids``."""
         return torch.where(self.is_unit(ids), (ids - self.base_size) % self.num_quantizers, -1)
 
-    def sample(self, codes: torch.Tensor, text_ids: Sequence[int] = (), end: bool = True) -> torch.Tensor:
+    def sample(
+        self, codes: torch.Tensor, text_ids: Sequence[int] = (), end: bool = True, text_last: bool = False
+    ) -> torch.Tensor:
         """One sample: BOS, text, ``<audio>``, the frames of ``codes`` [Q, T] and, with ``end``, ``</audio>``.
+
+        With ``text_last`` the text stands at the end of all that.
 
         Returns int64 ids [len(text_ids) + 2 + Q * T + end].
         """
-        head = torch.tensor([self.bos_id, *text_ids, self.audio_start_id], device=codes.device)
-        tail = torch.tensor([self.audio_end_id] if end else [], dtype=torch.int64, device=codes.device)
-        return torch.cat([head, self.encode(codes), tail])
+        ids = np.empty(self.sample_length(codes.shape[1], len(text_ids), end), dtype=np.int64)
+        self.write_sample(ids, codes.T.cpu().numpy(), text_ids, end, text_last)
+        return torch.from_numpy(ids).to(codes.device)
+
+    def sample_length(self, num_frames: int, num_text: int = 0, end: bool = True) -> int:
+        """Number of ids of a sample."""
+        return 2 + self.num_quantizers * num_frames + num_text + end
+
+    def write_sample(
+        self,
+        ids: np.ndarray,
+        codes: np.ndarray,
+        text_ids: Sequence[int] | np.ndarray = (),
+        end: bool = True,
+        text_last: bool = False,
+    ) -> None:
+        """Write the sample of ``codes`` [T, Q] (frame by frame) into ``ids``, int64 of just its length."""
+        num_text = len(text_ids)
+        begin = 2 if text_last else 2 + num_text  # of the frames
+        stop = begin + self.num_quantizers * len(codes)
+        ids[0] = self.bos_id
+        ids[begin - 1] = self.audio_start_id
+        frames = ids[begin:stop].reshape(-1, self.num_quantizers)
+        np.multiply(codes, self.num_quantizers, out=frames, casting="unsafe", dtype=np.int64)
+        frames += np.arange(self.base_size, self.base_size + self.num_quantizers)
+        if end:
+            ids[stop] = self.audio_end_id
+        if num_text:
+            place = stop + end if text_last else 1
+            ids[place : place + num_text] = text_ids
 
 
 def quantizers_in(tokenizer: Any) -> int:

@@ -53,15 +53,27 @@ def load_audio(source: str | Path | bytes, max_seconds: float | None = None, nam
         AudioError: the audio is missing, unreadable, truncated, empty, not finite, not normalised or at a rate
             below 2 kHz.
     """
-    samples, rate = _read(source, max_seconds, name or (str(source) if not isinstance(source, bytes) else "audio"))
+    return load_beginning(source, max_seconds, name)[0]
+
+
+def load_beginning(
+    source: str | Path | bytes, max_seconds: float | None = None, name: str | None = None
+) -> tuple[torch.Tensor, float]:
+    """As :func:`load_audio`, and the length of the whole recording in seconds, as its header states it."""
+    samples, rate, num_samples = _read(
+        source, max_seconds, name or (str(source) if not isinstance(source, bytes) else "audio")
+    )
     waveform = resample(samples, rate)
     if max_seconds is not None:
         waveform = waveform[: round(max_seconds * SAMPLE_RATE)]
-    return waveform
+    return waveform, num_samples / rate
 
 
-def _read(source: str | Path | bytes, max_seconds: float | None, name: str) -> tuple[torch.Tensor, int]:
-    """Decode to mono float32 [n] at the file's own rate; with ``max_seconds`` a little more than that."""
+def _read(source: str | Path | bytes, max_seconds: float | None, name: str) -> tuple[torch.Tensor, int, int]:
+    """Decode to mono float32 [n] at the file's own rate; with ``max_seconds`` a little more than that.
+
+    Returns the samples, their rate, and how many the whole file has.
+    """
     import soundfile
 
     if isinstance(source, bytes) and not source:
@@ -105,7 +117,8 @@ def _read(source: str | Path | bytes, max_seconds: float | None, name: str) -> t
         raise AudioError(
             f"{name}: samples reach {peak:.4g} where full scale is 1.0; normalise the file to the range -1 to 1."
         )
-    return waveform, rate
+    # A stream of unknown length states a huge number; then what was read is all that is known.
+    return waveform, rate, declared if wanted >= 0 and declared < 1 << 60 else samples.shape[0]
 
 
 @contextmanager

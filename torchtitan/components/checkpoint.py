@@ -2,7 +2,7 @@
 
     <run>/checkpoint/step-100/
         *.distcp, .metadata     tensors: "model.<name>" and "optimizer.<name>.<state>", sharded
-        train_state.json        step, config, sizes of the model, and of every rank: data position, random state
+        train_state.json        step, place in the data, config, sizes of the model, random state of every rank
         hf/                     config.json and tokenizer for the Hugging Face format
 
 Nothing but tensors goes through torch.distributed.checkpoint; the rest is JSON. A checkpoint is written under another
@@ -33,7 +33,7 @@ from torchtitan.tools.logging import logger
 
 STATE_FILE = "train_state.json"
 HF_FOLDER = "hf"
-FORMAT = 1
+FORMAT = 2
 
 
 def find_steps(folder: Path) -> list[int]:
@@ -108,7 +108,6 @@ class CheckpointManager:
         model: nn.Module,
         optimizer: torch.optim.Optimizer | None,
         state: dict[str, Any],
-        rank_state: dict[str, Any],
         write_hf_files: Callable[[Path], None],
         dtype: torch.dtype = torch.float32,
     ) -> Path:
@@ -116,8 +115,7 @@ class CheckpointManager:
 
         Args:
             optimizer: None saves the weights alone, in ``dtype``.
-            state: JSON for all ranks together.
-            rank_state: JSON of this rank (data position).
+            state: JSON, the same on all ranks.
             write_hf_files: called on rank 0 with the folder for config.json and tokenizer.
         """
         target, partial = self.folder / f"step-{step}", self.folder / f".step-{step}.partial"
@@ -133,7 +131,7 @@ class CheckpointManager:
             tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
         dcp.save(tensors, checkpoint_id=partial)
         ranks: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size())]
-        dist.all_gather_object(ranks, {**rank_state, "random": _random_state()})
+        dist.all_gather_object(ranks, {"random": _random_state()})
         if rank == 0:
             write_hf_files(partial / HF_FOLDER)
             whole = {"format": FORMAT, "step": step, "model_only": optimizer is None, **state, "ranks": ranks}

@@ -57,13 +57,15 @@ def write_model_card(folder: Path, state: dict[str, Any], title: str) -> None:
     """Write README.md from a checkpoint's train_state.json."""
     config, args = state["config"], Llama3Args(**state["model_args"])
     model, training, validation = config["model"], config["training"], state.get("validation")
+    tables = training.get("source") or []
+    data = ", ".join(str(table.get("name") or table.get("path")) for table in tables) or training["dataset"]
     rows = {
         "Base model": model["name"] + ("" if model["pretrained"] else " (architecture only, random start)"),
         "Parameters": f"{args.num_params:,}",
         "Quantizers (Q)": model["num_quantizers"],
         "Codec": f"{model['audio_tokenizer']} (padding {model['codec_padding']}, window {model['codec_window']})",
         "Resampler": RESAMPLER,
-        "Data": f"{training['dataset']}, task {training['task']}",
+        "Data": f"{data}, task {training['task']}",
         "Step": f"{state['step']:,} of {training['steps']:,}",
         "Tokens seen": f"{state['tokens_seen']:,}",
     }

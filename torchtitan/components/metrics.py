@@ -6,7 +6,7 @@ import resource
 import secrets
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from torchtitan.config_manager import JobConfig, run_name, to_dict
+from torchtitan.distributed.utils import max_over_ranks, sum_over_ranks, world_size
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import peak_flops
@@ -27,10 +28,11 @@ _COLORS = {"step": "31", "loss": "32", "grad": "33", "speed": "34", "memory": "3
 
 @dataclass
 class StepTotals:
-    """Sums since the last report, over this rank's microbatches."""
+    """Sums since the last report, over the microbatches of a rank."""
 
-    tokens: int = 0
-    positions: int = 0
+    tokens: float = 0
+    positions: float = 0
+    squares: float = 0
     data_seconds: float = 0.0
 
 
@@ -38,10 +40,17 @@ class MetricsLogger:
     """Reports figures every ``metrics.log_freq`` steps.
 
     Args:
-        flops_per_token: of one training step.
+        flops_per_token: of one training step, given the length of a token's sample.
     """
 
-    def __init__(self, config: JobConfig, folder: Path, rank: int, device: torch.device, flops_per_token: float):
+    def __init__(
+        self,
+        config: JobConfig,
+        folder: Path,
+        rank: int,
+        device: torch.device,
+        flops_per_token: Callable[[float], float],
+    ):
         self.config, self.device, self.flops_per_token = config, device, flops_per_token
         self.peak_flops = peak_flops(device)
         self.totals, self._started = StepTotals(), time.perf_counter()
@@ -82,10 +91,11 @@ class MetricsLogger:
                     "WANDB_MODE=offline, or switch it off with --metrics.no-enable_wandb."
                 ) from None
 
-    def add(self, tokens: int, positions: int, data_seconds: float) -> None:
-        """Count a microbatch: real tokens, positions computed, and seconds waited for it."""
+    def add(self, tokens: int, positions: int, squares: int, data_seconds: float) -> None:
+        """Count a microbatch: real tokens, positions computed, squared lengths of samples, seconds waited for it."""
         self.totals.tokens += tokens
         self.totals.positions += positions
+        self.totals.squares += squares
         self.totals.data_seconds += data_seconds
 
     def report(self, step: int, loss: float, grad_norm: float, lr: float, counters: dict[str, int]) -> None:
@@ -93,12 +103,14 @@ class MetricsLogger:
 
         Args:
             loss: mean over the targets of the step, all ranks, in nats.
-            counters: of the data loaders, summed over ranks.
+            counters: of the data loader, which are those of all ranks.
         """
-        now = time.perf_counter()
-        seconds, totals = max(now - self._started, 1e-9), self.totals
+        seconds = max(time.perf_counter() - self._started, 1e-9)
+        totals = self._of_all_ranks()
         tokens_per_second = totals.tokens / seconds
-        tflops = tokens_per_second * self.flops_per_token / 1e12
+        # Padding is no useful work, and a token attends to its own sample only, however rows are filled.
+        flops_per_token = self.flops_per_token(totals.squares / max(totals.tokens, 1))
+        tflops = tokens_per_second * flops_per_token / 1e12
         memory, share = self._memory()
         figures = {
             "loss": loss,
@@ -132,6 +144,13 @@ class MetricsLogger:
         )
         self.write(step, figures)
         self.totals, self._started = StepTotals(), time.perf_counter()
+
+    def _of_all_ranks(self) -> StepTotals:
+        """Means over the ranks, and the longest wait for data: all ranks wait for the last one. Called by all."""
+        own = self.totals
+        sums = sum_over_ranks([float(own.tokens), float(own.positions), float(own.squares)])
+        tokens, positions, squares = (value / world_size() for value in sums)
+        return StepTotals(tokens, positions, squares, max_over_ranks(own.data_seconds))
 
     @contextmanager
     def paused(self) -> Iterator[None]:

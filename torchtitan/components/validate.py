@@ -1,7 +1,9 @@
 """The loss on held-out speech: the same rows each time, averaged over tokens."""
 
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -10,7 +12,7 @@ from torch import nn
 from torchtitan.audio.token_stream import CODEBOOK_SIZE, TokenStream
 from torchtitan.components.dataloader import SpeechDataLoader
 from torchtitan.components.loss import IGNORE_INDEX
-from torchtitan.datasets.hf_dataset import Position
+from torchtitan.distributed.utils import max_over_ranks
 from torchtitan.tools.errors import UserError
 
 
@@ -42,10 +44,13 @@ class Validator:
 
     Args:
         steps: batches of each rank; -1 for the whole data set.
+        group: in which ranks wait for each other's data.
     """
 
-    def __init__(self, loader: SpeechDataLoader, stream: TokenStream, device: torch.device, steps: int):
-        self.loader, self.stream, self.device, self.steps = loader, stream, device, steps
+    def __init__(
+        self, loader: SpeechDataLoader, stream: TokenStream, device: torch.device, steps: int, group: Any = None
+    ):
+        self.loader, self.stream, self.device, self.steps, self.group = loader, stream, device, steps, group
 
     @torch.no_grad()
     def run(self, model: nn.Module) -> ValidationResult:
@@ -58,31 +63,32 @@ class Validator:
         # Sums and counts: all targets, then each quantizer's.
         sums = torch.zeros(2, 1 + self.stream.num_quantizers, dtype=torch.float64)
         counts = torch.zeros(self.stream.num_quantizers, CODEBOOK_SIZE, dtype=torch.float64)
-        self.loader.load_state_dict({"position": Position().to_dict(), "counters": {}})
-        batches = islice(iter(self.loader), self.steps if self.steps >= 0 else None)
-        while True:
-            batch = next(batches, None)
-            # A sharded model is run by all ranks together: those without rows left run an empty one.
-            more = torch.tensor(int(batch is not None))
-            dist.all_reduce(more, dist.ReduceOp.MAX)
-            if not more:
-                break
-            if batch is None:
-                tokens, targets = torch.zeros(1, 32, dtype=torch.int64), torch.full((1, 32), IGNORE_INDEX)
-            else:
-                tokens, targets = batch.tokens, batch.targets
-            losses = model(tokens.to(self.device), targets.to(self.device)).double().cpu()
-            quantizer = self.stream.quantizer_of(targets)
-            masks = [targets != IGNORE_INDEX, *(quantizer == q for q in range(self.stream.num_quantizers))]
-            sums += torch.stack([torch.stack([losses[m].sum() for m in masks]), torch.stack([m.sum() for m in masks])])
-            for q in range(self.stream.num_quantizers):
-                codes = (targets[quantizer == q] - self.stream.base_size) // self.stream.num_quantizers
-                counts[q] += torch.bincount(codes, minlength=CODEBOOK_SIZE)
+        self.loader.load_state_dict(self.loader.start_state())
+        with closing(iter(self.loader)) as loaded:
+            batches = islice(loaded, self.steps if self.steps >= 0 else None)
+            while True:
+                batch = next(batches, None)
+                # A sharded model is run by all ranks together: those without rows left run an empty one.
+                if not max_over_ranks(float(batch is not None), self.group):
+                    break
+                if batch is None:
+                    tokens, targets = torch.zeros(1, 32, dtype=torch.int64), torch.full((1, 32), IGNORE_INDEX)
+                else:
+                    tokens, targets = batch.tokens, batch.targets
+                losses = model(tokens.to(self.device), targets.to(self.device)).double().cpu()
+                quantizer = self.stream.quantizer_of(targets)
+                masks = [targets != IGNORE_INDEX, *(quantizer == q for q in range(self.stream.num_quantizers))]
+                sums += torch.stack(
+                    [torch.stack([losses[m].sum() for m in masks]), torch.stack([m.sum() for m in masks])]
+                )
+                for q in range(self.stream.num_quantizers):
+                    codes = (targets[quantizer == q] - self.stream.base_size) // self.stream.num_quantizers
+                    counts[q] += torch.bincount(codes, minlength=CODEBOOK_SIZE)
         model.train()
         dist.all_reduce(sums)
         dist.all_reduce(counts)
         if sums[1, 0] == 0:
-            raise UserError("no row of the validation data set could be used; the log names each one's reason.")
+            raise UserError("no recording of the validation data set could be used; the log names the reasons.")
         means = (sums[0] / sums[1]).tolist()
         shares = counts / counts.sum(dim=1, keepdim=True).clamp(min=1)
         entropies = -(shares * shares.clamp(min=1e-300).log()).sum(dim=1)

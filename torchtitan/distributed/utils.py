@@ -60,15 +60,22 @@ def shorten_timeout(comm: Comm, device: torch.device) -> None:
     set_timeout(timedelta(seconds=comm.train_timeout_seconds))
 
 
-def sum_over_ranks(values: list[float]) -> list[float]:
+def sum_over_ranks(values: list[float], group: Any = None) -> list[float]:
     """Sum numbers over all ranks, exactly for integers below 2^53."""
     tensor = torch.tensor(values, dtype=torch.float64)
-    dist.all_reduce(tensor)
+    dist.all_reduce(tensor, group=group)
     return tensor.tolist()
 
 
-def broadcast_object(value: Any) -> Any:
+def max_over_ranks(value: float, group: Any = None) -> float:
+    """The largest of all ranks' numbers."""
+    tensor = torch.tensor(value, dtype=torch.float64)
+    dist.all_reduce(tensor, dist.ReduceOp.MAX, group=group)
+    return tensor.item()
+
+
+def broadcast_object(value: Any, group: Any = None) -> Any:
     """Rank 0's value, on all ranks."""
     box = [value]
-    dist.broadcast_object_list(box, src=0)
+    dist.broadcast_object_list(box, src=0, group=group)
     return box[0]

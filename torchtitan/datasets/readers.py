@@ -1,0 +1,1006 @@
+"""Rows of data sets by number: random access to parquet, Arrow, tars, manifests and folders of audio files.
+
+:func:`index_files` looks at each file once, without reading audio, and gives a :class:`DatasetIndex`: how many rows
+lie in which *block*. A block is what is read at one go. :class:`AudioDataset` then reads any rows by their numbers.
+Audio stays encoded, so that a broken recording costs one row.
+
+Whatever is wrong with the data ends as a row with an ``error``, never as an exception. Reads that fail for a reason
+that may pass (network, file system) are tried again at the lowest level, in :class:`_File`: all that is raised above
+it is damage, which no second try repairs.
+"""
+
+import csv
+import hashlib
+import itertools
+import json
+import math
+import os
+import sys
+import tarfile
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
+
+import numpy as np
+
+from torchtitan.datasets.sources import AUDIO_EXTENSIONS, Source, kind_of
+from torchtitan.tools.errors import UserError
+from torchtitan.tools.logging import logger
+
+T = TypeVar("T")
+
+# Rows of a table that are read at one go, at most.
+BLOCK_ROWS = 128
+# Samples of a tar in one block: as many recordings as one seek is worth.
+TAR_BLOCK = 64
+# Audio files, or lines of a manifest, in one block.
+LIST_BLOCK = 256
+# Rows decoded from parquet at a time, and bytes read at a time: what one reader holds in memory.
+BATCH_ROWS = 16
+READ_BYTES = 1 << 20
+HUB_READ_BYTES = 1 << 23
+# Threads that look at files for the index.
+INDEX_THREADS = 16
+# Seconds before the second try of a read; each further one waits twice as long.
+FIRST_WAIT = 1.0
+
+DURATIONS = ("duration", "duration_ms", "audio_duration")
+AUDIO_KEYS = ("audio", "path", "audio_filepath", "audio_path", "file_name", "filename", "file", "wav", "flac", "mp3")
+TEXT_KEYS = ("text", "sentence", "transcription", "transcript", "normalized_text", "raw_text")
+ID_KEYS = ("id", "utt_id", "utterance_id")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One recording before decoding.
+
+    Attributes:
+        key: names it for humans: ``path:row (id)``, or its path if it is a file of its own.
+        audio: its encoded bytes, the path of its file, or None.
+        text: its transcription, if there is one.
+        seconds: its length, if the data say it.
+        error: why it could not be read at all.
+    """
+
+    key: str
+    audio: bytes | str | None
+    text: str | None
+    seconds: float | None
+    error: str | None = None
+
+
+@dataclass
+class DatasetIndex:
+    """What lies where. Made on one rank and sent to the others.
+
+    Attributes:
+        files: the readable files, as :func:`~torchtitan.datasets.sources.find_files` gives them.
+        blocks: for each file (rows, offset) of its consecutive blocks. The offset is what a reader needs: the number
+            of a parquet row group, or the byte at which an Arrow batch, a sample of a tar or a line begins. Blocks of
+            one file with the same offset are parts of one row group or batch. Audio files are one list of blocks all
+            together, whose offsets count files.
+        bad_files: (path, reason) of files that are left out, entirely or from some point on.
+        fingerprint: sha256 over names relative to the root and numbers of rows: equal for a copy elsewhere.
+        format: of the files.
+    """
+
+    files: list[str]
+    blocks: list[list[tuple[int, int]]]
+    bad_files: list[tuple[str, str]]
+    fingerprint: str
+    format: str = field(default="parquet")
+
+
+class _Damage(Exception):
+    """Data that cannot be read; the message is the reason."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files that are tried again
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _open(path: str) -> BinaryIO:
+    """Open a local file or one on the hub for reading bytes at any position."""
+    if not path.startswith("hf://"):
+        return open(path, "rb")
+    from huggingface_hub import HfFileSystem
+
+    return HfFileSystem().open(path.removeprefix("hf://"), "rb", block_size=HUB_READ_BYTES)  # type: ignore[return-value]
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether a second try may succeed: network and file system yes, missing or forbidden files no."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(status, int) and 400 <= status < 500:
+        return status in (408, 429)
+    if isinstance(error, (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)):
+        return False
+    # The hub's client has errors of its own kind (httpx), which are imported where they can occur.
+    client = sys.modules.get("httpx")
+    return isinstance(error, OSError) or (client is not None and isinstance(error, client.HTTPError))
+
+
+def _retried(path: str, action: Callable[[], T], retries: int) -> T:
+    """What ``action`` gives, tried again up to ``retries`` times while it fails for a reason that may pass."""
+    for attempt in itertools.count():
+        try:
+            return action()
+        except Exception as error:
+            if attempt >= retries or not _may_pass(error):
+                raise
+            wait = FIRST_WAIT * 2**attempt
+            logger.warning(f"{path}: {_reason(error)}; trying again in {wait:g} s ({attempt + 1} of {retries})")
+            time.sleep(wait)
+    raise AssertionError("unreachable")
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of an error's message, without a full stop."""
+    text = (getattr(error, "strerror", None) or str(error)).strip()
+    return text.splitlines()[0].rstrip(". ") if text else type(error).__name__
+
+
+def read_audio_file(path: str, retries: int) -> bytes:
+    """The bytes of a recording's own file.
+
+    Raises:
+        OSError: it is missing, or cannot be read after ``retries`` further tries.
+    """
+    return _File(path, retries).read()
+
+
+class _File:
+    """A file that is opened at its first use, and again whenever a read of it fails."""
+
+    def __init__(self, path: str, retries: int):
+        self.path, self.retries = path, retries
+        self._raw: BinaryIO | None = None
+        self._position = 0
+        self._size: int | None = None
+        self.closed = False
+
+    def _try(self, action: Callable[[BinaryIO], T]) -> T:
+        def attempt() -> T:
+            try:
+                if self._raw is None:
+                    self._raw = _open(self.path)
+                return action(self._raw)
+            except Exception:
+                self._drop()
+                raise
+
+        return _retried(self.path, attempt, self.retries)
+
+    def _drop(self) -> None:
+        raw, self._raw = self._raw, None
+        if raw is not None:
+            with suppress(Exception):
+                raw.close()
+
+    def read(self, size: int | None = -1) -> bytes:
+        def action(raw: BinaryIO) -> bytes:
+            raw.seek(self._position)
+            return raw.read(-1 if size is None else size)
+
+        data = self._try(action)
+        self._position += len(data)
+        return data
+
+    def size(self) -> int:
+        if self._size is None:
+            self._size = self._try(lambda raw: raw.seek(0, os.SEEK_END))
+        return self._size
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position}.get(whence)
+        self._position = offset + (self.size() if base is None else base)
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def writable(self) -> bool:
+        return False
+
+    def flush(self) -> None:
+        pass
+
+    def close(self) -> None:
+        self.closed = True
+        self._drop()
+
+    def __enter__(self) -> "_File":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Readers: one class for each format
+# ---------------------------------------------------------------------------------------------------------------------
+
+Block = tuple[int, int]
+# The number of a row within its group, and the row.
+Found = tuple[int, Row]
+
+
+class _Reader:
+    """How files of one format are indexed and read. A *group* is a run of blocks with the same offset."""
+
+    def __init__(self, source: Source, retries: int):
+        self.source, self.retries = source, retries
+
+    def index(self, path: str) -> tuple[list[Block], str | None]:
+        """(blocks, why the rest is missing) of one file. Any exception means that the whole file cannot be read."""
+        raise NotImplementedError
+
+    def read(self, path: str, first: int, offset: int, wanted: Sequence[int]) -> Iterator[Found]:
+        """Rows of one group.
+
+        Args:
+            first: number of the group's first row in its file.
+            offset: the group's, from the index.
+            wanted: ascending numbers of rows within the group.
+        """
+        raise NotImplementedError
+
+    # What rows are made of
+
+    def _key(self, path: str, row: int, name: Any) -> str:
+        return f"{path}:{row}" + (f" ({name})" if name not in (None, "") else "")
+
+    def _seconds(self, values: dict[str, Any]) -> float | None:
+        names = [self.source.duration] if self.source.duration else DURATIONS
+        name = next((name for name in names if values.get(name) not in (None, "")), None)
+        if name is None:
+            return None
+        try:
+            seconds = float(values[name]) / (1000 if name.endswith("_ms") else 1)
+        except (TypeError, ValueError):
+            return None
+        return seconds if math.isfinite(seconds) and seconds >= 0 else None
+
+    def _recording(self, table: str, value: Any) -> bytes | str | None:
+        """The audio of a cell: bytes, a struct of bytes and path, or a path relative to its table."""
+        if isinstance(value, dict):
+            recording = value.get("bytes")
+            value = value.get("path") if recording is None else recording
+        if isinstance(value, str) and value:
+            return self._located(table, value)
+        return value if isinstance(value, bytes) else None
+
+    def _located(self, table: str, name: str) -> bytes | str:
+        """A recording that is named relative to the folder of its table, or absolutely."""
+        folder = table.rsplit("/", 1)[0] if "/" in table else "."
+        if table.startswith("hf://"):
+            return self._contents(f"{folder}/{name}")
+        beside = os.path.join(folder, name)
+        return beside if os.path.isfile(beside) else name
+
+    def _contents(self, path: str) -> bytes:
+        with _File(path, self.retries) as file:
+            return file.read()
+
+
+def _groups_of(rows: int, offset: int) -> list[Block]:
+    """A group of many rows in blocks of at most :data:`BLOCK_ROWS`."""
+    return [(min(BLOCK_ROWS, rows - start), offset) for start in range(0, rows, BLOCK_ROWS)]
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+class _Table(_Reader):
+    """What parquet and Arrow have in common: columns."""
+
+    def _columns(self, schema: Any) -> list[str]:
+        """Names of the columns to read. Raises _Damage if the recordings are not among them."""
+        import pyarrow
+
+        source = self.source
+        if source.audio not in schema.names:
+            raise _Damage(f"there is no column {source.audio!r} (columns: {', '.join(schema.names)})")
+        kind = schema.field(source.audio).type
+        if isinstance(kind, pyarrow.BaseExtensionType):
+            kind = kind.storage_type
+        types = pyarrow.types
+        parts = [""]
+        if types.is_struct(kind):
+            parts = [f".{part}" for part in ("bytes", "path") if kind.get_field_index(part) >= 0]
+        elif types.is_dictionary(kind):
+            kind = kind.value_type
+        plain = any(f(kind) for f in (types.is_binary, types.is_large_binary, types.is_string, types.is_large_string))
+        if not parts or not (types.is_struct(kind) or plain):
+            raise _Damage(f"column {source.audio!r} holds neither recordings nor paths, but {kind}")
+        durations = [source.duration] if source.duration else DURATIONS
+        others = dict.fromkeys(name for name in (source.id, source.text, *durations) if name in schema.names)
+        return [*(source.audio + part for part in parts), *(name for name in others if name != source.audio)]
+
+    def _row(self, path: str, number: int, values: dict[str, Any]) -> Row:
+        audio = values.get(self.source.audio)
+        inside = audio.get("path") if isinstance(audio, dict) else None
+        key = self._key(path, number, values.get(self.source.id) or inside)
+        try:
+            recording = self._recording(path, audio)
+        except Exception as error:  # a file on the hub that the table names
+            return Row(key, None, None, None, _reason(error))
+        return Row(key, recording, _text(values.get(self.source.text)), self._seconds(values))
+
+
+class _Parquet(_Table):
+    """Parquet: a group is a row group, read in small batches from its start."""
+
+    def __init__(self, source: Source, retries: int):
+        super().__init__(source, retries)
+        self._footers: OrderedDict[str, Any] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def _footer(self, path: str, file: _File) -> Any:
+        """The metadata of a file; those of the latest few are kept, as they are needed for every block."""
+        import pyarrow.parquet
+
+        with self._lock:
+            if path in self._footers:
+                self._footers.move_to_end(path)
+                return self._footers[path]
+        footer = pyarrow.parquet.read_metadata(file)
+        with self._lock:
+            self._footers[path] = footer
+            while len(self._footers) > 32:
+                self._footers.popitem(last=False)
+        return footer
+
+    def index(self, path: str) -> tuple[list[Block], str | None]:
+        import pyarrow.parquet
+
+        with _File(path, self.retries) as file:
+            footer = pyarrow.parquet.read_metadata(file)
+        self._columns(footer.schema.to_arrow_schema())
+        sizes = [footer.row_group(group).num_rows for group in range(footer.num_row_groups)]
+        return [block for group, rows in enumerate(sizes) for block in _groups_of(rows, group)], None
+
+    def read(self, path: str, first: int, offset: int, wanted: Sequence[int]) -> Iterator[Found]:
+        import pyarrow.parquet
+
+        with _File(path, self.retries) as file:
+            footer = self._footer(path, file)
+            # Buffered reads keep a column of gigabytes from being read whole.
+            size = HUB_READ_BYTES if path.startswith("hf://") else READ_BYTES
+            table = pyarrow.parquet.ParquetFile(file, metadata=footer, buffer_size=size, pre_buffer=False)
+            columns = self._columns(table.schema_arrow)
+            batches = table.iter_batches(BATCH_ROWS, row_groups=[offset], columns=columns, use_threads=False)
+            start, position = 0, 0
+            for batch in batches:
+                end = start + batch.num_rows
+                while position < len(wanted) and wanted[position] < end:
+                    number = wanted[position]
+                    values = {n: batch.column(i)[number - start].as_py() for i, n in enumerate(batch.schema.names)}
+                    yield number, self._row(path, first + number, values)
+                    position += 1
+                if position == len(wanted):
+                    return
+                start = end
+
+
+class _Arrow(_Table):
+    """Arrow IPC, as a stream or as a file: a group is a record batch, mapped into memory where that is possible."""
+
+    audio_needed = True
+
+    def index(self, path: str) -> tuple[list[Block], str | None]:
+        import pyarrow
+
+        blocks: list[Block] = []
+        with _File(path, self.retries) as file:
+            size = file.size()
+            file.seek(_stream_start(file))
+            schema = pyarrow.ipc.read_schema(pyarrow.py_buffer(_message(file)[0]))
+            self._check(schema)
+            while True:
+                offset = file.tell()
+                try:
+                    head, body = _message(file)
+                    if not head:
+                        return blocks, None
+                    kind, rows = _describe(head)
+                    end = file.tell() + body
+                    if end > size:
+                        raise _Damage("the file is cut off")
+                except (_Damage, IndexError, ValueError) as error:
+                    return blocks, f"the rest from byte {offset:,} on is missing: {_reason(error)}"
+                if kind == _RECORD_BATCH:
+                    blocks += _groups_of(rows, offset)
+                file.seek(end)
+
+    def _check(self, schema: Any) -> None:
+        import pyarrow
+
+        if self.audio_needed:
+            self._columns(schema)
+        encoded = [f.name for f in schema if pyarrow.types.is_dictionary(f.type)]
+        if encoded:
+            raise _Damage(f"column {encoded[0]!r} is dictionary-encoded, which is not read from Arrow files")
+
+    def read(self, path: str, first: int, offset: int, wanted: Sequence[int]) -> Iterator[Found]:
+        for number, batch in self.batches(path, offset, wanted):
+            names = {column.split(".")[0] for column in self._columns(batch.schema)}
+            values = {name: batch.column(name)[number].as_py() for name in names}
+            yield number, self._row(path, first + number, values)
+
+    def batches(self, path: str, offset: int, wanted: Sequence[int]) -> Iterator[tuple[int, Any]]:
+        """(number, record batch that it is a row of) for each wanted row of the group."""
+        import pyarrow
+
+        with _File(path, self.retries) as file:
+            file.seek(_stream_start(file))
+            schema = pyarrow.ipc.read_schema(pyarrow.py_buffer(_message(file)[0]))
+            if path.startswith("hf://"):
+                data: Any = pyarrow.PythonFile(file, mode="r")
+            else:
+                data = _retried(path, lambda: pyarrow.memory_map(path), self.retries)
+            with data:
+                data.seek(offset)
+                batch = pyarrow.ipc.read_record_batch(pyarrow.ipc.read_message(data), schema)
+                for number in wanted:
+                    yield number, batch
+
+
+_RECORD_BATCH = 3  # MessageHeader.RecordBatch of Arrow's format
+
+
+def _stream_start(file: _File) -> int:
+    """Where the messages begin: an IPC file is a stream between a magic number and a footer."""
+    file.seek(0)
+    return 8 if file.read(6) == b"ARROW1" else 0
+
+
+def _message(file: _File) -> tuple[bytes, int]:
+    """(metadata with its length before it, size of the body) of the next message; (b"", 0) at the end of the stream.
+
+    Only the metadata is read, and the file is left at the body.
+    """
+    prefix = file.read(8)
+    if len(prefix) < 8:
+        if prefix and prefix != b"\xff\xff\xff\xff" and prefix != bytes(4):
+            raise _Damage("the file is cut off")
+        return b"", 0
+    if prefix[:4] != b"\xff\xff\xff\xff":
+        raise _Damage("this is no Arrow data")
+    length = int.from_bytes(prefix[4:], "little", signed=True)
+    if length == 0:
+        return b"", 0
+    if not 0 < length <= 1 << 28:
+        raise _Damage("this is no Arrow data")
+    head = file.read(length)
+    if len(head) < length:
+        raise _Damage("the file is cut off")
+    return prefix + head, _field(head, _root(head), 3, 8)
+
+
+def _root(head: bytes) -> int:
+    return int.from_bytes(head[:4], "little")
+
+
+def _describe(message: bytes) -> tuple[int, int]:
+    """(kind of header, number of rows if it is a record batch) of a message's metadata (a flatbuffer)."""
+    head = message[8:]
+    table = _root(head)
+    kind = _field(head, table, 1, 1)
+    if kind != _RECORD_BATCH:
+        return kind, 0
+    at = _place(head, table, 2)
+    return kind, _field(head, at + int.from_bytes(head[at : at + 4], "little"), 0, 8)
+
+
+def _place(head: bytes, table: int, number: int) -> int:
+    """Position of a field in a flatbuffer's table; 0 if it is left out."""
+    vtable = table - int.from_bytes(head[table : table + 4], "little", signed=True)
+    if 4 + 2 * number >= int.from_bytes(head[vtable : vtable + 2], "little"):
+        return 0
+    entry = int.from_bytes(head[vtable + 4 + 2 * number : vtable + 6 + 2 * number], "little")
+    return table + entry if entry else 0
+
+
+def _field(head: bytes, table: int, number: int, size: int) -> int:
+    """A whole number of ``size`` bytes in a flatbuffer's table; 0 if it is left out."""
+    at = _place(head, table, number)
+    return int.from_bytes(head[at : at + size], "little", signed=size > 1) if at else 0
+
+
+class _CodeShards(_Arrow):
+    """Shards of codes are indexed like Arrow; their rows are read elsewhere."""
+
+    audio_needed = False
+
+
+class _Tar(_Reader):
+    """Tars as WebDataset writes them: consecutive members with the same key are a sample."""
+
+    def index(self, path: str) -> tuple[list[Block], str | None]:
+        starts: list[int] = []
+        rest = None
+        names: set[str] = set()
+        with _File(path, self.retries) as file:
+            try:
+                for sample in self._samples(file, 0):
+                    names.update(sample.members)
+                    if sample.recording:
+                        starts.append(sample.start)
+            except (_Damage, tarfile.TarError) as error:
+                rest = f"the rest is missing: {_reason(error)}"
+        if not starts and rest is None and names:
+            wanted = f"of extension .{self.source.audio}" if self._named else "with audio"
+            raise _Damage(f"there is no member {wanted} (extensions: {', '.join(sorted(names)[:8])})")
+        if not starts and rest is not None:
+            raise _Damage(rest.removeprefix("the rest is missing: "))
+        edges = range(0, len(starts), TAR_BLOCK)
+        return [(min(TAR_BLOCK, len(starts) - edge), starts[edge]) for edge in edges], rest
+
+    def read(self, path: str, first: int, offset: int, wanted: Sequence[int]) -> Iterator[Found]:
+        with _File(path, self.retries) as file:
+            remaining = iter(wanted)
+            number = next(remaining)
+            samples = (sample for sample in self._samples(file, offset) if sample.recording)
+            for position, sample in enumerate(samples):
+                if position == number:
+                    yield number, self._row(path, first + number, sample, file)
+                    if (number := next(remaining, -1)) < 0:
+                        return
+
+    @property
+    def _named(self) -> bool:
+        """Whether the source says which extension recordings have."""
+        return self.source.audio != "audio"
+
+    def _samples(self, file: _File, offset: int) -> Iterator["_Sample"]:
+        """Samples from a header's position on. Raises _Damage or TarError where the tar is damaged."""
+        size = file.size()
+        file.seek(offset)
+        sample: _Sample | None = None
+        damage: Exception | None = None
+        # The first member may be damaged, which opening already shows.
+        try:
+            with tarfile.open(fileobj=file, mode="r:") as tar:  # type: ignore[call-overload]
+                while (member := tar.next()) is not None:
+                    tar.members.clear()  # type: ignore[attr-defined]
+                    if member.offset_data + member.size > size:
+                        raise _Damage("the file is cut off")
+                    folder, _, base = member.name.rpartition("/")
+                    if not member.isfile() or base.startswith("."):
+                        continue
+                    stem, _, extension = base.partition(".")
+                    key = f"{folder}/{stem}" if folder else stem
+                    if sample is None or sample.key != key:
+                        if sample is not None:
+                            yield sample
+                        sample = _Sample(key, member.offset, self.source.audio if self._named else None)
+                    sample.members.setdefault(extension.lower(), (member.offset_data, member.size))
+                end = tar.offset
+            file.seek(end)
+            if any(file.read(512)):
+                raise _Damage(f"the header at byte {end:,} is damaged")
+        except (_Damage, tarfile.TarError) as error:
+            damage = error
+        if sample is not None:
+            yield sample
+        if damage is not None:
+            raise damage
+
+    def _row(self, path: str, number: int, sample: "_Sample", file: _File) -> Row:
+        def contents(extension: str) -> bytes:
+            at, size = sample.members[extension]
+            back = file.tell()
+            file.seek(at)
+            data = file.read(size)
+            file.seek(back)
+            if len(data) < size:
+                raise _Damage("the file is cut off")
+            return data
+
+        values: dict[str, Any] = {}
+        if "json" in sample.members:
+            with suppress(ValueError):
+                read = json.loads(contents("json"))
+                values = read if isinstance(read, dict) else {}
+        text = _text(values.get(self.source.text))
+        for extension in (self.source.text, "txt"):
+            if extension in sample.members and extension != "json":
+                text = contents(extension).decode("utf-8", "replace").strip()
+                break
+        name = values.get(self.source.id) or sample.key.rsplit("/", 1)[-1]
+        return Row(self._key(path, number, name), contents(sample.recording or ""), text, self._seconds(values))
+
+
+class _Sample:
+    """Members of a tar with the same key: extension to (offset, size) of the contents."""
+
+    def __init__(self, key: str, start: int, audio: str | None):
+        self.key, self.start, self.audio = key, start, audio
+        self.members: dict[str, tuple[int, int]] = {}
+
+    @property
+    def recording(self) -> str | None:
+        """The extension of the member with the audio."""
+        if self.audio is not None:
+            return self.audio.lower() if self.audio.lower() in self.members else None
+        return next((e for e in self.members if e.rsplit(".", 1)[-1] in AUDIO_EXTENSIONS), None)
+
+
+class _Manifest(_Reader):
+    """Lists of audio files: JSON lines or a JSON list, CSV or TSV with a header, and fairseq's TSV."""
+
+    def index(self, path: str) -> tuple[list[Block], str | None]:
+        starts: list[int] = []
+        rows = 0
+        with _File(path, self.retries) as file:
+            for offset, values in self._records(path, file, None):
+                if rows == 0 and isinstance(values, dict):
+                    self._audio_key(values)
+                if rows % LIST_BLOCK == 0:
+                    starts.append(offset)
+                rows += 1
+        return [(min(LIST_BLOCK, rows - i * LIST_BLOCK), offset) for i, offset in enumerate(starts)], None
+
+    def _audio_key(self, values: dict[str, Any]) -> str:
+        names = AUDIO_KEYS if self.source.audio == "audio" else (self.source.audio,)
+        for name in names:
+            if name in values:
+                return name
+        raise _Damage(f"there is no key {' or '.join(names)} (keys: {', '.join(map(str, values))})")
+
+    def read(self, path: str, first: int, offset: int, wanted: Sequence[int]) -> Iterator[Found]:
+        with _File(path, self.retries) as file:
+            remaining = iter(wanted)
+            number = next(remaining)
+            for position, (_, values) in enumerate(self._records(path, file, offset)):
+                if position == number:
+                    yield number, self._row(path, first + number, values)
+                    if (number := next(remaining, -1)) < 0:
+                        return
+
+    def _row(self, path: str, number: int, values: dict[str, Any] | str) -> Row:
+        if isinstance(values, str):
+            return Row(self._key(path, number, None), None, None, None, values)
+        key = self._key(path, number, None)
+        try:
+            audio = values[self._audio_key(values)]
+            name = next((values[n] for n in (self.source.id, *ID_KEYS) if values.get(n)), None)
+            inside = audio.get("path") if isinstance(audio, dict) else audio
+            key = self._key(path, number, name or inside)
+            recording = self._recording(path, audio)
+        except Exception as error:
+            return Row(key, None, None, None, _reason(error))
+        names = TEXT_KEYS if self.source.text == "text" else (self.source.text,)
+        text = next((_text(values[name]) for name in names if values.get(name) is not None), None)
+        return Row(key, recording, text, self._seconds(values))
+
+    def _located(self, table: str, name: str) -> bytes | str:
+        found = super()._located(table, name)
+        if isinstance(found, str) and not os.path.isfile(found) and not os.path.isabs(name):
+            folder = os.path.dirname(table)
+            # Common Voice names files of a folder beside its tables.
+            in_clips = os.path.join(folder, "clips", name)
+            return in_clips if os.path.isfile(in_clips) else os.path.join(folder, name)
+        return found
+
+    def _records(self, path: str, file: _File, offset: int | None) -> Iterator[tuple[int, dict[str, Any] | str]]:
+        """(offset, values or what is wrong with them) of the records from an offset on; None: from the first."""
+        extension = path.rsplit(".", 1)[-1].lower()
+        if extension in ("csv", "tsv"):
+            yield from self._lines_of_table(file, offset, "," if extension == "csv" else "\t")
+            return
+        lines = _Lines(file)
+        start = next((line for line in lines if line.strip()), b"")
+        if start.lstrip().startswith(b"["):  # one list, whose offsets count records
+            file.seek(0)
+            for number, values in enumerate(json.loads(file.read())):
+                if number >= (offset or 0):
+                    yield number, values if isinstance(values, dict) else "this record is no object"
+            return
+        lines = _Lines(file, offset or 0)
+        for line in lines:
+            if line.strip():
+                yield lines.start, _json_object(line)
+
+    def _lines_of_table(
+        self, file: _File, offset: int | None, separator: str
+    ) -> Iterator[tuple[int, dict[str, Any] | str]]:
+        lines = _Lines(file)
+        first, second = next(lines, b"").decode("utf-8-sig", "replace").rstrip("\r\n"), next(lines, b"")
+        fields = second.decode("utf-8", "replace").rstrip("\r\n").split("\t")
+        if separator == "\t" and "\t" not in first and len(fields) == 2 and fields[1].isdigit():
+            # fairseq: the root of all paths, then a path and a number of samples in each line.
+            lines = _Lines(file, offset or 0)
+            if offset is None:
+                next(lines)
+            for line in lines:
+                if line.strip():
+                    name = line.decode("utf-8", "replace").split("\t")[0].strip()
+                    yield lines.start, {"audio": os.path.join(first.strip(), name)}
+            return
+        lines = _Lines(file)
+        quoting = csv.QUOTE_MINIMAL if separator == "," else csv.QUOTE_NONE
+        header = next(csv.reader(lines.texts(), delimiter=separator, quoting=quoting), [])
+        if offset is not None:
+            lines = _Lines(file, offset)
+        records = csv.reader(lines.texts(), delimiter=separator, quoting=quoting)
+        while True:
+            start = lines.position
+            try:
+                record = next(records, None)
+            except csv.Error as error:
+                yield start, f"the line cannot be read ({_reason(error)})"
+                continue
+            if record is None:
+                return
+            if record:
+                yield start, dict(zip(header, record, strict=False))
+
+
+def _json_object(line: bytes) -> dict[str, Any] | str:
+    try:
+        values = json.loads(line)
+    except ValueError:
+        return "the line is no JSON"
+    return values if isinstance(values, dict) else "the line is no JSON object"
+
+
+class _Lines:
+    """Lines of a file from an offset on; ``start`` is where the latest begins, ``position`` where the next does."""
+
+    def __init__(self, file: _File, offset: int = 0):
+        self.file, self.start, self.position = file, offset, offset
+        self._read_to = offset
+        self._lines: list[bytes] = []
+        self._next = 0
+        self._tail = b""
+
+    def __iter__(self) -> "_Lines":
+        return self
+
+    def __next__(self) -> bytes:
+        while self._next == len(self._lines):
+            self.file.seek(self._read_to)
+            data = self.file.read(READ_BYTES)
+            self._read_to += len(data)
+            if not data and not self._tail:
+                raise StopIteration
+            self._lines = _split(self._tail + data)
+            self._tail = self._lines.pop() if data and not self._lines[-1].endswith(b"\n") else b""
+            self._next = 0
+        line = self._lines[self._next]
+        self._next += 1
+        self.start, self.position = self.position, self.position + len(line)
+        return line
+
+    def texts(self) -> Iterator[str]:
+        for line in self:
+            yield line.decode("utf-8-sig" if self.start == 0 else "utf-8", "replace")
+
+
+def _split(data: bytes) -> list[bytes]:
+    """Lines that end in \\n only, with their ends."""
+    lines = [line + b"\n" for line in data.split(b"\n")]
+    lines[-1] = lines[-1][:-1]
+    return lines if lines[-1] else lines[:-1]
+
+
+class _AudioFiles(_Reader):
+    """Recordings that are files of their own. A group is a run of files; transcriptions lie beside them."""
+
+    def __init__(self, source: Source, retries: int, files: list[str]):
+        super().__init__(source, retries)
+        self.files = files
+        self._transcripts: OrderedDict[str, dict[str, str]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def read(self, path: str, first: int, offset: int, wanted: Sequence[int]) -> Iterator[Found]:
+        for number in wanted:
+            name = self.files[offset + number]
+            try:
+                audio = self._contents(name) if name.startswith("hf://") else name
+                yield number, Row(name, audio, self._beside(name), None)
+            except Exception as error:
+                yield number, Row(name, None, None, None, _reason(error))
+
+    def _beside(self, path: str) -> str | None:
+        """NAME.txt, or the line of NAME in LibriSpeech's *.trans.txt; not looked for on the hub."""
+        if path.startswith("hf://"):
+            return None
+        folder, name = os.path.split(path)
+        stem = name.rsplit(".", 1)[0]
+        text = os.path.join(folder, f"{stem}.txt")
+        if os.path.isfile(text):
+            return self._contents(text).decode("utf-8", "replace").strip()
+        return self._transcripts_of(folder).get(stem)
+
+    def _transcripts_of(self, folder: str) -> dict[str, str]:
+        with self._lock:
+            if folder in self._transcripts:
+                return self._transcripts[folder]
+        texts: dict[str, str] = {}
+        for entry in os.scandir(folder or "."):
+            if entry.name.endswith(".trans.txt"):
+                for line in self._contents(entry.path).decode("utf-8", "replace").splitlines():
+                    name, _, text = line.strip().partition(" ")
+                    texts[name] = text
+        with self._lock:
+            self._transcripts[folder] = texts
+            while len(self._transcripts) > 64:
+                self._transcripts.popitem(last=False)
+        return texts
+
+
+def _reader(source: Source, format: str, retries: int, files: list[str]) -> _Reader:
+    if format == "audio":
+        return _AudioFiles(source, retries, files)
+    kinds = {
+        "parquet": _Parquet,
+        "arrow": _Arrow,
+        "webdataset": _Tar,
+        "manifest": _Manifest,
+        "codes": _CodeShards,
+    }
+    return kinds[format](source, retries)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The index
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def index_files(source: Source, files: list[str], retries: int = 5, progress: bool = False) -> DatasetIndex:
+    """Look at each file once: how many rows it has, and where. No audio is read.
+
+    Args:
+        files: as :func:`~torchtitan.datasets.sources.find_files` gives them, all of one format.
+        retries: how often a read that failed for a reason that may pass is tried again.
+        progress: show a bar on stderr.
+
+    Raises:
+        UserError: no file can be read, the recordings are in none of them, or there is no row at all.
+    """
+    if not files:
+        raise UserError(f"{source.path}: there are no files to read.")
+    format = source.format if source.format != "auto" else kind_of(files[0], alone=True) or "audio"
+    if format == "audio":
+        sizes = [(min(LIST_BLOCK, len(files) - start), start) for start in range(0, len(files), LIST_BLOCK)]
+        return DatasetIndex(list(files), [sizes], [], _fingerprint(source, [(path, 1) for path in files]), format)
+    reader = _reader(source, format, retries, files)
+
+    def look(path: str) -> tuple[list[Block], str | None]:
+        try:
+            return reader.index(path)
+        except Exception as error:  # whatever a damaged file raises leaves out this file
+            return [], _reason(error)
+
+    found: list[tuple[list[Block], str | None]] = []
+    with ThreadPoolExecutor(min(INDEX_THREADS, len(files)), thread_name_prefix="index") as pool:
+        results = pool.map(look, files)
+        if progress:
+            from tqdm import tqdm
+
+            results = tqdm(results, total=len(files), desc=source.name, unit=" files", leave=False)
+        found.extend(results)
+    bad = [(path, reason) for path, (_, reason) in zip(files, found, strict=True) if reason]
+    good = [(path, blocks) for path, (blocks, reason) in zip(files, found, strict=True) if blocks or not reason]
+    if not good:
+        path, reason = bad[0]
+        others = f" (none of the {len(files):,} files can be read)" if len(files) > 1 else ""
+        raise UserError(f"{path}: {reason}{others}.")
+    rows = [(path, sum(size for size, _ in blocks)) for path, blocks in good]
+    if not any(size for _, size in rows):
+        raise UserError(f"{source.path}: there is no row in {'it' if len(files) == 1 else 'any of its files'}.")
+    paths, blocks = [path for path, _ in good], [blocks for _, blocks in good]
+    return DatasetIndex(paths, blocks, bad, _fingerprint(source, rows), format)
+
+
+def _fingerprint(source: Source, rows: list[tuple[str, int]]) -> str:
+    """sha256 over names relative to the root of the data set, and their numbers of rows."""
+    root = f"{Path(source.path).expanduser()}/"
+    digest = hashlib.sha256()
+    for path, size in rows:
+        if path.startswith("hf://datasets/"):
+            name = path.removeprefix("hf://datasets/").split("/", 2)[-1]
+        else:
+            name = path.removeprefix(root) if path.startswith(root) else os.path.basename(path)
+        digest.update(f"{name}\0{size}\n".encode())
+    return digest.hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The data set
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class AudioDataset:
+    """Rows of a data set by their numbers, which count through its files in order.
+
+    Nothing is held open between calls, and several threads may read at once.
+
+    Attributes:
+        source, name, index, fingerprint: what it was made from.
+        block_sizes: int64 [number of blocks], rows of the consecutive blocks over all files.
+
+    Args:
+        source: the data set's facts.
+        index: as :func:`index_files` gives it.
+        retries: how often a read that failed for a reason that may pass is tried again.
+    """
+
+    def __init__(self, source: Source, index: DatasetIndex, retries: int = 5):
+        if index.format == "codes":
+            raise UserError(f"{source.path}: these are codes, not recordings.")
+        self.source, self.index, self.name, self.fingerprint = source, index, source.name, index.fingerprint
+        self._reader = _reader(source, index.format, retries, index.files)
+        sizes = [size for blocks in index.blocks for size, _ in blocks]
+        self.block_sizes = np.array(sizes, dtype=np.int64)
+        self._length = int(self.block_sizes.sum())
+        # Groups: runs of blocks with the same offset. Where they begin, and what they are.
+        self._group_starts: np.ndarray
+        self._groups: list[tuple[int, int, int]] = []  # (number of the file, its first row, the group's offset)
+        starts, total = [], 0
+        for number, blocks in enumerate(index.blocks):
+            before = total
+            last: int | None = None
+            for size, offset in blocks:
+                if offset != last:
+                    starts.append(total)
+                    self._groups.append((number, before, offset))
+                last = offset
+                total += size
+        self._group_starts = np.array(starts, dtype=np.int64)
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return self._length
+
+    def read(self, rows: Sequence[int]) -> Iterator[tuple[int, Row]]:
+        """(number, row) for each of the ascending numbers, in that order; neighbours are read at one go.
+
+        What cannot be read comes as a row with an ``error``; nothing is raised for bad data.
+        """
+        numbers = np.asarray(rows, dtype=np.int64)
+        if numbers.size == 0:
+            return
+        if numbers[0] < 0 or numbers[-1] >= self._length or (np.diff(numbers) <= 0).any():
+            raise ValueError(f"rows must ascend between 0 and {self._length - 1}")
+        groups = np.searchsorted(self._group_starts, numbers, side="right") - 1
+        edges = np.flatnonzero(np.diff(groups)) + 1
+        for wanted, group in zip(np.split(numbers, edges), groups[np.r_[0, edges]], strict=True):
+            yield from self._read_group(wanted.tolist(), int(group))
+
+    def _read_group(self, wanted: list[int], group: int) -> Iterator[tuple[int, Row]]:
+        number, file_start, offset = self._groups[group]
+        start = int(self._group_starts[group])
+        path = self.index.files[number]
+        done = 0
+        reason = "the file is shorter than when it was indexed"
+        try:
+            for found, row in self._reader.read(path, start - file_start, offset, [w - start for w in wanted]):
+                done += 1
+                yield start + found, row
+        except Exception as error:  # whatever a damaged file raises costs the rest of this group
+            reason = _reason(error)
+        if done == len(wanted):
+            return
+        missing = wanted[done:]
+        low, high = missing[0] - file_start, missing[-1] - file_start
+        logger.warning(f"{path}: rows {low:,} to {high:,} cannot be read ({reason})")
+        for row in missing:
+            yield row, Row(f"{path}:{row - file_start}", None, None, None, reason)

@@ -1,0 +1,476 @@
+"""Data sets: the public ones that are known by name, those that a TOML file describes, and the files of both.
+
+A :class:`Source` says where a data set lies and which of its files, columns and recordings are meant. The table
+:data:`SOURCES` holds the facts of public data sets; a ``[[training.source]]`` table of a settings file describes any
+other one, or changes a known one (:func:`sources_from_config`). :func:`find_files` lists its files, locally or on the
+hub; :mod:`torchtitan.datasets.readers` reads them.
+"""
+
+import os
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from torchtitan.config_manager import HUB_NAME, ConfigError, read_sources
+from torchtitan.tools.errors import UserError
+
+# What libsndfile reads.
+AUDIO_EXTENSIONS = frozenset("wav flac ogg oga opus mp3 aiff aif aifc au snd caf w64 rf64 sph nist voc wve".split())
+MANIFEST_EXTENSIONS = frozenset("jsonl json csv tsv".split())
+# Names of a table that lists the recordings of the folder it lies in.
+MANIFEST_NAMES = frozenset(f"metadata.{extension}" for extension in ("jsonl", "csv", "tsv"))
+COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip", ".gz")
+# Names of splits that are never trained on unless they are asked for by name.
+HELD_OUT = frozenset("test validation valid val dev eval".split())
+WHAT_THEY_ARE = {
+    "parquet": "parquet files",
+    "arrow": "Arrow files",
+    "audio": "audio files",
+    "manifest": "manifests",
+    "webdataset": "tars",
+    "codes": "code shards",
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """The facts of a data set.
+
+    Attributes:
+        name: built-in name, or the user's label.
+        path: local folder or file, or hub id (``owner/name``).
+        format: what the files are: auto, parquet, arrow, audio, manifest, webdataset or codes.
+        subset: name of a folder (or beginning of names of files) that the files lie in.
+        split: likewise, for the split.
+        files: glob patterns of the files, relative to ``path``; none takes every file of the format.
+        exclude: names of folders, or beginnings of names of files, that rule a file out (held-out splits, subsets that
+            repeat other files).
+        audio: column or key with the recording (its bytes, a struct of ``bytes`` and ``path``, or a path), or the
+            extension of recordings in a tar.
+        text: column, key or extension with the transcription, which only tasks with text need.
+        duration: column or key with the length of the recording: milliseconds if the name ends in ``_ms``, else
+            seconds. None takes ``duration``, ``duration_ms`` or ``audio_duration``, where one is there.
+        id: column or key with the name of a recording.
+        weight: share of the samples drawn from this source; either all sources of a mixture have one or none.
+        min_seconds, max_seconds: recordings that are shorter or longer are left out.
+        revision: branch, tag or commit on the hub.
+        hours: size, as the publisher states it.
+        licence: as the publisher states it.
+        download: how to get the data, where it cannot be read from the hub as it lies there.
+    """
+
+    name: str
+    path: str
+    format: str = "auto"
+    subset: str | None = None
+    split: str | None = None
+    files: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    audio: str = "audio"
+    text: str = "text"
+    duration: str | None = None
+    id: str = "id"
+    weight: float | None = None
+    min_seconds: float | None = None
+    max_seconds: float | None = None
+    revision: str | None = None
+    hours: float | None = None
+    licence: str = ""
+    download: str = ""
+
+
+# A public data set is one entry here. An entry whose path starts with ./ cannot be read from the hub as it lies there.
+SOURCES = {
+    source.name: source
+    for source in (
+        Source(
+            name="peoples_speech",
+            path="MLCommons/peoples_speech",
+            format="parquet",
+            files=("**/train-*.parquet",),
+            exclude=("microset", "validation", "test"),
+            duration="duration_ms",
+            hours=30_000,
+            licence="CC BY and CC BY-SA",
+        ),
+        Source(
+            name="librispeech_asr_train",
+            path="openslr/librispeech_asr",
+            format="parquet",
+            files=("**/train.*/*.parquet",),
+            exclude=("all",),
+            hours=960,
+            licence="CC BY 4.0",
+        ),
+        Source(
+            name="librispeech_asr_test",
+            path="openslr/librispeech_asr",
+            format="parquet",
+            files=("clean/test/*.parquet",),
+            hours=5,
+            licence="CC BY 4.0",
+        ),
+        # Whole chapters in FLAC, without transcriptions: small/SPEAKER/BOOK/NAME.flac.
+        Source(
+            name="libri_light",
+            path="./data/libri_light",
+            format="audio",
+            files=("**/small/**/*.flac", "**/medium/**/*.flac", "**/large/**/*.flac"),
+            hours=57_700,
+            licence="public domain",
+            download="download small.tar, medium.tar and large.tar, which github.com/facebookresearch/libri-light "
+            "links to, and unpack them in one folder",
+        ),
+        # Tars of MP3 and JSON; access is granted on the hub.
+        Source(
+            name="emilia",
+            path="amphion/Emilia-Dataset",
+            format="webdataset",
+            files=("**/Emilia/EN/*.tar",),
+            audio="mp3",
+            duration="duration",
+            hours=46_800,
+            licence="CC BY-NC 4.0",
+        ),
+        Source(
+            name="emilia_yodas",
+            path="amphion/Emilia-Dataset",
+            format="webdataset",
+            files=("**/Emilia-YODAS/EN/*.tar",),
+            audio="mp3",
+            duration="duration",
+            hours=92_200,
+            licence="CC BY 4.0",
+        ),
+        # The transcribed part, tars of WAV once they are unpacked. Transcriptions lie in a table that names no files.
+        Source(
+            name="voxpopuli",
+            path="./data/voxpopuli",
+            format="audio",
+            files=("**/en/train/**/*.wav",),
+            hours=520,
+            licence="CC0 1.0",
+            download="hf download facebook/voxpopuli --repo-type dataset --include 'data/en/train/*' --local-dir "
+            "./data/voxpopuli, and unpack each tar.gz where it lies",
+        ),
+        # English, which facebook/multilingual_librispeech lacks on the hub.
+        Source(
+            name="mls_english",
+            path="parler-tts/mls_eng",
+            format="parquet",
+            files=("**/train-*.parquet", "**/train/*.parquet"),
+            exclude=("dev", "test"),
+            text="transcript",
+            duration="audio_duration",
+            hours=44_500,
+            licence="CC BY 4.0",
+        ),
+        # Segments as WAV once the tars are unpacked; access is granted on the hub. The larger sets add to the smaller.
+        Source(
+            name="gigaspeech",
+            path="./data/gigaspeech",
+            format="audio",
+            files=("**/xs_files/**/*.wav", "**/*_files_additional/**/*.wav"),
+            exclude=("dev", "test"),
+            hours=10_000,
+            licence="for non-commercial research and education",
+            download="hf download speechcolab/gigaspeech --repo-type dataset --include 'data/audio/*' --local-dir "
+            "./data/gigaspeech, and unpack each tar.gz where it lies",
+        ),
+        # Whatever lies below one folder, in proportion to its size.
+        Source(
+            name="mixture",
+            path="./data",
+            format="parquet",
+            files=("**/*train*.parquet", "**/*train*/*.parquet"),
+            exclude=("microset", "validation", "test", "dev"),
+            download="put the data sets there, or name others in [[training.source]] tables",
+        ),
+    )
+}
+ALIASES = {
+    "all": "mixture",
+    "librispeech": "librispeech_asr_train",
+    "librispeech_asr": "librispeech_asr_test",
+}
+
+
+def find_source(name: str) -> Source:
+    """The entry of a data set's name or alias.
+
+    Raises:
+        UserError: there is none.
+    """
+    try:
+        return SOURCES[ALIASES.get(name, name)]
+    except KeyError:
+        known = ", ".join(sorted([*SOURCES, *ALIASES]))
+        raise UserError(
+            f"unknown data set {name!r} (known: {known}); any other is described by a [[training.source]] table."
+        ) from None
+
+
+def sources_from_config(part: Any, what: str = "training") -> list[Source]:
+    """The sources that a section of the settings asks for.
+
+    Args:
+        part: ``config.training`` or ``config.validation``: its ``source`` tables if there are any, else its built-in
+            ``dataset``, read from ``dataset_path`` if that is given.
+        what: name of the section, for messages.
+
+    Raises:
+        UserError: a table is wrong, or the data set is unknown.
+    """
+    if not part.source:
+        return [_at(find_source(part.dataset), part.dataset_path)]
+    tables = read_sources(f"{what}.source", part.source)
+    return [_from_table(table, f"[[{what}.source]] {number}") for number, table in enumerate(tables, start=1)]
+
+
+def _from_table(table: dict[str, Any], where: str) -> Source:
+    """A checked table to a source; what it does not say comes from the built-in entry of its name."""
+    name, path = table.get("name"), table.get("path")
+    if name in SOURCES or name in ALIASES:
+        source = _at(find_source(name), path)
+        if "split" in table and "files" not in table:
+            # The patterns are those of the entry's own split. What repeats other files stays out.
+            kept = tuple(word for word in source.exclude if word not in HELD_OUT)
+            source = replace(source, files=(), exclude=kept)
+    elif path is None:
+        known = ", ".join(sorted([*SOURCES, *ALIASES]))
+        said = f"name = {name!r} is no built-in data set (those are {known}), so path" if name else "path"
+        raise ConfigError(f"{where}: {said} must say where the data lie.")
+    else:
+        source = Source(name=name or (Path(path).expanduser().resolve().name if _is_local(path) else path), path=path)
+    values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in table.items() if key != "name"}
+    source = replace(source, **values)
+    if "revision" in table and _is_local(source.path):
+        raise ConfigError(
+            f"{where}: revision = {source.revision!r} is of the hub, but path = {source.path!r} is local."
+        )
+    return source
+
+
+def _at(source: Source, path: str | None) -> Source:
+    """A built-in source at another place: a folder of its layout, its codes, or a single file of any format."""
+    if not path:
+        return source
+    place = Path(path).expanduser()
+    if place.is_file():
+        return replace(source, path=path, format="auto")
+    if place.is_dir() and any(place.glob("codes-*.arrow")):
+        return replace(source, path=path, format="codes", files=(), exclude=())
+    return replace(source, path=path)
+
+
+def _is_local(path: str) -> bool:
+    """Whether a path is a local one, there or not; a hub id is anything else of the form ``owner/name``."""
+    return os.path.exists(os.path.expanduser(path)) or not HUB_NAME.fullmatch(path)
+
+
+def check_place(source: Source) -> None:
+    """Refuse a source whose local folder or file is not there; hub ids are left to the hub.
+
+    Raises:
+        UserError: the folder is missing; for a built-in data set the message says how to get it.
+    """
+    if _is_local(source.path) and not os.path.exists(os.path.expanduser(source.path)):
+        hint = f"; for {source.name}, {source.download}" if source.download else ""
+        raise UserError(f"{source.path}: there is no such data set folder{hint}.")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def kind_of(path: str, alone: bool = False) -> str | None:
+    """The format of a file by its name; None if it is no data.
+
+    Args:
+        alone: the file itself was named, so any table is a manifest. In a folder only ``metadata.*`` is.
+    """
+    name = path.rsplit("/", 1)[-1].lower()
+    extension = name.rsplit(".", 1)[-1] if "." in name else ""
+    if extension == "parquet":
+        return "parquet"
+    if extension == "arrow":
+        # Files named cache-* are intermediate results of the datasets library.
+        return "codes" if name.startswith("codes-") else None if name.startswith("cache-") and not alone else "arrow"
+    if extension == "tar":
+        return "webdataset"
+    if name in MANIFEST_NAMES or (alone and extension in MANIFEST_EXTENSIONS):
+        return "manifest"
+    return "audio" if extension in AUDIO_EXTENSIONS else None
+
+
+def find_files(source: Source) -> list[str]:
+    """Sorted paths (local, or ``hf://`` for a hub id) of a data set's files, all of one format.
+
+    Of a folder without patterns (``files``), those of split ``train`` are taken if the names tell splits, else all.
+
+    Raises:
+        UserError: no such folder or repository, no file in it that fits, or files of several formats.
+    """
+    folder = Path(source.path).expanduser()
+    if folder.is_file():
+        return [_single_file(source, str(folder))]
+    if folder.is_dir():
+        found, prefix = _walk(str(folder)), f"{folder}/"
+        # The folder may be one inside of the layout: librispeech_asr/clean, or librispeech_asr/clean/test.
+        inside = f"{folder.resolve().parent.name}/{folder.resolve().name}/"
+    elif _is_local(source.path):
+        check_place(source)
+        raise UserError(f"{source.path}: this is neither a file nor a folder.")
+    else:
+        found, prefix, inside = *_find_on_hub(source.path, source.revision), ""
+    return [prefix + path for path in _select(source, found, inside)]
+
+
+def _single_file(source: Source, path: str) -> str:
+    if path.lower().endswith(COMPRESSED):
+        raise UserError(f"{path}: compressed files are not read; unpack it and give the folder.")
+    if source.format == "auto" and kind_of(path, alone=True) is None:
+        raise UserError(
+            f"{path}: this is no kind of file that data are read from (.parquet, .arrow, .tar, .jsonl, .json, .csv, "
+            ".tsv, or audio)."
+        )
+    return path
+
+
+def _walk(folder: str) -> list[str]:
+    """Paths of all files below a folder, relative to it."""
+    found = []
+    for top, _, names in os.walk(folder, followlinks=True):
+        below = os.path.relpath(top, folder)
+        lead = "" if below == "." else f"{below}/"
+        found += [lead + name for name in names]
+    return found
+
+
+def _find_on_hub(repository: str, revision: str | None) -> tuple[list[str], str]:
+    """Paths of all files of a repository, relative to it, and what to put before them."""
+    from huggingface_hub import HfFileSystem
+    from huggingface_hub.errors import HfHubHTTPError
+
+    root = f"datasets/{repository}" + (f"@{quote(revision, safe='')}" if revision else "")
+    try:
+        listed: Iterable[str] = HfFileSystem().find(root)  # type: ignore[assignment]
+        # A revision may come back quoted otherwise than it was asked for.
+        return [re.sub(rf"datasets/{re.escape(repository)}(@[^/]*)?/", "", path, count=1) for path in listed], (
+            f"hf://{root}/"
+        )
+    except (OSError, HfHubHTTPError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{repository}: the data set cannot be read from the hub ({reason}).") from None
+
+
+def _select(source: Source, found: Iterable[str], inside: str) -> list[str]:
+    """Those of the ``found`` paths that are the source's data, sorted; ``inside`` as in :func:`_fitting`."""
+    ruled_out = set(source.exclude)
+    fits = _fitting(source.files, inside)
+    any_table = source.format == "manifest" or any(file.endswith(tuple(MANIFEST_EXTENSIONS)) for file in source.files)
+    by_kind: dict[str, list[str]] = {}
+    compressed = []
+    for path in found:
+        parts = path.split("/")
+        if any(part.startswith(".") or _first_word(part) in ruled_out for part in parts) or not fits(path):
+            continue
+        kind = source.format if source.format != "auto" and source.files else kind_of(path, any_table)
+        if kind:
+            by_kind.setdefault(kind, []).append(path)
+        elif path.lower().endswith(COMPRESSED):
+            compressed.append(path)
+    if source.format != "auto":
+        by_kind = {kind: paths for kind, paths in by_kind.items() if kind == source.format}
+    elif "manifest" in by_kind:  # it names the recordings beside it
+        by_kind.pop("audio", None)
+    by_kind = {kind: _of_split(source, paths, kind, inside) for kind, paths in by_kind.items()}
+    by_kind = {kind: paths for kind, paths in by_kind.items() if paths}
+    if len(by_kind) > 1:
+        what = " and ".join(WHAT_THEY_ARE[kind] for kind in sorted(by_kind))
+        choices = " or ".join(f'"{kind}"' for kind in sorted(by_kind))
+        raise UserError(f"{source.path}: {what} lie there; say which are meant with format = {choices}.")
+    if by_kind:
+        return sorted(next(iter(by_kind.values())))
+    if compressed:
+        raise UserError(f"{source.path}: {min(compressed)} is compressed and not read as it is; unpack it first.")
+    limits = "".join(
+        f" of {key} {value!r}" for key, value in (("subset", source.subset), ("split", source.split)) if value
+    )
+    if source.files:
+        raise UserError(
+            f"{source.path}: no file{limits} fits {' or '.join(source.files)} there (data of another layout are "
+            "described in a [[training.source]] table)."
+        )
+    what = WHAT_THEY_ARE.get(source.format, "parquet or Arrow files, tars, metadata.jsonl or audio files")
+    raise UserError(f"{source.path}: no {what}{limits} lie there.")
+
+
+def _fitting(patterns: tuple[str, ...], inside: str) -> Callable[[str], bool]:
+    """A test whether a path, relative to a root that itself lies ``inside`` (``parent/name/``), fits a pattern."""
+    if not patterns:
+        return lambda path: True
+    # "**/" is any number of folders, "*" any name or part of one.
+    parts = [re.escape(p).replace(r"\*\*/", "(?:.*/)?").replace(r"\*", "[^/]*") for p in patterns]
+    fits = re.compile("|".join(f"(?:{part})" for part in parts)).fullmatch
+    parent, name, _ = inside.split("/") if inside else ("", "", "")
+    leads = ("", f"{name}/", f"{parent}/{name}/") if inside else ("",)
+    return lambda path: any(fits(lead + path) for lead in leads)
+
+
+def _of_split(source: Source, paths: list[str], kind: str, inside: str) -> list[str]:
+    """Those of the paths (all of one kind) that are of the source's subset and split."""
+    # A recording is not of a split by its own name: it may be called test.wav.
+    by_name = kind != "audio"
+    if source.subset:
+        paths = _named(paths, source.subset, by_name, inside)
+    if source.split:
+        held_out = frozenset() if _first_word(source.split) in HELD_OUT else HELD_OUT
+        paths = [path for path in paths if not _splits(path, by_name) & held_out]
+        return _named(paths, source.split, by_name, inside)
+    if source.files:
+        return paths
+    told = {path: _splits(path, by_name) for path in paths}
+    if any("train" in splits for splits in told.values()):
+        return [path for path, splits in told.items() if "train" in splits and not splits & HELD_OUT]
+    names = sorted(set().union(*told.values()))
+    if names:
+        raise UserError(
+            f"{source.path}: only files of split {' and '.join(names)} lie there, none of train; "
+            f'say which is meant with split = "{names[0]}".'
+        )
+    return paths
+
+
+def _first_word(name: str) -> str:
+    return re.split(r"[-._]", name, maxsplit=1)[0]
+
+
+def _splits(path: str, by_name: bool) -> set[str]:
+    """Names of splits that a path tells: by its folders, and by the name of the file if that counts."""
+    *folders, name = path.split("/")
+    words = {_first_word(folder) for folder in folders}
+    if by_name:
+        words.update(re.split(r"[-._]", name)[:-1])
+    return words & {"train", *HELD_OUT}
+
+
+def _named(paths: list[str], name: str, by_name: bool, inside: str) -> list[str]:
+    """Paths with a folder of that name (or one that begins with it), or a file whose name says it.
+
+    If the root already is such a folder, the names below it need not say it again.
+    """
+    word = re.compile(rf"(?:^|[-._]){re.escape(name)}(?:[-._]|$)")
+    starts = re.compile(rf"{re.escape(name)}(?:[-._]|$)")
+
+    def fits(path: str) -> bool:
+        *folders, file = path.split("/")
+        return any(starts.match(folder) for folder in folders) or (by_name and bool(word.search(file)))
+
+    return [path for path in paths if fits(path)] or (
+        paths if any(starts.match(part) for part in inside.split("/") if part) else []
+    )
