@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import pickle
 import random
 import shutil
@@ -789,3 +790,9 @@ def test_code_shards_are_indexed_but_not_read_here(tmp_path):
     assert index.format == "codes" and [[size for size, _ in blocks] for blocks in index.blocks] == [[2]]
     with pytest.raises(UserError, match="these are codes, not recordings"):
         AudioDataset(replace(source, format="codes"), index)
+
+
+def test_file_names_need_not_be_text(tmp_path, make_sound):
+    with open(os.fsencode(tmp_path) + b"/\xff\xfe.flac", "wb") as file:
+        file.write(make_sound(0, 0.2))
+    assert len(list(opened(tmp_path).read([0]))) == 1

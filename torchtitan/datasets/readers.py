@@ -919,7 +919,8 @@ def _fingerprint(source: Source, rows: list[tuple[str, int]]) -> str:
             name = path.removeprefix("hf://datasets/").split("/", 2)[-1]
         else:
             name = path.removeprefix(root) if path.startswith(root) else os.path.basename(path)
-        digest.update(f"{name}\0{size}\n".encode())
+        # A file name need not be text.
+        digest.update(f"{name}\0{size}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 
