@@ -61,7 +61,8 @@ def write_shards(folder: Path, count: int, low: float, high: float) -> list[int]
         Recording(f"r{i}", random.integers(0, 2048, (n, 8), dtype=np.uint16), n / 12.5, None, "random")
         for i, n in enumerate(frames)
     ]
-    header = {"format": 1, "num_quantizers": 8, "codec_fingerprint": "", "source": {"name": "random"}}
+    codec = {"audio_tokenizer": "none", "codec_fingerprint": "", "codec_padding": "exact", "codec_window": "codec"}
+    header = {"format": 1, "num_quantizers": 8, **codec, "source": {"name": "random"}}
     shards = [recordings[i : i + 4096] for i in range(0, count, 4096)]
     for number, some in enumerate(shards):
         write_part(folder / "part", some, {"failed": [], "left_out": 0})

@@ -273,7 +273,10 @@ def write_code_shards() -> Callable[..., Path]:
     def write(folder: Path, sounds: dict[str, bytes], codec: str | Path, texts: dict[str, str] | None = None) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         wider = Codec.load(codec, 6)
-        header = {"format": 1, "of": 2, "num_quantizers": 6, "codec_fingerprint": "", "source": {"name": "clips"}}
+        header = {
+            **{"format": 1, "of": 2, "num_quantizers": 6, "source": {"name": "clips"}},
+            **{"codec_fingerprint": wider.fingerprint(), **wider.conventions()},
+        }
         recordings = []
         for name, sound in sounds.items():
             waveform = load_audio(sound)

@@ -1,7 +1,9 @@
 """The trainer from its command line: resuming, conversion, continuing a converted model, refusals."""
 
 import json
+import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -255,6 +257,38 @@ def test_packed_and_padded_rows_give_the_same_loss(arguments, tmp_path):
     expected, found = figures(tmp_path / "padded"), figures(tmp_path / f"packed{rows}")
     for name in ("loss", "grad_norm"):
         assert found[1, name] == pytest.approx(expected[1, name], rel=1e-5)
+
+
+def test_ranks_that_see_other_data_are_noticed(arguments, tmp_path, speech_folder, make_sound, write_code_shards):
+    """Two machines with the same path, on one of which lies an older copy of the codes."""
+    codec = arguments(tmp_path)[arguments(tmp_path).index("--model.audio_tokenizer") + 1]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    ranks = []
+    for rank, count in enumerate((5, 4)):
+        machine = tmp_path / str(rank)
+        write_code_shards(machine / "codes", {str(i): make_sound(i, 0.3) for i in range(count)}, codec)
+        place = {
+            "RANK": str(rank),
+            "LOCAL_RANK": "0",
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "localhost",
+            "MASTER_PORT": port,
+        }
+        command = [sys.executable, "-m", "torchtitan.train", *arguments(tmp_path / "out", 2)]
+        command += ["--training.dataset_path", "./codes", "--validation.no-enabled"]
+        environment = {**os.environ, **place, "MASTER_PORT": port, "PYTHONPATH": str(ROOT)}
+        ranks.append(subprocess.Popen(command, cwd=machine, env=environment, stderr=subprocess.PIPE, text=True))
+    errors = [rank.communicate(timeout=120)[1] for rank in ranks]
+    assert ranks[1].returncode == 2, errors
+    assert "./codes: rank 1 finds other data there than rank 0" in errors[1]
+
+
+def test_another_seed_is_refused(arguments, tmp_path, capfd):
+    launch(arguments(tmp_path), 1)
+    assert train.main(arguments(tmp_path, 1, "--training.steps", "9", "--training.seed", "7")) == 2
+    assert "it was made with training.seed = 42" in capfd.readouterr().err
 
 
 def test_a_run_is_not_resumed_on_other_data(arguments, tmp_path, capfd, make_sound, write_rows):

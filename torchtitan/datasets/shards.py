@@ -475,7 +475,8 @@ def _check_header(header: Any) -> None:
         raise ValueError("its header is not readable")
     if header["format"] != FORMAT:
         raise ValueError(f"its format is {header['format']}, this version reads {FORMAT}")
-    for key in ("shard", "of", "num_quantizers", "codec_fingerprint", "source", "failed", "checksum"):
+    codec = ("audio_tokenizer", "codec_fingerprint", "codec_padding", "codec_window", "num_quantizers")
+    for key in ("shard", "of", *codec, "source", "failed", "checksum"):
         if key not in header:
             raise ValueError(f"its header lacks {key}")
     if not 0 <= header["shard"] < header["of"] or header["num_quantizers"] < 1:
