@@ -704,9 +704,14 @@ def test_a_recording_that_the_codec_refuses_is_a_bad_row(make_loader, mimi_folde
 
 
 def test_audio_beyond_what_a_window_may_hold_is_read_when_its_turn_comes(make_loader, monkeypatch):
+    from torchtitan.datasets.readers import AudioDataset
+
     expected = take(make_loader(endless=True), 12)
+    sizes, read = [], AudioDataset.read
+    monkeypatch.setattr(AudioDataset, "read", lambda data, rows: sizes.append(len(rows)) or read(data, rows))
     monkeypatch.setattr(dataloader, "WINDOW_BYTES", 60_000)
     assert same(take(make_loader(endless=True), 12), expected)
+    assert max(sizes) == 11 and sizes.count(1) > 3
 
 
 def test_closing_does_not_wait_for_a_window_to_be_read(make_loader, monkeypatch):
