@@ -94,6 +94,11 @@ def test_epochs_and_seeds_have_different_orders(kind):
     assert len({tuple(epoch) for one in orders for epoch in one}) == 6
 
 
+def test_epochs_of_a_single_block_have_different_orders_too():
+    chosen = BlockOrder(np.array([30]), 1)
+    assert len({tuple(epoch) for epoch in chosen.items(np.arange(90)).reshape(3, 30)}) == 3
+
+
 def test_without_shuffling_items_come_as_they_lie():
     for chosen in make_orders(shuffle=False):
         assert chosen.items(np.arange(20)).tolist() == [*range(17), 0, 1, 2]
@@ -118,6 +123,12 @@ def test_ranks_share_the_reading_of_each_window_evenly(small_windows, world_size
         counts = np.bincount(readers[start:stop], minlength=world_size)
         assert counts.max() - counts.min() <= 1
     assert chosen.readers(np.arange(9, 14), world_size).tolist() == readers[9:14].tolist()
+
+
+def test_uneven_runs_go_round_the_ranks(small_windows):
+    """Four ranks read six rows of each window: over four windows each reads as many."""
+    readers = BlockOrder(np.array([24]), 3).readers(np.arange(24), 4)
+    assert np.bincount(readers).tolist() == [6, 6, 6, 6]
 
 
 def test_a_reader_reads_one_run_of_a_window(small_windows):
