@@ -4,6 +4,7 @@ import queue
 import threading
 import time
 from collections.abc import Generator, Iterable
+from contextlib import suppress
 from typing import TypeVar
 
 from torchtitan.tools.logging import logger
@@ -43,7 +44,7 @@ def prefetch(items: Iterable[T], depth: int, name: str) -> Generator[T]:
         except _Closed:
             pass
         except BaseException as error:  # raised again by the consumer
-            if not closed.is_set():
+            with suppress(_Closed):
                 put("error", error)
         finally:
             close = getattr(iterator, "close", None)
