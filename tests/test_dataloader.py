@@ -640,7 +640,7 @@ def test_a_recordings_own_file_that_was_away_is_used_again(make_loader, tmp_path
 
 
 def test_a_read_of_a_recordings_own_file_is_tried_again(make_loader, tmp_path, make_sound, monkeypatch):
-    from torchtitan.datasets import readers
+    from torchtitan.datasets import decoding, readers
 
     (tmp_path / "a.flac").write_bytes(make_sound(0, 0.3))
     fails = iter([OSError(5, "Input/output error")] * 2)
@@ -657,7 +657,7 @@ def test_a_read_of_a_recordings_own_file_is_tried_again(make_loader, tmp_path, m
 
     monkeypatch.setattr(readers, "FIRST_WAIT", 0.0)
     monkeypatch.setattr(readers, "_open", open_or_fail)
-    monkeypatch.setattr(dataloader, "load_beginning", load)
+    monkeypatch.setattr(decoding, "load_beginning", load)
     assert take(make_loader(tmp_path, read_retries=2))[0].counters.bad_rows == 0
 
 

@@ -20,6 +20,7 @@ import torchtitan.datasets.shards as shards_module
 import torchtitan.datasets.tokenization as tokenization
 from torchtitan.audio.codec import Codec, CodecError
 from torchtitan.audio.waveform import load_audio
+from torchtitan.datasets import decoding, readers
 from torchtitan.datasets.readers import Row
 from torchtitan.datasets.shards import ShardedCodes, ShardError, find_shards
 from torchtitan.datasets.sources import Source
@@ -624,7 +625,7 @@ class Rows:
     """As many rows as asked for, of half a second."""
 
     def __init__(self, source):
-        self.source = source
+        self.source, self.retries = source, 2
         self.read_so_far = 0
 
     def read(self, numbers):
@@ -635,7 +636,7 @@ class Rows:
 
 @pytest.fixture
 def rows(monkeypatch):
-    monkeypatch.setattr(tokenization, "load_audio", lambda *args, **kwargs: torch.zeros(12_000))
+    monkeypatch.setattr(decoding, "load_beginning", lambda *args: (torch.zeros(12_000), 0.5))
     return Rows(Source("some", "nowhere"))
 
 
@@ -676,11 +677,33 @@ def test_errors_of_the_reader_reach_who_takes_the_rows(rows):
         next(taken)
 
 
+def test_a_read_of_a_recordings_own_file_is_tried_again(rows, tmp_path, monkeypatch):
+    (tmp_path / "a.wav").write_bytes(b"sound")
+    fails = iter([OSError(5, "Input/output error")] * 2)
+
+    def open_or_fail(path):
+        for error in fails:
+            raise error
+        return open(path, "rb")
+
+    def load(audio, *arguments):
+        if isinstance(audio, str):
+            raise OSError(5, "Input/output error")
+        return torch.zeros(12_000), 0.5
+
+    monkeypatch.setattr(readers, "FIRST_WAIT", 0.0)
+    monkeypatch.setattr(readers, "_open", open_or_fail)
+    monkeypatch.setattr(decoding, "load_beginning", load)
+    rows.read = lambda numbers: iter([(0, Row("a", str(tmp_path / "a.wav"), None, None))])
+    (found,) = Decoder(rows, None, 1, ahead_seconds=2.0)(range(1))
+    assert found.error is None and found.waveform is not None
+
+
 def test_whatever_a_recording_brings_about_is_its_own_failure(rows, monkeypatch):
     def broken(audio, max_seconds, name):
         raise MemoryError("too \udce9 much")
 
-    monkeypatch.setattr(tokenization, "load_audio", broken)
+    monkeypatch.setattr(decoding, "load_beginning", broken)
     rows.read = lambda numbers: iter([(0, Row("caf\udce9", b"audio", None, 0.5))])
     (found,) = Decoder(rows, None, 1, ahead_seconds=2.0)(range(1))
     assert (found.key, found.waveform) == ("caf?", None)

@@ -38,11 +38,12 @@ import torch.distributed as dist
 
 from torchtitan.audio.codec import FRAME_RATE, FRAME_SIZE, Codec, CodecError
 from torchtitan.audio.token_stream import TokenStream
-from torchtitan.audio.waveform import SAMPLE_RATE, AudioError, load_beginning
+from torchtitan.audio.waveform import SAMPLE_RATE, AudioError
 from torchtitan.components.loss import IGNORE_INDEX
+from torchtitan.datasets.decoding import UnreadError, decode_row
 from torchtitan.datasets.order import Mixture, Permutation
 from torchtitan.datasets.packing import best_fit_decreasing
-from torchtitan.datasets.readers import Row, read_audio_file
+from torchtitan.datasets.readers import Row
 from torchtitan.datasets.sources import Source
 from torchtitan.datasets.streams import AudioStream, CodeItem, CodeStream
 from torchtitan.tools.errors import UserError
@@ -385,37 +386,15 @@ class SpeechDataLoader:
         return future
 
     def _decode(self, source: Source, row: Row) -> "_Waveform":
-        if row.error is not None:
-            raise AudioError(row.error)
-        if not _admits(source, row.seconds):
+        if row.error is None and not source.admits(row.seconds):
             return _Waveform(None, 0)
-        if row.audio is None:
-            raise AudioError("the row has neither audio bytes nor a path.")
         # Cut to whole frames, so that codes that were stored uncut are the same.
         limit = None if self.split else self.max_frames * FRAME_SIZE / SAMPLE_RATE
-        try:
-            waveform, seconds = self._load(row.audio, limit)
-        except AudioError:
-            raise
-        except Exception as error:  # whatever else one recording brings about must not end the run
-            raise AudioError(f"its audio: cannot be decoded ({type(error).__name__}: {error}).") from None
-        if not _admits(source, seconds):
+        waveform, seconds = decode_row(row, limit, self.read_retries)
+        if not source.admits(seconds):
             return _Waveform(None, 0)
         cut = limit is not None and waveform.numel() >= round(limit * SAMPLE_RATE)
         return _Waveform(waveform, math.ceil(seconds * FRAME_RATE - 1e-6) if cut else 0)
-
-    def _load(self, audio: bytes | str, limit: float | None) -> tuple[torch.Tensor, float]:
-        """Decode a recording. One in a file of its own that fails is read once more, as patiently as tables are."""
-        if isinstance(audio, str):
-            try:
-                return load_beginning(audio, limit, name="its audio")
-            except (AudioError, OSError):
-                try:
-                    audio = read_audio_file(audio, self.read_retries)
-                except OSError as error:
-                    reason = "there is no such file" if isinstance(error, FileNotFoundError) else error.strerror
-                    raise _UnreadError(f"its audio: {reason or error}.") from None
-        return load_beginning(audio, limit, name="its audio")
 
     def _encode(self, own: list[tuple[int, Iterator["_Pending"]]]) -> dict[int, Encoded]:
         """Take and encode recordings; those whose codes all ranks know are left out of the result."""
@@ -429,7 +408,7 @@ class SpeechDataLoader:
             try:
                 waveform = pending.waveform.result()
             except AudioError as error:
-                lasts = pending.row.error is None and not isinstance(error, _UnreadError)
+                lasts = not isinstance(error, UnreadError)
                 results[draw] = Encoded(pending.row.key, None, _NO_TEXT, 0, str(error), lasts)
                 continue
             if waveform.samples is None:
@@ -723,10 +702,6 @@ class _Waveform:
 _Read = tuple[Source, Row]
 
 
-class _UnreadError(AudioError):
-    """A recording's own file could not be read, which may pass."""
-
-
 class _Closing(Exception):
     """Nobody takes the batches any longer."""
 
@@ -739,13 +714,6 @@ class _Pending(NamedTuple):
 def max_frames_of(max_seconds: float) -> int:
     """Frames of a recording that was cut at ``max_seconds``."""
     return -(-round(max_seconds * SAMPLE_RATE) // FRAME_SIZE)
-
-
-def _admits(source: Source, seconds: float | None) -> bool:
-    """Whether a source's limits admit a duration; an unknown one is admitted for the time being."""
-    if seconds is None:
-        return True
-    return (source.min_seconds or 0.0) <= seconds <= (math.inf if source.max_seconds is None else source.max_seconds)
 
 
 def _name(sample: Sample) -> str:

@@ -948,6 +948,7 @@ class AudioDataset:
         if index.format == "codes":
             raise UserError(f"{source.path}: these are codes, not recordings.")
         self.source, self.index, self.name, self.fingerprint = source, index, source.name, index.fingerprint
+        self.retries = retries
         self._reader = _reader(source, index.format, retries, index.files)
         sizes = [size for blocks in index.blocks for size, _ in blocks]
         self.block_sizes = np.array(sizes, dtype=np.int64)

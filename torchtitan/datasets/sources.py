@@ -81,6 +81,12 @@ class Source:
     licence: str = ""
     download: str = ""
 
+    def admits(self, seconds: float | None) -> bool:
+        """Whether the limits admit a recording of this length; one of unknown length is admitted for the time being."""
+        if seconds is None:
+            return True
+        return (self.min_seconds or 0.0) <= seconds and (self.max_seconds is None or seconds <= self.max_seconds)
+
 
 # A public data set is one entry here. An entry whose path starts with ./ cannot be read from the hub as it lies there.
 SOURCES = {

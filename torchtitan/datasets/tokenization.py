@@ -37,7 +37,8 @@ from typing import Any
 import torch
 
 from torchtitan.audio.codec import FRAME_RATE, Codec, CodecError
-from torchtitan.audio.waveform import RESAMPLER, SAMPLE_RATE, AudioError, load_audio, open_audio
+from torchtitan.audio.waveform import RESAMPLER, SAMPLE_RATE, AudioError
+from torchtitan.datasets.decoding import decode_row
 from torchtitan.datasets.readers import AudioDataset, DatasetIndex, Row, index_files
 from torchtitan.datasets.shards import (
     FORMAT,
@@ -505,37 +506,21 @@ class Decoder:
     def _decode(self, row: Row) -> _Decoded:
         source = self.data.source
         decoded = _Decoded(_storable(relative(row.key, source)), row.text and _storable(row.text))
-        if row.error is not None or row.audio is None:
-            decoded.error = row.error or "the row has neither audio bytes nor a path"
-        elif row.seconds is None or _within_limits(source, row.seconds):
+        if row.error is not None or source.admits(row.seconds):
             try:
-                waveform = load_audio(row.audio, self.max_seconds, name="its audio")
-                decoded.seconds = self._whole_seconds(row.audio, waveform)
-                if _within_limits(source, decoded.seconds):
+                waveform, whole = decode_row(row, self.max_seconds, self.data.retries)
+                cut = self.max_seconds is not None and waveform.numel() >= round(self.max_seconds * SAMPLE_RATE)
+                decoded.seconds = max(waveform.numel() / SAMPLE_RATE, whole if cut else 0.0)
+                if source.admits(decoded.seconds):
                     decoded.waveform = waveform
             except AudioError as error:
-                decoded.error = str(error)
-            except Exception as error:  # whatever else one recording brings about must not end the run
-                decoded.error = f"its audio: cannot be decoded ({type(error).__name__}: {error})."
-        if decoded.error is not None:
-            decoded.error = _storable(relative(decoded.error, source))
+                decoded.error = _storable(relative(str(error), source))
         return decoded
-
-    def _whole_seconds(self, audio: bytes | str, waveform: torch.Tensor) -> float:
-        """Duration of the whole recording, of which the waveform may be the start."""
-        if self.max_seconds is None or waveform.numel() < round(self.max_seconds * SAMPLE_RATE):
-            return waveform.numel() / SAMPLE_RATE
-        with open_audio(audio) as file:
-            return max(waveform.numel() / SAMPLE_RATE, file.frames / file.samplerate)
 
 
 def _storable(text: str) -> str:
     """A text without what UTF-8 cannot hold: file names need not be text, and JSON may hold half a character."""
     return text.encode(errors="replace").decode()
-
-
-def _within_limits(source: Source, seconds: float) -> bool:
-    return (source.min_seconds or 0.0) <= seconds <= (source.max_seconds or math.inf)
 
 
 def relative(text: str, source: Source) -> str:

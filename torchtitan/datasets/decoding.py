@@ -1,0 +1,41 @@
+"""A row of a data set to a waveform, or one sentence why it is none; for training and for tokenizing ahead of it."""
+
+import torch
+
+from torchtitan.audio.waveform import AudioError, load_beginning
+from torchtitan.datasets.readers import Row, read_audio_file
+
+
+class UnreadError(AudioError):
+    """A recording could not be read, which may pass; any other AudioError is a verdict on what was read."""
+
+
+def decode_row(row: Row, max_seconds: float | None, retries: int) -> tuple[torch.Tensor, float]:
+    """The waveform of a row, as :func:`load_beginning` gives it, and the length of the whole recording in seconds.
+
+    A recording in a file of its own that fails is read once more, as patiently as tables are.
+
+    Raises:
+        AudioError: it cannot be used, whatever the reason.
+    """
+    name = "its audio"
+    if row.error is not None:
+        raise UnreadError(row.error)
+    audio = row.audio
+    if audio is None:
+        raise AudioError("the row has neither audio bytes nor a path.")
+    try:
+        if isinstance(audio, str):
+            try:
+                return load_beginning(audio, max_seconds, name)
+            except (AudioError, OSError):
+                try:
+                    audio = read_audio_file(audio, retries)
+                except OSError as error:
+                    reason = "there is no such file" if isinstance(error, FileNotFoundError) else error.strerror
+                    raise UnreadError(f"{name}: {reason or error}.") from None
+        return load_beginning(audio, max_seconds, name)
+    except AudioError:
+        raise
+    except Exception as error:  # one recording must not end anything, whatever it brings about
+        raise AudioError(f"{name}: cannot be decoded ({type(error).__name__}: {error}).") from None
