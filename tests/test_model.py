@@ -148,7 +148,7 @@ def head():
 
 def without_choosing_rows(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """The loss as a GPU computes it: rows without a target are in it, and masked."""
-    return loss_module._ChunkedNLLSum.apply(hidden.flatten(0, 1), weight, targets.flatten())
+    return loss_module._ChunkedNLLSum.apply(hidden.flatten(0, 1), weight, targets.flatten(), loss_module.ALL_COLUMNS)
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 50, 1024])

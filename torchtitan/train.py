@@ -17,7 +17,7 @@ import random
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from operator import attrgetter
@@ -26,7 +26,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from torchtitan.audio.codec import Codec
@@ -37,7 +36,8 @@ from torchtitan.components.checkpoint import (
     read_state,
     restore_random_state,
 )
-from torchtitan.components.dataloader import BadRows, Batch, Counters, SpeechDataLoader, max_frames_of
+from torchtitan.components.dataloader import LENGTH_MULTIPLE, BadRows, Batch, Counters, SpeechDataLoader, max_frames_of
+from torchtitan.components.gradients import clip_grad_norm
 from torchtitan.components.hf_export import write_hf_files
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.lr_scheduler import lr_factor
@@ -47,6 +47,7 @@ from torchtitan.components.validate import ValidationResult, Validator
 from torchtitan.config_manager import ConfigManager, JobConfig, accumulation_steps, check, from_dict, run_name, to_dict
 from torchtitan.datasets.sources import sources_from_config
 from torchtitan.datasets.streams import FoundData, find_data, open_streams
+from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.utils import (
     broadcast_object,
     init_distributed,
@@ -56,9 +57,8 @@ from torchtitan.distributed.utils import (
     world_size,
 )
 from torchtitan.models.base import BaseModel
-from torchtitan.models.llama3.model import Llama3
-from torchtitan.models.llama3.parallelize import checkpoint_activations, compile_blocks, shard
-from torchtitan.models.llama3.weights import init_random, load_hf, materialize
+from torchtitan.models.llama3.parallel_model import DTYPES, ParallelModel, check_split
+from torchtitan.models.llama3.weights import init_random, load_hf
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.logging import init_logger, logger, quiet_transformers
 from torchtitan.tools.profiling import memory_snapshots, profile
@@ -66,7 +66,6 @@ from torchtitan.tools.utils import GarbageCollection
 
 # How long a rank waits for the data of the others.
 DATA_TIMEOUT = timedelta(minutes=30)
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass
@@ -89,14 +88,14 @@ class Trainer:
     """The parts of a run on this rank."""
 
     inputs: Inputs
+    dims: ParallelDims
     device: torch.device
     data_group: Any  # of all ranks, with the patience that reading data needs
-    model: Llama3
+    model: ParallelModel
     optimizer: torch.optim.Optimizer
     loader: SpeechDataLoader
     validator: Validator | None
     metrics: MetricsLogger
-    autocast: AbstractContextManager
     step: int = 0
     tokens_seen: int = 0
     data_state: dict[str, Any] = field(default_factory=dict)
@@ -134,6 +133,7 @@ def find_inputs(config: JobConfig) -> Inputs:
         codec = Codec.load(model.audio_tokenizer, model.num_quantizers, model.codec_padding, model.codec_window)
     base = BaseModel.load(model)
     base.warn_of_other_conventions(model)
+    check_split(config, base.args)
     for section in ("training", "validation"):
         length = getattr(config, section).seq_len
         if length > base.args.max_seq_len and (section == "training" or config.validation.enabled):
@@ -187,7 +187,9 @@ def build(inputs: Inputs) -> Trainer:
         inputs.checkpoints.set_aside_after(config.checkpoint.load_step)
     seed_everything(config, latest)
 
-    model = build_model(config, base, device)
+    dims = ParallelDims.from_config(config, rank(), world_size())
+    first_id = base.stream.base_size if config.training.audio_head else 0
+    model = ParallelModel(config, base.args, dims, device, first_id)
     start = latest or initial
     if start is None and config.model.pretrained:
         load_hf(model, base.folder, base.known_vocab_size)
@@ -198,17 +200,14 @@ def build(inputs: Inputs) -> Trainer:
     if inputs.codec is not None:
         inputs.codec.to(device)
     bad_rows = BadRows(inputs.folder / "bad_rows.tsv")
-    loader = build_loader(inputs, bad_rows, group, validation=False)
+    loader = build_loader(inputs, dims, bad_rows, group, validation=False)
     validator = None
     if inputs.validation_data:
-        validation_loader = build_loader(inputs, bad_rows, group, validation=True)
-        validator = Validator(validation_loader, base.stream, device, config.validation.steps, group)
+        validation_loader = build_loader(inputs, dims, bad_rows, group, validation=True)
+        validator = Validator(validation_loader, base.stream, config.validation.steps, group, dims.counts_rows)
 
     metrics = MetricsLogger(config, inputs.folder, rank(), device, base.args.flops_per_token)
-    # One rank has no FSDP to cast its parameters.
-    dtype = DTYPES[config.training.mixed_precision_param]
-    autocast = torch.autocast(device.type, dtype) if world_size() == 1 and dtype != torch.float32 else nullcontext()
-    trainer = Trainer(inputs, device, group, model, optimizer, loader, validator, metrics, autocast)
+    trainer = Trainer(inputs, dims, device, group, model, optimizer, loader, validator, metrics)
     if start is not None:
         load(trainer, start, weights_only=latest is None and config.checkpoint.initial_load_model_only)
     logger.info(
@@ -217,7 +216,7 @@ def build(inputs: Inputs) -> Trainer:
         f"{base.args.num_params:,}",
         world_size(),
         device.type,
-        config.training.local_batch_size * accumulation_steps(config, world_size()) * world_size(),
+        config.training.local_batch_size * accumulation_steps(config, world_size()) * dims.data_degree,
         inputs.folder,
     )
     return trainer
@@ -251,28 +250,9 @@ def seed_everything(config: JobConfig, latest: Path | None) -> None:
         torch.backends.cudnn.benchmark = False
 
 
-def build_model(config: JobConfig, base: BaseModel, device: torch.device) -> Llama3:
-    """The model, sharded if there are several ranks, with memory but without values."""
-    with torch.device("meta"):
-        model = Llama3(base.args)
-    if config.activation_checkpoint.mode == "full":
-        checkpoint_activations(model)
-    if config.training.compile:
-        compile_blocks(model)
-    if world_size() > 1:
-        shard(
-            model,
-            init_device_mesh(device.type, (world_size(),), mesh_dim_names=("dp_shard",)),
-            DTYPES[config.training.mixed_precision_param],
-            DTYPES[config.training.mixed_precision_reduce],
-            config.parallelism.fsdp_reshard_after_forward,
-        )
-    longest = max(config.training.seq_len, config.validation.seq_len if config.validation.enabled else 0)
-    materialize(model, device, longest)
-    return model.train()
-
-
-def build_loader(inputs: Inputs, bad_rows: BadRows, group: Any, validation: bool) -> SpeechDataLoader:
+def build_loader(
+    inputs: Inputs, dims: ParallelDims, bad_rows: BadRows, group: Any, validation: bool
+) -> SpeechDataLoader:
     """The loader of the training data, endless and shuffled, or of the validation data, once and as it lies."""
     config, base = inputs.config, inputs.base
     training, part = config.training, config.validation if validation else config.training
@@ -306,13 +286,16 @@ def build_loader(inputs: Inputs, bad_rows: BadRows, group: Any, validation: bool
         packing=packing and not validation,
         window=training.packing_window if (packing or mixes) and not validation else 1,
         num_workers=training.num_workers,
-        fixed_length=training.compile,
+        # Compiled graphs and the buffers of a pipeline are for one length.
+        fixed_length=training.compile or (dims.pipeline > 1 and not validation),
         bad_rows=bad_rows,
         max_bad_share=training.max_bad_share,
         seed=seed,
         num_bad_files=len(data.bad_files),
         group=group,
         read_retries=training.read_retries,
+        share=(dims.data_rank, dims.data_degree),
+        length_multiple=dims.padded_multiple(LENGTH_MULTIPLE),
     )
 
 
@@ -417,7 +400,8 @@ def fetch(trainer: Trainer, batches: Iterator[Batch], accumulation: int) -> list
         begin = time.perf_counter()
         batch = next(batches)
         waited = time.perf_counter() - begin
-        trainer.metrics.add(batch.num_tokens, batch.tokens.numel(), batch.num_squares, waited)
+        if trainer.dims.counts_rows:
+            trainer.metrics.add(batch.num_tokens, batch.tokens.numel(), batch.num_squares, waited)
         if trainer.inputs.config.metrics.save_samples:
             save_samples(trainer, batch)
         trainer.data_state, trainer.counters = batch.state, batch.counters
@@ -442,21 +426,13 @@ def train_step(trainer: Trainer, microbatches: list[Batch]) -> tuple[torch.Tenso
         float(sum(batch.num_tokens for batch in microbatches)),
     )
     # The first collective after the data were fetched: here the ranks wait for the last one's.
-    targets, tokens = sum_over_ranks(list(counts), trainer.data_group)
+    counted = [count * trainer.dims.counts_rows for count in counts]
+    targets, tokens = sum_over_ranks(counted, trainer.data_group)
     trainer.tokens_seen += int(tokens)
     total = torch.zeros((), device=device)
     for batch in microbatches:
-        with trainer.autocast:
-            inputs = (batch.tokens, batch.targets, batch.positions)
-            # Counted here, so that the model need not wait for the GPU to count.
-            documents = None if batch.positions is None else int((batch.positions == 0).sum())
-            loss = trainer.model(*(None if t is None else t.to(device, non_blocking=True) for t in inputs), documents)
-        loss = loss / targets
-        loss.backward()
-        total += loss.detach()
-    grad_norm = torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), config.training.max_norm, foreach=True)
-    if isinstance(grad_norm, torch.distributed.tensor.DTensor):
-        grad_norm = grad_norm.full_tensor()
+        total += trainer.model.backward(batch.tokens, batch.targets, batch.positions, targets)
+    grad_norm = clip_grad_norm(trainer.model, config.training.max_norm)
     lr = config.optimizer.lr * lr_factor(trainer.step, config.training.steps, config.lr_scheduler)
     for group in trainer.optimizer.param_groups:
         group["lr"] = lr
@@ -471,7 +447,7 @@ def report(trainer: Trainer, loss: torch.Tensor, grad_norm: torch.Tensor, lr: fl
     Raises:
         UserError: the loss or the gradient norm is not finite.
     """
-    (mean,) = sum_over_ranks([loss.item()])
+    (mean,) = sum_over_ranks([loss.item() * trainer.dims.counts_loss])
     if not (math.isfinite(mean) and math.isfinite(grad_norm.item())):
         raise UserError(
             f"step {trainer.step}: the loss is {mean} and the gradient norm {grad_norm.item()}, so training stops; "
@@ -484,8 +460,7 @@ def report(trainer: Trainer, loss: torch.Tensor, grad_norm: torch.Tensor, lr: fl
 def validate(trainer: Trainer) -> None:
     """Run the validation and log it."""
     assert trainer.validator is not None
-    with trainer.autocast:
-        result = trainer.validator.run(trainer.model)
+    result = trainer.validator.run(trainer.model.losses)
     trainer.validation = result
     by_quantizer = {f"validation/loss_q{q}": loss for q, loss in enumerate(result.quantizers)}
     logger.info(

@@ -23,11 +23,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
 from torchtitan.components.optimizer import optimizer_tensors
 from torchtitan.models.llama3.args import Llama3Args
+from torchtitan.models.llama3.weights import Weighted
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.logging import logger
 
@@ -105,7 +105,7 @@ class CheckpointManager:
     def save(
         self,
         step: int,
-        model: nn.Module,
+        model: Weighted,
         optimizer: torch.optim.Optimizer | None,
         state: dict[str, Any],
         write_hf_files: Callable[[Path], None],
@@ -124,7 +124,7 @@ class CheckpointManager:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         dist.barrier()
-        tensors = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
+        tensors = {f"model.{name}": p.detach() for name, p in model.weights()}
         if optimizer is not None:
             tensors |= {f"optimizer.{name}": t for name, t in optimizer_tensors(model, optimizer).items()}
         else:
@@ -168,7 +168,7 @@ class CheckpointManager:
 
 
 def load_checkpoint(
-    checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, args: Llama3Args
+    checkpoint: Path, model: Weighted, optimizer: torch.optim.Optimizer | None, args: Llama3Args
 ) -> dict[str, Any]:
     """Read a checkpoint into a model and, unless it is None, an optimizer, whatever their sharding.
 
@@ -186,7 +186,7 @@ def load_checkpoint(
             f"{checkpoint}: this checkpoint holds only weights, so a run cannot be resumed from it; "
             "start a new one from it with checkpoint.initial_load_path."
         )
-    tensors: dict[str, torch.Tensor] = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
+    tensors: dict[str, torch.Tensor] = {f"model.{name}": p.detach() for name, p in model.weights()}
     if optimizer is not None:
         tensors |= {f"optimizer.{name}": t for name, t in optimizer_tensors(model, optimizer).items()}
     _load(tensors, checkpoint)

@@ -203,6 +203,9 @@ class SpeechDataLoader:
         num_bad_files: files that could not be read, for the counters.
         group: of processes that exchange codes, over the CPU; None is the default one.
         read_retries: how often the reading of a recording's own file is tried again.
+        share: this rank's number among those that see different rows, and how many these are; by default all do. The
+            encoding of recordings is shared by all.
+        length_multiple: rows are padded to a multiple of this.
     """
 
     def __init__(
@@ -230,6 +233,8 @@ class SpeechDataLoader:
         num_bad_files: int = 0,
         group: dist.ProcessGroup | None = None,
         read_retries: int = 0,
+        share: tuple[int, int] | None = None,
+        length_multiple: int = LENGTH_MULTIPLE,
     ):
         self.streams, self.mixture, self.stream, self.codec, self.tokenizer = streams, mixture, stream, codec, tokenizer
         self.task, self.seq_len, self.batch_size, self.max_seconds = task, seq_len, batch_size, max_seconds
@@ -237,6 +242,7 @@ class SpeechDataLoader:
         self.packing, self.window, self.num_workers, self.fixed_length = packing, window, num_workers, fixed_length
         self.bad_rows, self.max_bad_share, self.seed = bad_rows or BadRows(), max_bad_share, seed
         self.num_bad_files, self.group, self.read_retries = num_bad_files, group, read_retries
+        self.share, self.length_multiple = share or (rank, world_size), length_multiple
         added = tokenizer.added_tokens_decoder if task != "a2a" else {}
         self._special_ids = np.array([number for number, token in added.items() if token.special])
         self.max_frames = max_frames_of(max_seconds)
@@ -635,11 +641,12 @@ class SpeechDataLoader:
             yield RowOfSamples([sample for i in row if (sample := found[i])], state, counters)
 
     def _batches(self, parts: Generator[Part]) -> Generator[Batch]:
-        """This rank's batches: of each ``world_size * batch_size`` rows of the global order, its own."""
+        """This rank's batches: of each group of rows of the global order, a batch for each share, its own."""
         try:
             rows = self._rows(parts)
-            while group := list(islice(rows, self.world_size * self.batch_size)):
-                own = [row.samples for row in group[self.rank :: self.world_size]]
+            number, degree = self.share
+            while group := list(islice(rows, degree * self.batch_size)):
+                own = [row.samples for row in group[number::degree]]
                 if not own:  # the last rows of finite data did not go round
                     return
                 state = {**group[-1].state, "counters": asdict(group[-1].state["counters"])}
@@ -651,7 +658,7 @@ class SpeechDataLoader:
         longest = max(1, *(sum(sample.length for sample in row) for row in rows))
         length = self.seq_len
         if not self.fixed_length:
-            length = min(length, -(-longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE)
+            length = min(length, -(-longest // self.length_multiple) * self.length_multiple)
         tokens = np.zeros((len(rows), length), dtype=np.int64)
         targets = np.full((len(rows), length), IGNORE_INDEX, dtype=np.int64)
         positions = np.zeros((len(rows), length), dtype=np.int64) if self.packing else None

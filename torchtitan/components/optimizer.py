@@ -1,18 +1,18 @@
 """The optimizer, and its state as plain tensors under the names of their parameters."""
 
 import torch
-from torch import nn
 
 from torchtitan.config_manager import Optimizer
+from torchtitan.models.llama3.weights import Weighted
 
 _STATES = ("exp_avg", "exp_avg_sq")
 
 
-def build_optimizer(model: nn.Module, config: Optimizer) -> torch.optim.Optimizer:
+def build_optimizer(model: Weighted, config: Optimizer) -> torch.optim.Optimizer:
     """AdamW (or Adam) over all parameters of the model."""
     kind = {"AdamW": torch.optim.AdamW, "Adam": torch.optim.Adam}[config.name]
     return kind(
-        model.parameters(),
+        [parameter for _, parameter in model.weights()],
         lr=config.lr,
         betas=(config.beta1, config.beta2),
         eps=config.eps,
@@ -22,13 +22,13 @@ def build_optimizer(model: nn.Module, config: Optimizer) -> torch.optim.Optimize
     )
 
 
-def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+def optimizer_tensors(model: Weighted, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """The optimizer's state as ``<parameter>.<state>`` tensors, sharded as the parameters are.
 
     State that does not exist before the first step is made here, as zeros, so that a checkpoint can be read into it.
     """
     tensors = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in model.weights():
         state = optimizer.state[parameter]
         if not state:
             fused = optimizer.param_groups[0]["fused"]

@@ -1,5 +1,6 @@
 """The loss on held-out speech: the same rows each time, averaged over tokens."""
 
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
@@ -7,13 +8,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from torchtitan.audio.token_stream import CODEBOOK_SIZE, TokenStream
 from torchtitan.components.dataloader import SpeechDataLoader
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.distributed.utils import max_over_ranks
 from torchtitan.tools.errors import UserError
+
+# (tokens, targets) [B, S] to the negative log-likelihood of each target [B, S].
+Losses = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -45,21 +48,23 @@ class Validator:
     Args:
         steps: batches of each rank; -1 for the whole data set.
         group: in which ranks wait for each other's data.
+        counts: of the ranks that work on the same rows, this is the one that counts them.
     """
 
     def __init__(
-        self, loader: SpeechDataLoader, stream: TokenStream, device: torch.device, steps: int, group: Any = None
+        self, loader: SpeechDataLoader, stream: TokenStream, steps: int, group: Any = None, counts: bool = True
     ):
-        self.loader, self.stream, self.device, self.steps, self.group = loader, stream, device, steps, group
+        self.loader, self.stream, self.steps, self.group, self.counts = loader, stream, steps, group, counts
 
-    @torch.no_grad()
-    def run(self, model: nn.Module) -> ValidationResult:
-        """Called by all ranks. The model is left in training mode.
+    def run(self, losses_of: Losses) -> ValidationResult:
+        """Called by all ranks.
+
+        Args:
+            losses_of: what gives the negative log-likelihood of each target, see ParallelModel.losses.
 
         Raises:
             UserError: no row could be used.
         """
-        model.eval()
         # Sums and counts: all targets, then each quantizer's.
         sums = torch.zeros(2, 1 + self.stream.num_quantizers, dtype=torch.float64)
         counts = torch.zeros(self.stream.num_quantizers, CODEBOOK_SIZE, dtype=torch.float64)
@@ -75,7 +80,9 @@ class Validator:
                     tokens, targets = torch.zeros(1, 32, dtype=torch.int64), torch.full((1, 32), IGNORE_INDEX)
                 else:
                     tokens, targets = batch.tokens, batch.targets
-                losses = model(tokens.to(self.device), targets.to(self.device)).double().cpu()
+                losses = losses_of(tokens, targets).double().cpu()
+                if not self.counts:
+                    continue
                 quantizer = self.stream.quantizer_of(targets)
                 masks = [targets != IGNORE_INDEX, *(quantizer == q for q in range(self.stream.num_quantizers))]
                 sums += torch.stack(
@@ -84,7 +91,6 @@ class Validator:
                 for q in range(self.stream.num_quantizers):
                     codes = (targets[quantizer == q] - self.stream.base_size) // self.stream.num_quantizers
                     counts[q] += torch.bincount(codes, minlength=CODEBOOK_SIZE)
-        model.train()
         dist.all_reduce(sums)
         dist.all_reduce(counts)
         if sums[1, 0] == 0:

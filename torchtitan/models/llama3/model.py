@@ -6,15 +6,22 @@ gets its values from :meth:`Llama3.reset_buffers` and the functions of weights.p
 """
 
 import math
-from typing import cast
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, cast
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.tensor import DTensor
 
-from torchtitan.components.loss import chunked_nll, chunked_nll_sum
+from torchtitan.components.loss import Columns, chunked_nll, chunked_nll_sum
+from torchtitan.distributed.collectives import gather
 from torchtitan.models.llama3.args import Llama3Args
 from torchtitan.models.llama3.attention import Documents, attend, find_documents
+
+if TYPE_CHECKING:
+    from torchtitan.distributed.context_parallel import ContextParallel
 
 
 class RMSNorm(nn.Module):
@@ -62,22 +69,22 @@ class Attention(nn.Module):
 
     def __init__(self, args: Llama3Args):
         super().__init__()
-        self.n_heads, self.n_kv_heads, self.head_dim = args.n_heads, args.n_kv_heads, args.head_dim
+        self.head_dim = args.head_dim
         self.wq = nn.Linear(args.dim, args.n_heads * args.head_dim, bias=False)
         self.wk = nn.Linear(args.dim, args.n_kv_heads * args.head_dim, bias=False)
         self.wv = nn.Linear(args.dim, args.n_kv_heads * args.head_dim, bias=False)
         self.wo = nn.Linear(args.n_heads * args.head_dim, args.dim, bias=False)
+        self.attend = attend
 
     def forward(
         self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, documents: Documents | None = None
     ) -> torch.Tensor:
         """x [B, S, dim] to [B, S, dim]."""
         batch, length, _ = x.shape
-        q = self.wq(x).view(batch, length, self.n_heads, self.head_dim).transpose(1, 2)
-        k = self.wk(x).view(batch, length, self.n_kv_heads, self.head_dim).transpose(1, 2)
-        v = self.wv(x).view(batch, length, self.n_kv_heads, self.head_dim).transpose(1, 2)
+        # With tensor parallelism a rank has only some of the heads.
+        q, k, v = (w(x).view(batch, length, -1, self.head_dim).transpose(1, 2) for w in (self.wq, self.wk, self.wv))
         q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
-        out = attend(q, k, v, documents)
+        out = self.attend(q, k, v, documents)
         return self.wo(out.transpose(1, 2).reshape(batch, length, -1))
 
 
@@ -112,29 +119,54 @@ class TransformerBlock(nn.Module):
 
 
 class OutputHead(nn.Module):
-    """The projection onto the vocabulary, alignment rows left out, and the loss over it."""
+    """The projection onto the vocabulary, alignment rows left out, and the loss over it.
+
+    Attributes:
+        first_id: ids below are left out of the softmax, see training.audio_head.
+        tensor_group: the ranks over which the rows of the weight are split, each with its part of the positions.
+        gather_logits: these ranks gather the logits before the softmax, instead of only its sums.
+    """
 
     def __init__(self, args: Llama3Args):
         super().__init__()
         self.vocab_size = args.vocab_size
         self.weight = nn.Parameter(torch.empty(args.padded_vocab_size, args.dim))
+        self.first_id = 0
+        self.tensor_group: dist.ProcessGroup | None = None
+        self.gather_logits = False
 
     def forward(self, hidden: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
         """Hidden states [B, S, dim] to logits [B, S, vocab_size].
 
         With ``targets`` [B, S] the logits are never held whole: the result is the sum of the negative
         log-likelihoods (a scalar, with gradients) in training mode, and each target's [B, S] in eval mode.
+        With tensor parallelism there have to be targets, and hidden states are of this rank's positions.
         """
-        weight = self.weight[: self.vocab_size]
         if targets is None:
-            return F.linear(hidden, weight)
-        if self.training:
-            return chunked_nll_sum(hidden, weight, targets)
-        return chunked_nll(hidden, weight, targets)
+            return F.linear(hidden, self.weight[: self.vocab_size])
+        weight, start, rows = self.weight, 0, self.weight.shape[0]
+        if self.tensor_group is not None:
+            hidden = gather(hidden, 1, self.tensor_group)
+            weight = cast(DTensor, weight).to_local()
+            rows = -(-rows // dist.get_world_size(self.tensor_group))
+            start = dist.get_rank(self.tensor_group) * rows
+        low = max(start, self.first_id)
+        high = max(low, min(start + weight.shape[0], self.vocab_size))
+        columns = Columns(low, self.tensor_group, rows if self.gather_logits else 0)
+        weight = weight[min(low - start, weight.shape[0]) : max(high - start, 0)]
+        return (chunked_nll_sum if self.training else chunked_nll)(hidden, weight, targets, columns)
 
 
 class Llama3(nn.Module):
-    """The decoder. Construct under ``torch.device("meta")`` for large sizes."""
+    """The decoder. Construct under ``torch.device("meta")`` for large sizes.
+
+    Attributes:
+        first, last: whether this is the beginning, the end of the model. A stage of a pipeline is a model without the
+            modules of the other stages: the first one takes ids, the others hidden states [B, S, dim], and all but the
+            last one return them.
+        context: how the ranks of a group split each row, with context parallelism. Ids and targets are always whole
+            rows, hidden states and losses this rank's part.
+    """
 
     rope_cos: torch.Tensor
     rope_sin: torch.Tensor
@@ -143,6 +175,8 @@ class Llama3(nn.Module):
         super().__init__()
         self.args = args
         self.compiled = False  # the blocks are, see compile_blocks
+        self.first = self.last = True
+        self.context: ContextParallel | None = None
         # With the weight given, nn.Embedding draws no values of its own: on the meta device that imports torch._dynamo,
         # which takes seconds.
         size = (args.padded_vocab_size, args.dim)
@@ -155,9 +189,18 @@ class Llama3(nn.Module):
         self.tie()
 
     def tie(self) -> None:
-        """Make the head share the embedding's parameter, if the model is tied."""
-        if self.args.tied:
+        """Make the head share the embedding's parameter, if the model is tied and has both."""
+        if self.args.tied and self.first and self.last:
             self.output.weight = cast(nn.Parameter, self.tok_embeddings.weight)
+
+    def weights(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The parameters under their names in the whole model, in which a tied head is the embedding."""
+        for name, parameter in self.named_parameters():
+            yield ("tok_embeddings.weight" if self.is_copy(name) else name), parameter
+
+    def is_copy(self, name: str) -> bool:
+        """Whether a parameter is the head of a tied model of which the embedding is on another stage."""
+        return self.args.tied and name == "output.weight"
 
     def reset_buffers(self, seq_len: int, device: torch.device) -> None:
         """Compute the rotary tables [seq_len, head_dim] in fp32 on ``device``."""
@@ -182,10 +225,14 @@ class Llama3(nn.Module):
         Raises:
             ValueError: the rows are longer than the rotary tables of :meth:`reset_buffers`.
         """
-        length = tokens.shape[1]
+        length = (tokens if targets is None else targets).shape[1]
         if length > self.rope_cos.shape[0]:
             raise ValueError(f"rows of {length} ids need rotary tables of that length, not {self.rope_cos.shape[0]}")
-        x = self.tok_embeddings(tokens)
+        context = self.context
+        if context is not None:
+            tokens = context.shard(tokens) if self.first else tokens
+            targets = None if targets is None else context.shard(targets)
+        x = self.tok_embeddings(tokens) if self.first else tokens
         cos, sin = self.rope_cos[:length].to(x.dtype), self.rope_sin[:length].to(x.dtype)
         documents = None
         if positions is not None:
@@ -193,7 +240,12 @@ class Llama3(nn.Module):
             device_type = x.device.type
             autocast = torch.is_autocast_enabled(device_type)
             dtype = torch.get_autocast_dtype(device_type) if autocast else x.dtype
-            documents = find_documents(positions, dtype, self.args.head_dim, self.compiled, num_documents)
+            if context is not None and context.method == "allgather":
+                documents = context.documents(positions)
+            else:
+                documents = find_documents(positions, dtype, self.args.head_dim, self.compiled, num_documents)
+        if context is not None:
+            cos, sin = context.shard(cos, dim=-2), context.shard(sin, dim=-2)
         for layer in self.layers.values():
             x = layer(x, cos, sin, documents)
-        return self.output(self.norm(x), targets)
+        return self.output(self.norm(x), targets) if self.last else x

@@ -1,15 +1,83 @@
-"""Llama 3 on several devices: activation checkpointing, compile and FSDP2, applied from outside."""
+"""Llama 3 on several devices, applied to the model from outside, in the order in which the functions stand here.
+
+Tensor parallelism, context parallelism, activation checkpointing, compile, and FSDP2 around it all. The stages of a
+pipeline are such models, see pipeline.py.
+"""
 
 from collections.abc import Callable
 from typing import Any, Literal, cast
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    PrepareModuleInput,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
 from torch.utils.checkpoint import checkpoint
 
-from torchtitan.models.llama3.model import Llama3
+from torchtitan.distributed.context_parallel import ContextParallel
+from torchtitan.models.llama3.model import Llama3, TransformerBlock
+
+
+def split_layers(model: Llama3, mesh: DeviceMesh, gather_logits: bool = False) -> None:
+    """Tensor parallelism (arXiv 1909.08053) with sequence parallelism (arXiv 2205.05198) over a 1-D mesh.
+
+    The heads of attention, the columns of the feed-forward layers and the rows of the vocabulary are split; between
+    these layers, and in the norms, each rank has its part of the positions. A row's length must be a multiple of the
+    number of ranks.
+
+    Args:
+        gather_logits: gather the logits for the loss, instead of exchanging only what the softmax needs of them.
+    """
+    by_position = Shard(1)
+    whole = {"input_layouts": (by_position, None, None, None), "desired_input_layouts": (Replicate(), None, None, None)}
+    for block in model.layers.values():
+        plan: dict[str, ParallelStyle] = {
+            "attention_norm": SequenceParallel(),
+            "attention": PrepareModuleInput(**whole),
+            **{f"attention.{name}": ColwiseParallel() for name in ("wq", "wk", "wv")},
+            "attention.wo": RowwiseParallel(output_layouts=by_position),
+            "ffn_norm": SequenceParallel(),
+            "feed_forward": PrepareModuleInput(input_layouts=by_position, desired_input_layouts=Replicate()),
+            **{f"feed_forward.{name}": ColwiseParallel() for name in ("w1", "w3")},
+            "feed_forward.w2": RowwiseParallel(output_layouts=by_position),
+        }
+        parallelize_module(block, mesh, plan)
+    if model.first:
+        rows = RowwiseParallel(input_layouts=Replicate(), output_layouts=by_position)
+        parallelize_module(model.tok_embeddings, mesh, rows)
+    if model.last:
+        parallelize_module(model.norm, mesh, SequenceParallel(use_local_output=True))
+        model.output.weight = nn.Parameter(distribute_tensor(model.output.weight, mesh, [Shard(0)]))
+        model.output.tensor_group, model.output.gather_logits = mesh.get_group(), gather_logits
+    model.tie()  # Distributing a parameter makes a new one of it.
+
+
+def overlap_communication(mesh: DeviceMesh) -> None:
+    """Async tensor parallelism: compiled blocks overlap what they compute with what they send.
+
+    See "Introducing Async Tensor Parallelism in PyTorch" (PyTorch forum, 2024); needs GPUs with symmetric memory.
+    """
+    from torch._inductor import config as inductor_config
+    from torch.distributed._symmetric_memory import enable_symm_mem_for_group
+
+    inductor_config._micro_pipeline_tp = True
+    enable_symm_mem_for_group(mesh.get_group().group_name)
+
+
+def split_rows(model: Llama3, group: dist.ProcessGroup, method: Literal["allgather", "alltoall"]) -> None:
+    """Context parallelism: the ranks of the group share each row, see distributed/context_parallel.py."""
+    model.context = ContextParallel(group, method)
+    for block in model.layers.values():
+        cast(TransformerBlock, block).attention.attend = model.context.attend
 
 
 def checkpoint_activations(model: Llama3) -> None:
@@ -39,20 +107,36 @@ def shard(
     param_dtype: torch.dtype,
     reduce_dtype: torch.dtype,
     reshard: Literal["default", "always", "never"] = "default",
+    offload: bool = False,
+    pipelined: bool = False,
 ) -> None:
     """FSDP2 with one unit a block, and one for embedding, final norm and head (a tied weight must not be split).
 
-    ``reshard`` says whether parameters are freed between forward and backward pass: always, never, or (default) those
-    of the blocks but not those of the last unit, which the backward pass needs at once.
+    With a mesh of two dimensions the parameters are replicated over the first and sharded over the second (HSDP; with
+    a second one of size 1: data parallelism without sharding, DDP).
 
     The loss is divided by the targets of all ranks before the backward pass, so gradients are summed, not averaged.
+
+    Args:
+        reshard: whether parameters are freed between forward and backward pass: always, never, or (default) those of
+            the blocks but not those of the last unit, which the backward pass needs at once.
+        offload: keep parameters, gradients and optimizer states in the memory of the CPU.
+        pipelined: this is a stage of a pipeline, where "default" means never: parameters would be gathered again for
+            each microbatch.
     """
-    policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype)
+    policy: dict[str, Any] = {
+        "mesh": mesh,
+        "mp_policy": MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype),
+        "offload_policy": CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if offload else OffloadPolicy(),
+    }
+    blocks_reshard = reshard == "always" or (reshard == "default" and not pipelined)
     for block in model.layers.values():
-        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard != "never")
-    ends: list[nn.Module] = [model.tok_embeddings, model.norm, model.output]
-    fully_shard(ends, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard == "always")
-    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard != "never")
+        fully_shard(block, **policy, reshard_after_forward=blocks_reshard)
+    ends: list[nn.Module] = [model.tok_embeddings] if model.first else []
+    ends += [model.norm, model.output] if model.last else []
+    if ends:
+        fully_shard(ends, **policy, reshard_after_forward=reshard == "always")
+    fully_shard(model, **policy, reshard_after_forward=blocks_reshard)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)

@@ -10,10 +10,11 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.tensor import DTensor
 
 from torchtitan.models.llama3.args import Llama3Args
@@ -33,6 +34,14 @@ _LAYER_NAMES = {
 }
 
 
+class Weighted(Protocol):
+    """A model, or this rank's part of one, whose parameters have the names that they have in the whole."""
+
+    args: Llama3Args
+
+    def weights(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+
+
 def hf_names(args: Llama3Args) -> dict[str, str]:
     """Our parameter names to those of transformers' LlamaForCausalLM; a tied head has no name of its own."""
     names = {"tok_embeddings.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight"}
@@ -48,15 +57,18 @@ def vocabulary_parameters(args: Llama3Args) -> set[str]:
     return {"tok_embeddings.weight"} | (set() if args.tied else {"output.weight"})
 
 
-def materialize(model: Llama3, device: torch.device, seq_len: int) -> None:
-    """Give a model on the meta device memory on ``device`` (contents undefined) and its rotary tables."""
+def materialize(model: Llama3, device: torch.device, seq_len: int, buffers: torch.device | None = None) -> None:
+    """Give a model on the meta device memory on ``device`` (contents undefined) and its rotary tables.
+
+    ``buffers`` is where these are, if the parameters are offloaded.
+    """
     model.to_empty(device=device)
     model.tie()
-    model.reset_buffers(seq_len, device)
+    model.reset_buffers(seq_len, buffers or device)
 
 
 @torch.no_grad()
-def init_random(model: Llama3, seed: int) -> None:
+def init_random(model: Weighted, seed: int) -> None:
     """Random weights: normal with standard deviation 1 / sqrt(width), the projections back into the residual stream
     smaller by sqrt(2 * layers), norms 1.
 
@@ -64,7 +76,7 @@ def init_random(model: Llama3, seed: int) -> None:
     model needs three times the steps to find out which quantizer comes next. A parameter's values depend on the seed
     and its name, not on the sharding.
     """
-    for name, parameter in model.named_parameters():
+    for name, parameter in model.weights():
         if name.endswith("norm.weight"):
             parameter.fill_(1.0)
             continue
@@ -80,7 +92,7 @@ def init_random(model: Llama3, seed: int) -> None:
 
 
 @torch.no_grad()
-def load_hf(model: Llama3, folder: Path, base_vocab_size: int) -> None:
+def load_hf(model: Weighted, folder: Path, base_vocab_size: int) -> None:
     """Read a Hugging Face checkpoint (safetensors) into the model's shards, as fp32 or whatever they are.
 
     Embedding rows from ``base_vocab_size`` on are new: each starts as the mean of the rows before (what transformers'
@@ -92,7 +104,7 @@ def load_hf(model: Llama3, folder: Path, base_vocab_size: int) -> None:
     args = model.args
     names, vocabulary = hf_names(args), vocabulary_parameters(args)
     with SafetensorsFolder(folder) as files:
-        for name, parameter in model.named_parameters():
+        for name, parameter in model.weights():
             shape = list(parameter.shape)
             stored = files.shape(names[name])
             if name in vocabulary:
@@ -137,14 +149,15 @@ def _row_mean(
     parameter: torch.Tensor, read_rows: Callable[[slice], torch.Tensor], known: int, block: int = 8192
 ) -> torch.Tensor:
     """Mean [D] of the first ``known`` rows in fp64, the work shared by the ranks that hold the parameter."""
-    rank, world = (dist.get_rank(), dist.get_world_size()) if isinstance(parameter, DTensor) else (0, 1)
+    mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
+    rank, world = (0, 1) if mesh is None else (mesh.mesh.flatten().tolist().index(dist.get_rank()), mesh.size())
     total = torch.zeros(parameter.shape[1], dtype=torch.float64)
     for start in list(range(0, known, block))[rank::world]:
         total += read_rows(slice(start, min(start + block, known))).double().sum(dim=0)
-    if world > 1:
-        device = parameter.device
-        total = total.to(device)
-        dist.all_reduce(total)
+    if mesh is not None:
+        total = total.to(mesh.device_type)
+        for dimension in range(mesh.ndim):
+            dist.all_reduce(total, group=mesh.get_group(dimension))
         total = total.cpu()
     return (total / known).float()
 

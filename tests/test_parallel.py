@@ -1,0 +1,373 @@
+"""Every way to split the work gives the losses of one rank: 20 steps in fp32, with accumulation and unequal padding.
+
+Groups of ranks are processes of this very file (gloo, CPU), which go through their scenarios one after the other. The
+measure is a run of one rank without any of it.
+"""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from torchtitan import train
+from torchtitan.components.checkpoint import CheckpointManager, load_checkpoint, load_full_parameters
+from torchtitan.components.dataloader import Batch
+from torchtitan.components.loss import IGNORE_INDEX
+from torchtitan.components.optimizer import build_optimizer
+from torchtitan.config_manager import ConfigError, ConfigManager, Parallelism
+from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.distributed.utils import sum_over_ranks
+from torchtitan.models.llama3.args import Llama3Args
+from torchtitan.models.llama3.parallel_model import ParallelModel, check_split
+from torchtitan.models.llama3.pipeline import own_stages, split_blocks
+from torchtitan.models.llama3.weights import init_random
+
+STEPS, ACCUMULATION, ROWS, SEQ_LEN, VOCAB_SIZE = 20, 2, 4, 32, 301
+
+
+def degrees(replicate: int = 1, tensor: int = 1, pipeline: int = 1, context: int = 1, **more: Any) -> list[str]:
+    """Options of a scenario: degrees, further keys of [parallelism], and "section__key" of others."""
+    keys = {"data_parallel_replicate_degree": replicate, "tensor_parallel_degree": tensor}
+    keys |= {"pipeline_parallel_degree": pipeline, "context_parallel_degree": context, **more}
+    names = {key: key.replace("__", ".") if "__" in key else f"parallelism.{key}" for key in keys}
+    return [option for key, value in keys.items() for option in (f"--{names[key]}", str(value).lower())]
+
+
+def schedule(name: str, **more: Any) -> list[str]:
+    return degrees(pipeline=2, pipeline_parallel_schedule=name, **more)
+
+
+# Name: (options, tied, packed).
+TWO_RANKS: dict[str, tuple[list[str], bool, bool]] = {
+    "FSDP": (degrees(), True, True),
+    "FSDP, always resharded": (degrees(fsdp_reshard_after_forward="always"), True, False),
+    "FSDP, never resharded": (degrees(fsdp_reshard_after_forward="never"), False, False),
+    "FSDP, offloaded": (degrees(training__enable_cpu_offload=True), True, False),
+    "FSDP, checkpointed": (degrees(activation_checkpoint__mode="full"), True, True),
+    "DDP": (degrees(replicate=2), True, False),
+    "TP": (degrees(tensor=2), True, True),
+    "TP, untied, logits gathered": (degrees(tensor=2, disable_loss_parallel=True), False, False),
+    "CP": (degrees(context=2), True, False),
+    "CP, packed": (degrees(context=2), True, True),
+    "CP, all to all": (degrees(context=2, context_parallel_rotate_method="alltoall"), False, False),
+    "CP, all to all, packed": (degrees(context=2, context_parallel_rotate_method="alltoall"), True, True),
+    "PP": (degrees(pipeline=2), True, True),
+    "PP, GPipe, untied, uneven": (schedule("GPipe", pipeline_parallel_split_points="layers.1"), False, False),
+    "PP, microbatches of two rows": (schedule("1F1B", pipeline_parallel_microbatch_size=2), True, False),
+    "PP, Interleaved1F1B": (schedule("Interleaved1F1B", pipeline_parallel_layers_per_stage=1), True, False),
+    "PP, LoopedBFS": (schedule("LoopedBFS"), True, False),
+    "PP, InterleavedZeroBubble": (schedule("InterleavedZeroBubble"), True, True),
+    "PP, ZBVZeroBubble": (schedule("ZBVZeroBubble"), True, False),
+    "PP, DualPipeV": (schedule("DualPipeV"), False, False),
+}
+FOUR_RANKS: dict[str, tuple[list[str], bool, bool]] = {
+    "HSDP": (degrees(replicate=2), True, True),
+    "FSDP x TP": (degrees(tensor=2), True, True),
+    "FSDP x CP": (degrees(context=2), True, True),
+    "FSDP x PP": (degrees(pipeline=2), True, True),
+    "DDP x TP, offloaded": (degrees(2, 2, training__enable_cpu_offload=True), False, False),
+    "DDP x CP": (degrees(replicate=2, context=2), True, False),
+    "DDP x PP": (schedule("ZBVZeroBubble", data_parallel_replicate_degree=2), True, False),
+    "TP of 4, untied": (degrees(tensor=4), False, False),
+    "CP of 4": (degrees(context=4), True, True),
+    "PP of 4": (degrees(pipeline=4), True, False),
+    "TP x CP": (degrees(tensor=2, context=2, context_parallel_rotate_method="alltoall"), True, True),
+    "TP x PP": (degrees(tensor=2, pipeline=2), True, True),
+    "CP x PP": (schedule("Interleaved1F1B", context_parallel_degree=2), True, True),
+}
+# Four processes take long to go through all of them on two cores.
+FEW = ["HSDP", "FSDP x PP", "TP x CP"]
+# Where a checkpoint of one split is taken up by another.
+SAVED, RESUMED = "PP, Interleaved1F1B", "TP"
+
+
+def make(options: list[str], tied: bool, rank: int, world_size: int) -> SimpleNamespace:
+    """What train_step needs, with random weights of one seed."""
+    settings = ["--training.mixed_precision_param", "float32", "--training.steps", str(STEPS), "--optimizer.lr", "3e-3"]
+    settings += ["--training.seq_len", str(SEQ_LEN), "--lr_scheduler.warmup_steps", "2"]
+    config = ConfigManager().parse_args([*settings, *options])
+    dims = ParallelDims.from_config(config, rank, world_size)
+    config.training.local_batch_size = ROWS // dims.data_degree
+    args = Llama3Args(VOCAB_SIZE, 64, 4, n_heads=8, n_kv_heads=4, head_dim=8, hidden_dim=96, tied=tied)
+    model = ParallelModel(config, args, dims, torch.device("cpu"))
+    init_random(model, 5)
+    return SimpleNamespace(
+        inputs=SimpleNamespace(config=config),
+        dims=dims,
+        device=torch.device("cpu"),
+        data_group=None,
+        model=model,
+        optimizer=build_optimizer(model, config.optimizer),
+        step=0,
+        tokens_seen=0,
+    )
+
+
+def microbatch(seed: int, packed: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Rows of all ranks: two (nearly) full ones, one of five targets, one of none or a few."""
+    random = torch.Generator().manual_seed(seed)
+    tokens, targets = (torch.randint(VOCAB_SIZE, (ROWS, SEQ_LEN), generator=random) for _ in range(2))
+    for row, length in enumerate((SEQ_LEN, SEQ_LEN - 7, 5, seed % 3)):
+        targets[row, length:] = IGNORE_INDEX
+    if not packed:
+        return tokens, targets, None
+    positions = torch.arange(SEQ_LEN).repeat(ROWS, 1)
+    for row, cut in enumerate((9, 20, 1, 30)):
+        positions[row, cut:] -= cut
+    return tokens, targets, positions
+
+
+def steps(run: SimpleNamespace, first: int, last: int, packed: bool) -> list[tuple[float, float]]:
+    """Loss and gradient norm of each step, by the trainer's own train_step."""
+    curve = []
+    own = slice(run.dims.data_rank, None, run.dims.data_degree)
+    for step in range(first, last):
+        run.step = step + 1
+        batches = []
+        for number in range(ACCUMULATION):
+            tokens, targets, positions = microbatch(ACCUMULATION * step + number, packed)
+            batches.append(
+                Batch(tokens[own], targets[own], 0, {}, positions=None if positions is None else positions[own])
+            )
+        loss, norm, _ = train.train_step(run, batches)
+        (total,) = sum_over_ranks([loss.item() * run.dims.counts_loss])
+        curve.append((total, norm.item()))
+    return curve
+
+
+def held_out(run: SimpleNamespace) -> torch.Tensor:
+    """The loss of each target of three rows of a length that nothing divides."""
+    random = torch.Generator().manual_seed(77)
+    tokens, targets = (torch.randint(VOCAB_SIZE, (3, 21), generator=random) for _ in range(2))
+    targets[0, 10:] = IGNORE_INDEX
+    return run.model.losses(tokens, targets)
+
+
+def result_of(run: SimpleNamespace, packed: bool) -> dict[str, Any]:
+    return {"curve": torch.tensor(steps(run, 0, STEPS, packed)), "losses": held_out(run)}
+
+
+def checkpoint_state(run: SimpleNamespace) -> dict[str, Any]:
+    return {"model_args": run.model.args.to_dict()}
+
+
+def run_rank(rank: int, world_size: int, folder: Path, names: list[str]) -> None:
+    """Some scenarios of one of some ranks."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
+    results: dict[str, Any] = {}
+    for name in names:
+        options, tied, packed = (TWO_RANKS if world_size == 2 else FOUR_RANKS)[name]
+        begin = time.perf_counter()
+        results[name] = result_of(make(options, tied, rank, world_size), packed)
+        results[name]["seconds"] = time.perf_counter() - begin
+    if world_size == 2:
+        manager = CheckpointManager(folder / "checkpoint")
+        run = make(TWO_RANKS[SAVED][0], True, rank, world_size)
+        first = steps(run, 0, STEPS // 2, False)
+        path = manager.save(STEPS // 2, run.model, run.optimizer, checkpoint_state(run), Path.mkdir)
+        run = make(TWO_RANKS[RESUMED][0], True, rank, world_size)
+        load_checkpoint(path, run.model, run.optimizer, run.model.args)
+        results["resumed"] = torch.tensor(first + steps(run, STEPS // 2, STEPS, False))
+    torch.save(results, folder / f"results-{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def launch(world_size: int, folder: Path, names: Iterable[str]) -> list[dict[str, Any]]:
+    """What each of some ranks got."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-W", "ignore", __file__]
+    ranks = [
+        subprocess.Popen(
+            [*command, str(rank), str(world_size), str(folder), *names],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment,
+        )
+        for rank in range(world_size)
+    ]
+    try:
+        outputs = [process.communicate(timeout=400)[0] for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
+    assert [process.returncode for process in ranks] == [0] * world_size, "\n".join(out[-3000:] for out in outputs)
+    return [torch.load(folder / f"results-{rank}.pt") for rank in range(world_size)]
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory) -> tuple[Path, list[dict[str, Any]]]:
+    folder = tmp_path_factory.mktemp("two-ranks")
+    return folder, launch(2, folder, TWO_RANKS)
+
+
+@pytest.fixture(scope="module")
+def four_ranks(tmp_path_factory) -> list[dict[str, Any]]:
+    return launch(4, tmp_path_factory.mktemp("four-ranks"), FEW)
+
+
+@pytest.fixture(scope="module")
+def four_ranks_more(tmp_path_factory) -> list[dict[str, Any]]:
+    return launch(4, tmp_path_factory.mktemp("four-ranks-more"), [name for name in FOUR_RANKS if name not in FEW])
+
+
+@pytest.fixture(scope="module")
+def expected() -> Any:
+    """A function of (tied, packed): what one rank gets, without any parallelism."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    found = {(t, p): result_of(make([], t, 0, 1), p) for t in (True, False) for p in (True, False)}
+    dist.destroy_process_group()
+    return lambda tied, packed: found[tied, packed]
+
+
+def assert_same(found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    torch.testing.assert_close(found["curve"], wanted["curve"], rtol=1e-5, atol=0)
+    torch.testing.assert_close(found["losses"], wanted["losses"], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", TWO_RANKS)
+def test_two_ranks_give_the_losses_of_one(two_ranks, expected, name):
+    for rank in two_ranks[1]:
+        assert_same(rank[name], expected(*TWO_RANKS[name][1:]))
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_four_ranks_give_the_losses_of_one(four_ranks, expected, name):
+    for rank in four_ranks:
+        assert_same(rank[name], expected(*FOUR_RANKS[name][1:]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in FOUR_RANKS if name not in FEW])
+def test_more_splits_over_four_ranks_give_the_losses_of_one(four_ranks_more, expected, name):
+    for rank in four_ranks_more:
+        assert_same(rank[name], expected(*FOUR_RANKS[name][1:]))
+
+
+def test_the_curve_is_worth_comparing(expected):
+    curve = expected(True, False)["curve"]
+    assert len(curve) == STEPS
+    assert len(set(curve[:, 0].tolist())) == STEPS
+
+
+def test_a_run_goes_on_with_another_split(two_ranks, expected):
+    for rank in two_ranks[1]:
+        torch.testing.assert_close(rank["resumed"], expected(True, False)["curve"], rtol=1e-5, atol=0)
+
+
+def test_a_tied_weight_on_two_stages_is_saved_once(two_ranks):
+    saved = load_full_parameters(two_ranks[0] / "checkpoint" / f"step-{STEPS // 2}")
+    assert len(saved) == 2 + 4 * 9
+    assert "output.weight" not in saved
+
+
+def test_ranks_of_a_split_cover_it_once():
+    dims = [ParallelDims(2, 2, 2, 2, 2, rank) for rank in range(32)]
+    assert dims[0].world_size == 32
+    assert sorted(d.data_rank for d in dims if d.counts_rows) == [0, 1, 2, 3]
+    assert [d.pipeline_rank for d in dims] == [0] * 16 + [1] * 16
+    assert sum(d.counts_loss for d in dims) == 16
+
+
+def pipeline(degree: int, **more: Any) -> Parallelism:
+    return Parallelism(pipeline_parallel_degree=degree, **more)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "config", "stages"),
+    [
+        (16, pipeline(2), [8, 8]),
+        (16, pipeline(4), [3, 5, 5, 3]),
+        (32, pipeline(4, pipeline_parallel_schedule="Interleaved1F1B"), [3, 4, 5, 4, 4, 5, 4, 3]),
+        (4, pipeline(4), [1, 1, 1, 1]),
+        (5, pipeline(2, pipeline_parallel_split_points=["layers.1"]), [1, 4]),
+        (6, pipeline(2, pipeline_parallel_layers_per_stage=2, pipeline_parallel_schedule="GPipe"), None),
+        (8, pipeline(2, pipeline_parallel_layers_per_stage=2, pipeline_parallel_schedule="LoopedBFS"), [2, 2, 2, 2]),
+    ],
+)
+def test_blocks_are_dealt_out(blocks, config, stages):
+    if stages is None:
+        with pytest.raises(ConfigError, match="3 stages, which cannot be dealt out to 2 ranks"):
+            split_blocks(blocks, config)
+        return
+    found = split_blocks(blocks, config)
+    assert [i for part in found for i in part] == list(range(blocks))
+    assert [len(part) for part in found] == stages
+
+
+@pytest.mark.parametrize(
+    ("config", "sentence"),
+    [
+        (pipeline(2, pipeline_parallel_schedule="2F2B"), "there is no such schedule"),
+        (pipeline(8), "8 stages are more than the model's 4 blocks"),
+        (pipeline(2, pipeline_parallel_split_points=["layers.9"]), "from layers.1 to layers.3"),
+        (pipeline(2, pipeline_parallel_split_points=["norm"]), "from layers.1 to layers.3"),
+        (pipeline(2, pipeline_parallel_layers_per_stage=1), "takes one stage a rank, not 2"),
+        (
+            pipeline(2, pipeline_parallel_layers_per_stage=2, pipeline_parallel_schedule="Interleaved1F1B"),
+            "takes several stages a rank, not one",
+        ),
+    ],
+)
+def test_stages_that_do_not_fit_are_refused(config, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        split_blocks(4, config)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (degrees(tensor=8), "tensor_parallel_degree = 8: .* 4 key and value heads"),
+        (degrees(tensor=3, training__seq_len=96), "tensor_parallel_degree = 3: .* 8 heads"),
+        (
+            degrees(context=8, context_parallel_rotate_method="alltoall"),
+            "context_parallel_degree = 8: .* 4 key and value",
+        ),
+        (degrees(tensor=2, context=4, context_parallel_rotate_method="alltoall"), "2 key and value heads of each"),
+        (degrees(pipeline=8), "8 stages are more than the model's 4 blocks"),
+    ],
+)
+def test_degrees_that_do_not_fit_the_model_are_refused(options, sentence):
+    args = Llama3Args(VOCAB_SIZE, 64, 4, n_heads=8, n_kv_heads=4, head_dim=8, hidden_dim=96)
+    with pytest.raises(ConfigError, match=sentence):
+        check_split(ConfigManager().parse_args(options), args)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (degrees(tensor=4, training__seq_len=1022), "training.seq_len = 1022 .* a multiple of 4"),
+        (degrees(tensor=2, context=3), "training.seq_len = 1024.* a multiple of 12"),
+        (degrees(pipeline=2, pipeline_parallel_microbatch_size=3), "it must be a multiple of .*microbatch_size = 3"),
+        (["--parallelism.disable_loss_parallel"], "its degree is 1"),
+        (["--parallelism.pipeline_parallel_layers_per_stage", "2"], "its degree is 1"),
+        (
+            ["--parallelism.tensor_parallel_degree", "2", "--parallelism.enable_async_tensor_parallel"],
+            "training.compile",
+        ),
+        (["--training.audio_head", "--training.task", "tts"], "not made of audio tokens"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(options, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        ConfigManager().parse_args(options)
+
+
+def test_stages_of_a_rank():
+    loop, v = (pipeline(4, pipeline_parallel_schedule=name) for name in ("Interleaved1F1B", "ZBVZeroBubble"))
+    assert [own_stages(8, rank, 4, loop) for rank in range(4)] == [[0, 4], [1, 5], [2, 6], [3, 7]]
+    assert [own_stages(8, rank, 4, v) for rank in range(4)] == [[0, 7], [1, 6], [2, 5], [3, 4]]
+
+
+if __name__ == "__main__":
+    run_rank(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:])

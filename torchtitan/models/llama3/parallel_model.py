@@ -1,0 +1,197 @@
+"""The model as the trainer sees it: whole rows in, losses out, whatever is split underneath."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from torchtitan.components.loss import IGNORE_INDEX
+from torchtitan.config_manager import ConfigError, JobConfig
+from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.models.llama3.args import Llama3Args
+from torchtitan.models.llama3.model import Llama3
+from torchtitan.models.llama3.parallelize import (
+    checkpoint_activations,
+    compile_blocks,
+    overlap_communication,
+    shard,
+    split_layers,
+    split_rows,
+)
+from torchtitan.models.llama3.pipeline import Pipeline, make_stage, own_stages, split_blocks
+from torchtitan.models.llama3.weights import materialize
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def check_split(config: JobConfig, args: Llama3Args) -> None:
+    """Whether a model can be split as a config asks for, here.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    part = config.parallelism
+    tensor, context = part.tensor_parallel_degree, part.context_parallel_degree
+    for count, what in (
+        (args.n_heads, "heads"),
+        (args.n_kv_heads, "key and value heads"),
+        (args.hidden_dim, "columns"),
+    ):
+        if count % tensor:
+            raise ConfigError(
+                f"parallelism.tensor_parallel_degree = {tensor}: the model's {count} {what} cannot be dealt out evenly."
+            )
+    heads = args.n_kv_heads // tensor
+    if part.context_parallel_rotate_method == "alltoall" and heads % context:
+        raise ConfigError(
+            f"parallelism.context_parallel_degree = {context}: the {heads} key and value heads of each tensor-parallel "
+            'rank cannot be dealt out evenly; context_parallel_rotate_method = "allgather" does not need that.'
+        )
+    if part.pipeline_parallel_degree > 1:
+        split_blocks(args.n_layers, part)
+    if part.enable_async_tensor_parallel and not torch.cuda.is_available():
+        raise ConfigError(
+            "parallelism.enable_async_tensor_parallel = true: it needs GPUs with symmetric memory (NVLink)."
+        )
+
+
+class ParallelModel:
+    """This rank's part of a model, parallelised as a config asks for, on its device, with undefined values.
+
+    Every rank of a run makes one, and all call the same methods in the same order.
+
+    Args:
+        first_id: ids below are left out of the softmax.
+
+    Attributes:
+        parts: the model; with pipeline parallelism the stages of this rank.
+
+    Raises:
+        ConfigError: the degrees do not fit the model.
+    """
+
+    def __init__(
+        self, config: JobConfig, args: Llama3Args, dims: ParallelDims, device: torch.device, first_id: int = 0
+    ):
+        self.args, self.dims, self.device, self.first_id = args, dims, device, first_id
+        self.pipeline: Pipeline | None = None
+        dtype = DTYPES[config.training.mixed_precision_param]
+        # FSDP casts parameters by itself; a model on one device has none.
+        self.sharded = dims.world_size > 1 or config.training.enable_cpu_offload
+        self.autocast = torch.autocast(device.type, dtype, enabled=not self.sharded and dtype != torch.float32)
+        training, parallelism = config.training, config.parallelism
+        blocks, own = [range(args.n_layers)], [0]
+        if dims.pipeline > 1:
+            blocks = split_blocks(args.n_layers, parallelism)
+            own = own_stages(len(blocks), dims.pipeline_rank, dims.pipeline, parallelism)
+        longest = max(training.seq_len, config.validation.seq_len if config.validation.enabled else 0)
+        self.parts = [self._part(config, blocks[i], i == 0, i == len(blocks) - 1) for i in own]
+        for part in self.parts:
+            materialize(part, torch.device("cpu") if training.enable_cpu_offload else device, longest, device)
+            part.train()
+        if dims.pipeline > 1:
+            shape = (
+                parallelism.pipeline_parallel_microbatch_size,
+                training.seq_len // (dims.context * dims.tensor),
+                args.dim,
+            )
+            self.pipeline = Pipeline(
+                list(zip(own, self.parts, strict=True)),
+                len(blocks),
+                dims.mesh(device.type)["pp"],
+                parallelism,
+                training.local_batch_size,
+                shape,
+                DTYPES[training.mixed_precision_param],
+                device,
+                dims.tensor,
+            )
+
+    def _part(self, config: JobConfig, blocks: range, first: bool, last: bool) -> Llama3:
+        """One stage, or the whole model, on the meta device."""
+        dims, training, parallelism = self.dims, config.training, config.parallelism
+        with torch.device("meta"):
+            model = make_stage(self.args, blocks, first, last)
+        if last:
+            model.output.first_id = self.first_id
+        if dims.tensor > 1:
+            mesh = dims.mesh(self.device.type)["tp"]
+            split_layers(model, mesh, parallelism.disable_loss_parallel)
+            if parallelism.enable_async_tensor_parallel:
+                overlap_communication(mesh)
+        if dims.context > 1:
+            group = dims.mesh(self.device.type)["cp"].get_group()
+            split_rows(model, group, parallelism.context_parallel_rotate_method)
+        if config.activation_checkpoint.mode == "full":
+            checkpoint_activations(model)
+        if training.compile:
+            compile_blocks(model)
+        if self.sharded:
+            shard(
+                model,
+                dims.fsdp_mesh(self.device.type),
+                DTYPES[training.mixed_precision_param],
+                DTYPES[training.mixed_precision_reduce],
+                parallelism.fsdp_reshard_after_forward,
+                training.enable_cpu_offload,
+                dims.pipeline > 1,
+            )
+        return model
+
+    def weights(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Parameters of this rank under their names in the whole model."""
+        for part in self.parts:
+            yield from part.weights()
+
+    def backward(
+        self,
+        tokens: torch.Tensor,
+        targets: torch.Tensor,
+        positions: torch.Tensor | None,
+        divisor: float,
+    ) -> torch.Tensor:
+        """Forward and backward pass of one microbatch.
+
+        Args:
+            tokens, targets, positions: of a batch [B, S], on the CPU.
+            divisor: the targets of the whole step, on all ranks.
+
+        Returns:
+            This rank's part of the loss: the sum over its targets, divided. 0 where the head is on another rank.
+        """
+        # Counted here, so that the model need not wait for the GPU to count.
+        documents = None if positions is None else int((positions == 0).sum())
+        tokens, targets = (ids.to(self.device, non_blocking=True) for ids in (tokens, targets))
+        positions = None if positions is None else positions.to(self.device, non_blocking=True)
+        if self.pipeline is not None:
+            return self.pipeline.backward(tokens, targets, positions, divisor)
+        with self.autocast:
+            loss = self.parts[0](tokens, targets, positions, documents)
+        loss = loss / divisor
+        loss.backward()
+        return loss.detach()
+
+    @torch.no_grad()
+    def losses(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """The negative log-likelihood of each target [B, S], 0 where there is none, on this rank's device.
+
+        The same on all ranks that work on these rows.
+        """
+        length = targets.shape[1]
+        missing = -length % self.dims.row_multiple
+        if missing:
+            tokens = nn.functional.pad(tokens, (0, missing))
+            targets = nn.functional.pad(targets, (0, missing), value=IGNORE_INDEX)
+        tokens, targets = tokens.to(self.device), targets.to(self.device)
+        for part in self.parts:
+            part.eval()
+        try:
+            with self.autocast:
+                result = self.pipeline.losses(tokens, targets) if self.pipeline else self.parts[0](tokens, targets)
+            context = self.parts[0].context
+            if context is not None:
+                result = context.unshard(result)
+        finally:
+            for part in self.parts:
+                part.train()
+        return result[:, :length]

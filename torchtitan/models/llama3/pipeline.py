@@ -1,0 +1,257 @@
+"""Pipeline parallelism: the blocks of a Llama 3 dealt out to ranks, and the microbatches that flow through them.
+
+The schedules are those of torch.distributed.pipelining. A tied embedding lies both on the first stage and, as the
+head, on the last one; their gradients are summed, so that both copies get the same updates.
+"""
+
+import inspect
+import re
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining.schedules import (
+    PipelineScheduleMulti,
+    PipelineScheduleSingle,
+    ScheduleDualPipeV,
+    ScheduleZBVZeroBubble,
+    _PipelineScheduleRuntime,
+    get_schedule_class,
+)
+from torch.distributed.tensor import DTensor
+
+from torchtitan.config_manager import ConfigError, Parallelism
+from torchtitan.models.llama3.args import Llama3Args
+from torchtitan.models.llama3.model import Llama3
+
+
+def schedule_class(config: Parallelism) -> type[Any]:
+    """The schedule of torch.distributed.pipelining that a config names.
+
+    Raises:
+        ConfigError: there is none of this name.
+    """
+    if config.pipeline_parallel_schedule_csv is not None:
+        return _PipelineScheduleRuntime
+    name = config.pipeline_parallel_schedule
+    try:
+        return get_schedule_class(name)
+    except ValueError:
+        raise ConfigError(
+            f'parallelism.pipeline_parallel_schedule = "{name}": there is no such schedule; there are 1F1B, GPipe, '
+            "Interleaved1F1B, LoopedBFS, InterleavedZeroBubble, ZBVZeroBubble and DualPipeV."
+        ) from None
+
+
+def split_blocks(n_layers: int, config: Parallelism) -> list[range]:
+    """The blocks of each stage, in order: by split points, by blocks a stage, or evenly.
+
+    Evenly means one stage a rank, two with a schedule of several, and embedding and head count like a block each.
+
+    Raises:
+        ConfigError: the stages do not fit the blocks, the ranks or the schedule.
+    """
+    ranks = config.pipeline_parallel_degree
+    kind = schedule_class(config)
+    points, size = config.pipeline_parallel_split_points, config.pipeline_parallel_layers_per_stage
+    if points:
+        found = [re.fullmatch(r"layers\.(\d+)", point) for point in points]
+        begins = [int(match[1]) for match in found if match]
+        if len(begins) < len(points) or begins != sorted(set(begins)) or not 0 < begins[0] <= begins[-1] < n_layers:
+            raise ConfigError(
+                f"parallelism.pipeline_parallel_split_points = {points}: they must be names of blocks in rising order, "
+                f"from layers.1 to layers.{n_layers - 1}."
+            )
+        key = "parallelism.pipeline_parallel_split_points"
+    elif size is not None:
+        begins = list(range(size, n_layers, size))
+        key = "parallelism.pipeline_parallel_layers_per_stage"
+    else:
+        stages = ranks * (2 if issubclass(kind, PipelineScheduleMulti) else 1)
+        key = "parallelism.pipeline_parallel_degree"
+        if stages > n_layers:
+            raise ConfigError(f"{key} = {ranks}: {stages} stages are more than the model's {n_layers} blocks.")
+        # Embedding and head are as much work as a block each, more or less.
+        cuts = [round((n_layers + 2) * stage / stages) - 1 for stage in range(1, stages)]
+        begins = [min(max(cut, stage), n_layers - stages + stage) for stage, cut in enumerate(cuts, start=1)]
+    stages = len(begins) + 1
+    if stages % ranks:
+        raise ConfigError(f"{key}: that makes {stages} stages, which cannot be dealt out to {ranks} ranks.")
+    several = stages // ranks
+    if issubclass(kind, PipelineScheduleSingle) and several != 1:
+        raise ConfigError(f"{key}: {kind.__name__} takes one stage a rank, not {several}.")
+    if issubclass(kind, PipelineScheduleMulti) and several == 1 and kind is not _PipelineScheduleRuntime:
+        raise ConfigError(f"{key}: {kind.__name__} takes several stages a rank, not one.")
+    if kind in (ScheduleZBVZeroBubble, ScheduleDualPipeV) and several != 2:
+        raise ConfigError(f"{key}: {kind.__name__} takes two stages a rank, not {several}.")
+    return [range(a, b) for a, b in zip([0, *begins], [*begins, n_layers], strict=True)]
+
+
+def own_stages(num_stages: int, rank: int, ranks: int, config: Parallelism) -> list[int]:
+    """The stages of one rank: every ranks-th, or in schedules shaped like a V one from each end."""
+    if schedule_class(config) in (ScheduleZBVZeroBubble, ScheduleDualPipeV):
+        return [rank, num_stages - 1 - rank]
+    return list(range(rank, num_stages, ranks))
+
+
+def make_stage(args: Llama3Args, blocks: range, first: bool, last: bool) -> Llama3:
+    """A model of some of the blocks, under their names in the whole one. Construct under the meta device."""
+    model = Llama3(args)
+    model.first, model.last = first, last
+    for i in set(range(args.n_layers)) - set(blocks):
+        del model.layers[str(i)]
+    if not last:
+        del model.norm, model.output
+    elif not first:  # The head then needs a weight of its own.
+        model.output.weight = nn.Parameter(model.output.weight.detach().clone())
+    if not first:
+        del model.tok_embeddings
+    return model
+
+
+class Pipeline:
+    """The stages of this rank, and their schedule.
+
+    Args:
+        stages: this rank's, with their numbers, on their device.
+        num_stages: of the whole pipeline.
+        mesh: of the ranks of the pipeline, 1-D.
+        config: the section "parallelism".
+        batch_size: rows of a batch.
+        hidden_shape: of the hidden states of one microbatch as they travel: [rows, positions, dim].
+        dtype: in which they do.
+        tensor_degree: ranks over which each stage's layers are split.
+    """
+
+    def __init__(
+        self,
+        stages: list[tuple[int, Llama3]],
+        num_stages: int,
+        mesh: DeviceMesh,
+        config: Parallelism,
+        batch_size: int,
+        hidden_shape: tuple[int, int, int],
+        dtype: torch.dtype,
+        device: torch.device,
+        tensor_degree: int,
+    ):
+        self.stages, self.num_stages, self.group = stages, num_stages, mesh.get_group()
+        self.dtype, self.device = dtype, device
+        self.rows = config.pipeline_parallel_microbatch_size
+        self.owner = [
+            next(r for r in range(mesh.size()) if s in own_stages(num_stages, r, mesh.size(), config))
+            for s in range(num_stages)
+        ]
+        self.divisor = 1.0
+        self.tensor_degree = tensor_degree
+        # The ranks with the two ends, which share a tied embedding. Every rank takes part in making a group.
+        pipelines = _all_pipelines(mesh)
+        groups = [dist.new_group(sorted({ranks[self.owner[0]], ranks[self.owner[-1]]})) for ranks in pipelines]
+        own = next(i for i, ranks in enumerate(pipelines) if dist.get_rank() in ranks)
+        self.ends = cast(dist.ProcessGroup, groups[own])  # not for the ranks between
+        microbatches = batch_size // self.rows
+        made = []
+        for number, model in stages:
+            hidden = torch.empty(hidden_shape, dtype=dtype, device="meta")
+            ids = torch.empty(hidden_shape[0], 1, dtype=torch.int64, device="meta")
+            given = ids if model.first else hidden.requires_grad_()
+            result = torch.empty(1, device="meta") if model.last else torch.empty_like(hidden)
+            shapes = {"input_args": given, "output_args": result.requires_grad_()}
+            made.append(PipelineStage(model, number, num_stages, device, group=self.group, **shapes))
+        kind = schedule_class(config)
+        settings: dict[str, Any] = {"loss_fn": self._loss, "scale_grads": False}
+        single = issubclass(kind, PipelineScheduleSingle)
+        self.schedule = kind(made[0] if single else made, microbatches, **settings)
+        if config.pipeline_parallel_schedule_csv is not None:
+            self.schedule._load_csv(config.pipeline_parallel_schedule_csv)
+
+    def _loss(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return output.sum() / self.divisor
+
+    def backward(
+        self, tokens: torch.Tensor, targets: torch.Tensor, positions: torch.Tensor | None, divisor: float
+    ) -> torch.Tensor:
+        """Forward and backward passes of a batch [B, S]; the loss, divided, or 0 without the last stage."""
+        self.divisor = divisor
+        rows = list(targets.split(self.rows))
+        packed = [None] * len(rows) if positions is None else positions.split(self.rows)
+        kwargs = [{"targets": t, "positions": p} for t, p in zip(rows, packed, strict=True)]
+        numbers = [number for number, _ in self.stages]
+        args = [(ids,) for ids in tokens.split(self.rows)] if 0 in numbers else None
+        losses: list[torch.Tensor] = []
+        last = rows if self.num_stages - 1 in numbers else None
+        self._step(args, kwargs, last, losses)
+        return torch.stack(losses).sum() if losses else torch.zeros((), device=self.device)
+
+    def _step(
+        self,
+        args: list[tuple[torch.Tensor]] | None,
+        kwargs: list[dict[str, Any]],
+        targets: list[torch.Tensor] | None,
+        losses: list[torch.Tensor],
+    ) -> None:
+        """One run of the schedule over microbatches that are split already."""
+        schedule: Any = self.schedule
+        if "arg_mbs" in inspect.signature(schedule.step).parameters:
+            schedule.step(arg_mbs=args, kwarg_mbs=kwargs, target_mbs=targets, losses=losses, return_outputs=False)
+            return
+        # Before torch 2.14 step() takes whole batches only, and does no more than this.
+        stages = [schedule._stage] if isinstance(schedule, PipelineScheduleSingle) else schedule._stages
+        for stage in stages:
+            stage.has_backward = True
+            stage.clear_runtime_states()
+        schedule._step_microbatches(args, kwargs, targets, losses)
+
+    def sum_tied_gradients(self) -> None:
+        """Add the gradients of a tied embedding on the first stage and of the head on the last one."""
+        if not self.stages[0][1].args.tied:
+            return
+        copies = [
+            part.tok_embeddings.weight if part.first else part.output.weight
+            for _, part in self.stages
+            if part.first or part.last
+        ]
+        grads = [_local(copy.grad) for copy in copies if copy.grad is not None]
+        if len(grads) == 2:  # Schedules shaped like a V have both ends on one rank.
+            grads[0] += grads[1]
+            grads[1].copy_(grads[0])
+        elif grads:
+            dist.all_reduce(grads[0], group=self.ends)
+
+    @torch.no_grad()
+    def losses(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """The loss of each target of rows [B, S'], on all ranks of the pipeline; no schedule, one batch at a time."""
+        parts = dict(self.stages)
+        rank = dist.get_rank(self.group)
+        hidden = tokens
+        model = self.stages[0][1]
+        length = targets.shape[1] if model.context is None else targets.shape[1] // model.context.size
+        shape = (len(tokens), length // self.tensor_degree, model.args.dim)
+        for number in range(self.num_stages):
+            before, here = self.owner[number - 1] if number else None, self.owner[number]
+            if before is not None and before != here:
+                if rank == before:
+                    dist.send(hidden.contiguous(), group=self.group, group_dst=here)
+                elif rank == here:
+                    hidden = torch.empty(shape, dtype=self.dtype, device=self.device)
+                    dist.recv(hidden, group=self.group, group_src=before)
+            if number in parts:
+                hidden = parts[number](hidden, targets)
+        last = rank == self.owner[-1]
+        result = hidden.contiguous() if last else torch.empty(len(tokens), length, device=self.device)
+        dist.broadcast(result, group=self.group, group_src=self.owner[-1])
+        return result
+
+
+def _all_pipelines(mesh: DeviceMesh) -> list[list[int]]:
+    """The ranks of every pipeline of the run, from its first rank to its last: ranks at equal distances."""
+    ranks = mesh.size()
+    stride = dist.get_world_size() // ranks
+    return [list(range(start, start + ranks * stride, stride)) for start in range(stride)]
+
+
+def _local(gradient: torch.Tensor) -> torch.Tensor:
+    return gradient.to_local() if isinstance(gradient, DTensor) else gradient
