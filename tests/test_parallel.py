@@ -83,6 +83,16 @@ FOUR_RANKS: dict[str, tuple[list[str], bool, bool]] = {
     "TP x PP": (degrees(tensor=2, pipeline=2), True, True),
     "CP x PP": (schedule("Interleaved1F1B", context_parallel_degree=2), True, True),
 }
+COMPILED: dict[str, tuple[list[str], bool, bool]] = {
+    "FSDP, compiled": (degrees(training__compile=True), True, True),
+    "TP, compiled": (degrees(tensor=2, training__compile=True), True, True),
+    "CP, compiled": (degrees(context=2, training__compile=True), True, True),
+    "PP, compiled and checkpointed": (
+        degrees(pipeline=2, training__compile=True, activation_checkpoint__mode="full"),
+        False,
+        True,
+    ),
+}
 # Four processes take long to go through all of them on two cores.
 FEW = ["HSDP", "FSDP x PP", "TP x CP"]
 # Where a checkpoint of one split is taken up by another.
@@ -165,11 +175,11 @@ def run_rank(rank: int, world_size: int, folder: Path, names: list[str]) -> None
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
     results: dict[str, Any] = {}
     for name in names:
-        options, tied, packed = (TWO_RANKS if world_size == 2 else FOUR_RANKS)[name]
+        options, tied, packed = (TWO_RANKS | COMPILED | FOUR_RANKS)[name]
         begin = time.perf_counter()
         results[name] = result_of(make(options, tied, rank, world_size), packed)
         results[name]["seconds"] = time.perf_counter() - begin
-    if world_size == 2:
+    if "PP" in names:
         manager = CheckpointManager(folder / "checkpoint")
         run = make(TWO_RANKS[SAVED][0], True, rank, world_size)
         first = steps(run, 0, STEPS // 2, False)
@@ -212,6 +222,11 @@ def two_ranks(tmp_path_factory) -> tuple[Path, list[dict[str, Any]]]:
 
 
 @pytest.fixture(scope="module")
+def compiled(tmp_path_factory) -> list[dict[str, Any]]:
+    return launch(2, tmp_path_factory.mktemp("compiled"), COMPILED)
+
+
+@pytest.fixture(scope="module")
 def four_ranks(tmp_path_factory) -> list[dict[str, Any]]:
     return launch(4, tmp_path_factory.mktemp("four-ranks"), FEW)
 
@@ -239,6 +254,13 @@ def assert_same(found: dict[str, Any], wanted: dict[str, Any]) -> None:
 def test_two_ranks_give_the_losses_of_one(two_ranks, expected, name):
     for rank in two_ranks[1]:
         assert_same(rank[name], expected(*TWO_RANKS[name][1:]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiled_blocks_give_the_same_losses(compiled, expected, name):
+    for rank in compiled:
+        assert_same(rank[name], expected(*COMPILED[name][1:]))
 
 
 @pytest.mark.parametrize("name", FEW)
@@ -355,6 +377,7 @@ def test_degrees_that_do_not_fit_the_model_are_refused(options, sentence):
             ["--parallelism.tensor_parallel_degree", "2", "--parallelism.enable_async_tensor_parallel"],
             "training.compile",
         ),
+        (schedule("ZBVZeroBubble", training__compile=True), "training.compile = false"),
         (["--training.audio_head", "--training.task", "tts"], "not made of audio tokens"),
     ],
 )

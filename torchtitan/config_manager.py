@@ -894,6 +894,10 @@ def check_values(config: JobConfig, origins: dict[str, str] | None = None) -> No
                 refuse(key, "nothing is loaded unless checkpoint.enable_checkpoint = true")
 
 
+# Schedules that compute the gradients of inputs first and those of weights later.
+SPLIT_BACKWARD = ("interleavedzerobubble", "zbvzerobubble", "dualpipev")
+
+
 def _check_parallelism(config: JobConfig, refuse: Callable[[str, str], None]) -> None:
     """Refuses degrees that do not fit the rows and batches, and settings of a parallelism that is not used."""
     part = config.parallelism
@@ -927,6 +931,12 @@ def _check_parallelism(config: JobConfig, refuse: Callable[[str, str], None]) ->
             "training.local_batch_size",
             f"it must be a multiple of parallelism.pipeline_parallel_microbatch_size = "
             f"{part.pipeline_parallel_microbatch_size}",
+        )
+    if pipeline > 1 and config.training.compile and part.pipeline_parallel_schedule.lower() in SPLIT_BACKWARD:
+        refuse(
+            "parallelism.pipeline_parallel_schedule",
+            "it computes gradients of inputs and of weights apart, which compiled blocks cannot, so it needs "
+            "training.compile = false",
         )
     csv = part.pipeline_parallel_schedule_csv
     if csv is not None and not os.path.isfile(csv):

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 
 
 class _Gather(torch.autograd.Function):
@@ -36,6 +37,24 @@ class _Exchange(torch.autograd.Function):
 def exchange(x: torch.Tensor, split: int, join: int, group: dist.ProcessGroup) -> torch.Tensor:
     """Split along one dimension, send each rank its part, and join what arrives along another; gradients go back."""
     return _Exchange.apply(x, split, join, group)  # type: ignore[return-value]
+
+
+class _Wait(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.wait() if isinstance(x, AsyncCollectiveTensor) else x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+        return grads[0]
+
+
+def wait(x: torch.Tensor) -> torch.Tensor:
+    """The plain tensor that a collective of DTensor will have given, with its gradients.
+
+    A compiled module takes an AsyncCollectiveTensor too, but sends no gradient back to it (torch 2.14).
+    """
+    return _Wait.apply(x)  # type: ignore[return-value]
 
 
 def all_gather(x: torch.Tensor, dim: int, group: dist.ProcessGroup) -> torch.Tensor:

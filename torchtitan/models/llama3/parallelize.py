@@ -23,6 +23,7 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.utils.checkpoint import checkpoint
 
+from torchtitan.distributed.collectives import wait
 from torchtitan.distributed.context_parallel import ContextParallel
 from torchtitan.models.llama3.model import Llama3, TransformerBlock
 
@@ -54,6 +55,7 @@ def split_layers(model: Llama3, mesh: DeviceMesh, gather_logits: bool = False) -
     if model.first:
         rows = RowwiseParallel(input_layouts=Replicate(), output_layouts=by_position)
         parallelize_module(model.tok_embeddings, mesh, rows)
+        model.tok_embeddings.register_forward_hook(lambda module, inputs, output: wait(output))
     if model.last:
         parallelize_module(model.norm, mesh, SequenceParallel(use_local_output=True))
         model.output.weight = nn.Parameter(distribute_tensor(model.output.weight, mesh, [Shard(0)]))
