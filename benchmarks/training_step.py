@@ -1,7 +1,7 @@
 """A training step here, side by side with the plain way: ``uv run python benchmarks/training_step.py``.
 
-Plain: transformers' LlamaForCausalLM under FSDP2 with one unit a layer and one for the rest, every row padded to the row
-length, labels = input ids (padding among them), logits whole, AdamW fused.
+Plain: transformers' LlamaForCausalLM under FSDP2 with one unit a layer and one for the rest, every row padded to the
+row length, labels = input ids (padding among them), logits whole, AdamW fused.
 Ours: the trainer's own step (torchtitan.train.train_step) on the same samples: batches cut to their longest sample or,
 with ``--packing``, samples packed into rows; padding is no target; the loss in chunks.
 Both take the same samples a step, from random weights; ids are random, lengths those of clips of 3 to 20 s. The two run

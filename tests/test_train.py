@@ -77,8 +77,8 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(arguments, tmp_
 def test_the_converted_model_gives_the_trainers_logits(arguments, tmp_path, mimi_folder):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from scripts.convert_dcp_to_hf import convert
     from torchtitan.audio.token_stream import TokenStream
+    from torchtitan.components.hf_export import export_checkpoint as convert
 
     launch(arguments(tmp_path), 1)
     checkpoint = find_checkpoint(tmp_path / "run")
@@ -98,7 +98,7 @@ def test_the_converted_model_gives_the_trainers_logits(arguments, tmp_path, mimi
 
 
 def test_a_model_with_audio_tokens_is_continued_not_extended(arguments, tmp_path):
-    from scripts.convert_dcp_to_hf import convert
+    from torchtitan.components.hf_export import export_checkpoint as convert
 
     launch(arguments(tmp_path), 1)
     folder = convert(tmp_path / "run", tmp_path / "hf", torch.float32)
@@ -350,8 +350,8 @@ def test_the_debug_config_learns_the_shipped_speech(tmp_path, ranks):
 
 def test_the_way_back_from_hugging_face_format(arguments, tmp_path):
     """Trained, converted, converted back: the same weights, and the same codec conventions."""
-    from scripts.convert_dcp_to_hf import convert as to_hf
     from scripts.convert_hf_to_dcp import convert as to_dcp
+    from torchtitan.components.hf_export import export_checkpoint as to_hf
 
     launch(arguments(tmp_path, 1, "--model.codec_padding", "aligned"), 1)
     step = to_dcp(str(to_hf(tmp_path / "run", tmp_path / "hf", torch.float32)), tmp_path / "back")

@@ -512,7 +512,10 @@ class Checkpoint:
     """Where checkpoints are saved, inside the run's folder."""
 
     initial_load_path: str | None = None
-    """Checkpoint folder (of any run, with its step-N) to start from while this run has no checkpoint of its own."""
+    """
+    What to start from while this run has no checkpoint of its own: a checkpoint folder (of any run, with its step-N),
+    or a model in Hugging Face format with the run's sizes and vocabulary, of which there are only weights.
+    """
 
     initial_load_model_only: bool = True
     """Take only the weights from checkpoint.initial_load_path. False: also optimizer, schedule, data and step."""
@@ -524,16 +527,26 @@ class Checkpoint:
     """Save only the weights at the last step. The run can then not be made longer afterwards."""
 
     last_save_in_hf: bool = False
-    """Save the last checkpoint in Hugging Face format (scripts/convert_dcp_to_hf.py does that for any checkpoint)."""
+    """
+    Write the last checkpoint in Hugging Face format too, to <job.dump_folder>/<run>/hf/step-N, as
+    scripts/convert_dcp_to_hf.py does for any checkpoint. Rank 0 then holds the whole model in memory, in fp32.
+    """
 
     export_dtype: Literal["float16", "bfloat16", "float32"] = "float32"
-    """Number format of the weights that checkpoint.last_save_model_only saves."""
+    """Number format of the weights that checkpoint.last_save_model_only and checkpoint.last_save_in_hf save."""
 
     create_seed_checkpoint: bool = False
-    """Save the initial weights and stop."""
+    """
+    Save the initial weights and state as step-0, and stop; on one rank. The run, on any number of ranks and however it
+    is split, then starts from there.
+    """
 
     async_mode: Literal["disabled", "async", "async_with_pinned_mem"] = "disabled"
-    """Save while training goes on."""
+    """
+    Save while training goes on. "async": the tensors are copied to the memory of the CPU, which training waits for, and
+    written by a thread. "async_with_pinned_mem": they are copied to pinned memory while the next step computes its
+    gradients, and written by a process of its own; faster, with more memory. Saves never overlap each other.
+    """
 
     keep_latest_k: int = 10
     """How many checkpoints are kept: older ones are deleted. 0: all."""
@@ -542,7 +555,11 @@ class Checkpoint:
     """Resume from this step's checkpoint. -1: from the latest."""
 
     exclude_from_loading: list[str] = field(default_factory=list)
-    """Parts of a checkpoint not to load."""
+    """
+    Parts of a checkpoint not to load, now and at any later resume: optimizer (its state starts anew), lr_scheduler (its
+    warm-up, and the rest over the steps that are left, starts anew), dataloader (the data start from their beginning,
+    and may be others), random (the random state). Weights and step are always loaded.
+    """
 
     enable_first_step_checkpoint: bool = False
     """Save after the first step too, to see early that saving works."""
@@ -745,10 +762,6 @@ OFF_ONLY: dict[str, Off] = {
     "evaluation.enable_evaluation": Off("benchmarks are run after training, by the scripts in eval/"),
     "parallelism.expert_parallel_degree": Off("the model has no experts"),
     "parallelism.enable_compiled_autograd": Off("compiled autograd is not built yet"),
-    "checkpoint.last_save_in_hf": Off("checkpoints are converted by scripts/convert_dcp_to_hf.py"),
-    "checkpoint.create_seed_checkpoint": Off("saving the initial weights alone is not built yet"),
-    "checkpoint.async_mode": Off("saving in the background is not built yet"),
-    "checkpoint.exclude_from_loading": Off("loading parts of a checkpoint is not built yet"),
     "activation_checkpoint.mode": Off("selective checkpointing is not built yet", also=("full",)),
     # These two choose nothing unless the mode is "selective"; existing files set the first one anyway.
     "activation_checkpoint.selective_ac_option": Off("selective checkpointing is not built yet", also=("2",)),
@@ -886,14 +899,26 @@ def check_values(config: JobConfig, origins: dict[str, str] | None = None) -> No
 
     _check_parallelism(config, refuse)
 
-    if config.checkpoint.export_dtype != "float32" and not config.checkpoint.last_save_model_only:
-        refuse("checkpoint.export_dtype", "it applies only with checkpoint.last_save_model_only = true")
-    if not config.checkpoint.enable_checkpoint:
-        for key in ("checkpoint.initial_load_path", "checkpoint.load_step"):
+    saving = config.checkpoint
+    if saving.export_dtype != "float32" and not (saving.last_save_model_only or saving.last_save_in_hf):
+        refuse(
+            "checkpoint.export_dtype",
+            "it applies only with checkpoint.last_save_model_only = true or checkpoint.last_save_in_hf = true",
+        )
+    if not saving.enable_checkpoint:
+        for key in ("checkpoint.initial_load_path", "checkpoint.load_step", "checkpoint.exclude_from_loading"):
             if values[key] != DEFAULTS[key]:
                 refuse(key, "nothing is loaded unless checkpoint.enable_checkpoint = true")
+        for key in ("checkpoint.create_seed_checkpoint", "checkpoint.last_save_in_hf"):
+            if values[key]:
+                refuse(key, "nothing is saved unless checkpoint.enable_checkpoint = true")
+    unknown = [name for name in saving.exclude_from_loading if name not in EXCLUDABLE]
+    if unknown:
+        refuse("checkpoint.exclude_from_loading", f"there are only {', '.join(EXCLUDABLE)}")
 
 
+# Parts of a checkpoint that checkpoint.exclude_from_loading can name.
+EXCLUDABLE = ("optimizer", "lr_scheduler", "dataloader", "random")
 # Schedules that compute the gradients of inputs first and those of weights later.
 SPLIT_BACKWARD = ("interleavedzerobubble", "zbvzerobubble", "dualpipev")
 
@@ -978,6 +1003,8 @@ def check(config: JobConfig, world_size: int) -> None:
     """Raises `ConfigError` if `config` cannot run here, on `world_size` ranks: values, arithmetic, files."""
     check_values(config)
     accumulation_steps(config, world_size)
+    if config.checkpoint.create_seed_checkpoint and world_size > 1:
+        raise ConfigError(f"checkpoint.create_seed_checkpoint = true: it is made by one rank, not by {world_size}.")
 
     for key, kind in (("model.name", "model"), ("model.audio_tokenizer", "codec")):
         section, field_name = key.split(".")

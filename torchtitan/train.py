@@ -14,6 +14,7 @@ import json
 import math
 import os
 import random
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -31,20 +32,29 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from torchtitan.audio.codec import Codec
 from torchtitan.components.checkpoint import (
     CheckpointManager,
-    find_checkpoint,
+    find_start,
+    is_hf_folder,
     load_checkpoint,
     read_state,
     restore_random_state,
 )
 from torchtitan.components.dataloader import LENGTH_MULTIPLE, BadRows, Batch, Counters, SpeechDataLoader, max_frames_of
 from torchtitan.components.gradients import clip_grad_norm
-from torchtitan.components.hf_export import write_hf_files
+from torchtitan.components.hf_export import export_checkpoint, write_hf_files
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.lr_scheduler import lr_factor
 from torchtitan.components.metrics import MetricsLogger
 from torchtitan.components.optimizer import build_optimizer
 from torchtitan.components.validate import ValidationResult, Validator
-from torchtitan.config_manager import ConfigManager, JobConfig, accumulation_steps, check, from_dict, run_name, to_dict
+from torchtitan.config_manager import (
+    ConfigManager,
+    JobConfig,
+    accumulation_steps,
+    check,
+    from_dict,
+    run_name,
+    to_dict,
+)
 from torchtitan.datasets.sources import sources_from_config
 from torchtitan.datasets.streams import FoundData, find_data, open_streams
 from torchtitan.distributed.parallel_dims import ParallelDims
@@ -98,6 +108,7 @@ class Trainer:
     metrics: MetricsLogger
     step: int = 0
     tokens_seen: int = 0
+    schedule_start: int = 0  # step before the first one of the schedule of the learning rate
     data_state: dict[str, Any] = field(default_factory=dict)
     counters: Counters = field(default_factory=Counters)
     validation: ValidationResult | None = None
@@ -123,9 +134,13 @@ def find_inputs(config: JobConfig) -> Inputs:
     if config.profiling.enable_memory_snapshot and not torch.cuda.is_available():
         raise UserError("profiling.enable_memory_snapshot = true: snapshots are of CUDA memory, and there is none.")
     folder = Path(config.job.dump_folder).expanduser() / run_name(config)
-    checkpoints = CheckpointManager(folder / saving.folder, saving.keep_latest_k)
+    checkpoints = CheckpointManager(folder / saving.folder, saving.keep_latest_k, saving.async_mode)
     latest = checkpoints.latest(saving.load_step) if saving.enable_checkpoint else None
-    initial = find_checkpoint(saving.initial_load_path) if saving.initial_load_path and latest is None else None
+    initial = (
+        find_start(saving.initial_load_path, saving.initial_load_model_only)
+        if saving.initial_load_path and latest is None
+        else None
+    )
     if (resumed := latest or (None if saving.initial_load_model_only else initial)) is not None:
         require_same_run(resumed, config)
     codec = None
@@ -133,6 +148,8 @@ def find_inputs(config: JobConfig) -> Inputs:
         codec = Codec.load(model.audio_tokenizer, model.num_quantizers, model.codec_padding, model.codec_window)
     base = BaseModel.load(model)
     base.warn_of_other_conventions(model)
+    if initial is not None and is_hf_folder(initial):
+        base.require_same_sizes(initial)
     check_split(config, base.args)
     for section in ("training", "validation"):
         length = getattr(config, section).seq_len
@@ -182,9 +199,7 @@ def build(inputs: Inputs) -> Trainer:
     group = dist.new_group(backend="gloo", timeout=DATA_TIMEOUT)
     share_data(inputs, group)
     # Another rank may have looked a moment later, at a folder that is being written.
-    latest, initial = broadcast_object((inputs.latest, inputs.initial))
-    if config.checkpoint.load_step >= 0 and rank() == 0:
-        inputs.checkpoints.set_aside_after(config.checkpoint.load_step)
+    latest, initial = choose_checkpoint(inputs, group)
     seed_everything(config, latest)
 
     dims = ParallelDims.from_config(config, rank(), world_size())
@@ -193,6 +208,9 @@ def build(inputs: Inputs) -> Trainer:
     start = latest or initial
     if start is None and config.model.pretrained:
         load_hf(model, base.folder, base.known_vocab_size)
+    elif start is not None and is_hf_folder(start):
+        load_hf(model, start, base.args.vocab_size)
+        logger.info("weights loaded from %s", start)
     elif start is None:
         init_random(model, config.training.seed or 0)
     optimizer = build_optimizer(model, config.optimizer)
@@ -208,7 +226,7 @@ def build(inputs: Inputs) -> Trainer:
 
     metrics = MetricsLogger(config, inputs.folder, rank(), device, base.args.flops_per_token)
     trainer = Trainer(inputs, dims, device, group, model, optimizer, loader, validator, metrics)
-    if start is not None:
+    if start is not None and not is_hf_folder(start):
         load(trainer, start, weights_only=latest is None and config.checkpoint.initial_load_model_only)
     logger.info(
         "%s: %s parameters, %d ranks on %s, %d rows a step, run folder %s",
@@ -220,6 +238,32 @@ def build(inputs: Inputs) -> Trainer:
         inputs.folder,
     )
     return trainer
+
+
+def choose_checkpoint(inputs: Inputs, group: Any) -> tuple[Path | None, Path | None]:
+    """What all ranks resume from and, if that is nothing, what they start from; called by all ranks.
+
+    A damaged checkpoint is set aside, and the one before it taken.
+
+    Raises:
+        UserError: the one that checkpoint.load_step names, or the one to start from, is damaged.
+    """
+    saving = inputs.config.checkpoint
+    # Another rank may have looked a moment later, at a folder that is being written.
+    latest, initial = broadcast_object((inputs.latest, inputs.initial), group)
+    if saving.enable_checkpoint and saving.load_step < 0:
+        newest = inputs.checkpoints.newest_intact(group)
+        if newest != latest and newest is not None:
+            require_same_run(newest, inputs.config)
+        if newest is None and latest is not None and saving.initial_load_path:
+            initial = find_start(saving.initial_load_path, saving.initial_load_model_only)
+        latest = newest
+    named = latest if saving.load_step >= 0 else (None if latest else initial)
+    if named is not None and not is_hf_folder(named) and (damage := inputs.checkpoints.damage(named, group)):
+        raise UserError(damage)
+    if saving.load_step >= 0 and rank() == 0:
+        inputs.checkpoints.set_aside_after(saving.load_step)
+    return latest, initial
 
 
 def share_data(inputs: Inputs, group: Any) -> None:
@@ -305,14 +349,14 @@ def load(trainer: Trainer, checkpoint: Path, weights_only: bool) -> None:
     Raises:
         UserError: it does not fit this run.
     """
-    state = load_checkpoint(
-        checkpoint, trainer.model, None if weights_only else trainer.optimizer, trainer.inputs.base.args
-    )
+    excluded = trainer.inputs.config.checkpoint.exclude_from_loading
+    optimizer = None if weights_only or "optimizer" in excluded else trainer.optimizer
+    state = load_checkpoint(checkpoint, trainer.model, optimizer, trainer.inputs.base.args)
     if weights_only:
         logger.info("weights loaded from %s", checkpoint)
         return
     seed = state["config"]["training"]["seed"]
-    if state["data"]:
+    if state["data"] and "dataloader" not in excluded:
         if seed != trainer.inputs.config.training.seed:
             raise UserError(
                 f"{checkpoint}: it was made with training.seed = {seed}, and another seed orders the data in another "
@@ -324,8 +368,10 @@ def load(trainer: Trainer, checkpoint: Path, weights_only: bool) -> None:
                 f"nothing, so it cannot be resumed; {NEW_RUN}"
             )
         trainer.loader.load_state_dict(state["data"])
-    trainer.step, trainer.tokens_seen, trainer.data_state = state["step"], state["tokens_seen"], state["data"]
-    if rank() < len(state["ranks"]):
+        trainer.data_state = state["data"]
+    trainer.step, trainer.tokens_seen = state["step"], state["tokens_seen"]
+    trainer.schedule_start = state["step"] if "lr_scheduler" in excluded else state.get("schedule_start", 0)
+    if rank() < len(state["ranks"]) and "random" not in excluded:
         restore_random_state(state["ranks"][rank()]["random"])
     logger.info("resumed from %s", checkpoint)
 
@@ -337,6 +383,7 @@ def save(trainer: Trainer) -> None:
     state = {
         "model_args": base.args.to_dict(),
         "tokens_seen": trainer.tokens_seen,
+        "schedule_start": trainer.schedule_start,
         "data": trainer.data_state,
         "data_fingerprint": trainer.inputs.train_data.fingerprint,
         "config": to_dict(config),
@@ -350,12 +397,35 @@ def save(trainer: Trainer) -> None:
         lambda folder: write_hf_files(folder, base.args, base.tokenizer, base.stream, config.model),
         DTYPES[config.checkpoint.export_dtype],
     )
-    logger.info("checkpoint saved to %s", path)
+    background = config.checkpoint.async_mode != "disabled"
+    logger.info("checkpoint %s to %s", "is being saved" if background else "saved", path)
+
+
+def save_hf(trainer: Trainer) -> None:
+    """Write the last checkpoint in Hugging Face format too; called by all ranks."""
+    checkpoints, config = trainer.inputs.checkpoints, trainer.inputs.config
+    checkpoints.wait()
+    dist.barrier()
+    if rank() != 0:
+        return
+    step = checkpoints.folder / f"step-{trainer.step}"
+    output = trainer.inputs.folder / "hf" / step.name
+    output.parent.mkdir(exist_ok=True)
+    shutil.rmtree(output, ignore_errors=True)
+    export_checkpoint(step, output, DTYPES[config.checkpoint.export_dtype])
+    logger.info("model in Hugging Face format saved to %s", output)
 
 
 def train(trainer: Trainer) -> None:
     """The training loop."""
     config, steps = trainer.inputs.config, trainer.inputs.config.training.steps
+    if config.checkpoint.create_seed_checkpoint:
+        if trainer.step:
+            raise UserError(
+                f"{trainer.inputs.checkpoints.folder}: the run has checkpoints already, it cannot have a seed."
+            )
+        save(trainer)
+        return
     accumulation = accumulation_steps(config, world_size())
     if trainer.step >= steps:
         logger.info("nothing to do: the run is at step %d of %d", trainer.step, steps)
@@ -391,6 +461,8 @@ def train(trainer: Trainer) -> None:
             snapshot(trainer.step)
             if trainer.step == first_step:
                 shorten_timeout(config.comm, trainer.device)
+    if config.checkpoint.last_save_in_hf:
+        save_hf(trainer)
 
 
 def fetch(trainer: Trainer, batches: Iterator[Batch], accumulation: int) -> list[Batch]:
@@ -433,7 +505,10 @@ def train_step(trainer: Trainer, microbatches: list[Batch]) -> tuple[torch.Tenso
     for batch in microbatches:
         total += trainer.model.backward(batch.tokens, batch.targets, batch.positions, targets)
     grad_norm = clip_grad_norm(trainer.model, config.training.max_norm)
-    lr = config.optimizer.lr * lr_factor(trainer.step, config.training.steps, config.lr_scheduler)
+    lr = config.optimizer.lr * lr_factor(
+        trainer.step - trainer.schedule_start, config.training.steps - trainer.schedule_start, config.lr_scheduler
+    )
+    trainer.inputs.checkpoints.wait_for_staging()
     for group in trainer.optimizer.param_groups:
         group["lr"] = lr
     trainer.optimizer.step()
@@ -498,6 +573,7 @@ def main(argv: list[str] | None = None) -> int:
             train(trainer)
         finally:
             trainer.metrics.close()
+            inputs.checkpoints.close()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         if dist.is_initialized() and world_size() > 1:

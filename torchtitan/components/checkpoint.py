@@ -2,7 +2,8 @@
 
     <run>/checkpoint/step-100/
         *.distcp, .metadata     tensors: "model.<name>" and "optimizer.<name>.<state>", sharded
-        train_state.json        step, place in the data, config, sizes of the model, random state of every rank
+        train_state.json        step, place in the data, config, sizes of the model, random state of every rank, and
+                                size and checksum of each .distcp file
         hf/                     config.json and tokenizer for the Hugging Face format
 
 Nothing but tensors goes through torch.distributed.checkpoint; the rest is JSON. A checkpoint is written under another
@@ -11,20 +12,24 @@ name and renamed when it is complete, so a folder called step-N is whole.
 
 import base64
 import json
-import pickle
+import os
 import re
 import shutil
 import time
-import warnings
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 
+from torchtitan.components.checkpoint_reader import checksum, find_damage, read_metadata, read_tensors
 from torchtitan.components.optimizer import optimizer_tensors
 from torchtitan.models.llama3.args import Llama3Args
 from torchtitan.models.llama3.weights import Weighted
@@ -61,6 +66,28 @@ def find_checkpoint(path: str | Path) -> Path:
     raise UserError(f"{path}: there is no complete checkpoint (a step-N folder with .metadata and {STATE_FILE}).")
 
 
+def is_hf_folder(folder: Path) -> bool:
+    """Whether a folder is a model in Hugging Face format."""
+    return (folder / "config.json").is_file() and any(folder.glob("model*.safetensors"))
+
+
+def find_start(name: str, weights_only: bool) -> Path:
+    """What checkpoint.initial_load_path stands for: a checkpoint, or a model in Hugging Face format.
+
+    Raises:
+        UserError: neither is there, or more than weights is wanted of a model.
+    """
+    path = Path(name).expanduser()
+    if not is_hf_folder(path):
+        return find_checkpoint(path)
+    if not weights_only:
+        raise UserError(
+            f"{path}: a model in Hugging Face format has no optimizer state, so checkpoint.initial_load_model_only "
+            "must be true."
+        )
+    return path
+
+
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """The train_state.json of a step folder.
 
@@ -76,19 +103,34 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     return state
 
 
-def load_full_parameters(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """All parameters of a checkpoint, whole, in fp32, on the CPU; needs no process group."""
+def damage_of(checkpoint: Path, share: tuple[int, int] = (0, 1), quick: bool = False) -> str | None:
+    """What is wrong with a checkpoint, if anything is; ``share`` as in find_damage, ``quick``: only by files' sizes."""
     try:
-        metadata = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
-    except (OSError, EOFError, pickle.UnpicklingError) as error:
-        raise UserError(f"{checkpoint}: the checkpoint's .metadata is damaged ({error}).") from None
+        state = read_state(checkpoint)
+    except UserError as error:
+        return str(error)
+    return find_damage(checkpoint, {} if quick else state.get("files", {}), share)
+
+
+def load_full_parameters(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """All parameters of a checkpoint, whole, in fp32, on the CPU; needs no process group.
+
+    Raises:
+        UserError: it is damaged, or not to be trusted.
+    """
+    metadata = read_metadata(checkpoint / ".metadata").state_dict_metadata
     tensors = {
-        name: torch.empty(entry.size)  # type: ignore[union-attr]
+        name: torch.empty(cast(TensorStorageMetadata, entry).size)
         for name, entry in metadata.items()
         if name.startswith("model.")
     }
-    _load(tensors, checkpoint, no_dist=True)
+    read_tensors(tensors, checkpoint, no_dist=True)
     return {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+
+
+def model_tensors(model: Weighted) -> dict[str, torch.Tensor]:
+    """The weights as a checkpoint names them."""
+    return {f"model.{name}": parameter.detach() for name, parameter in model.weights()}
 
 
 class CheckpointManager:
@@ -97,10 +139,23 @@ class CheckpointManager:
     Args:
         folder: where the step-N folders lie.
         keep_latest_k: older checkpoints are deleted once a new one is complete; 0 keeps all.
+        async_mode: save while training goes on: "async" copies the tensors, then writes in a thread;
+            "async_with_pinned_mem" copies them to pinned memory while the next step computes its gradients, and writes
+            in a process of its own.
     """
 
-    def __init__(self, folder: Path, keep_latest_k: int = 0):
-        self.folder, self.keep_latest_k = folder, keep_latest_k
+    def __init__(
+        self,
+        folder: Path,
+        keep_latest_k: int = 0,
+        async_mode: Literal["disabled", "async", "async_with_pinned_mem"] = "disabled",
+    ):
+        self.folder, self.keep_latest_k, self.async_mode = folder, keep_latest_k, async_mode
+        self._group: Any = None  # of the saves in the background, which must not mix with those of training
+        self._stager: Any = None
+        self._staging: Future[Any] | None = None
+        self._pending: Future[None] | None = None
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
 
     def save(
         self,
@@ -111,43 +166,176 @@ class CheckpointManager:
         write_hf_files: Callable[[Path], None],
         dtype: torch.dtype = torch.float32,
     ) -> Path:
-        """Save one step; called by all ranks.
+        """Save one step; called by all ranks. In the background, if so chosen: :meth:`wait` waits for it.
 
         Args:
             optimizer: None saves the weights alone, in ``dtype``.
             state: JSON, the same on all ranks.
             write_hf_files: called on rank 0 with the folder for config.json and tokenizer.
+
+        Raises:
+            UserError: the save before this one failed.
         """
+        self.wait()
         target, partial = self.folder / f"step-{step}", self.folder / f".step-{step}.partial"
         rank = dist.get_rank()
         if rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self._clean()
+                partial.mkdir()
+            except OSError as error:
+                raise self._failed(error) from error
         dist.barrier()
-        tensors = {f"model.{name}": p.detach() for name, p in model.weights()}
+        tensors = model_tensors(model)
         if optimizer is not None:
             tensors |= {f"optimizer.{name}": t for name, t in optimizer_tensors(model, optimizer).items()}
         else:
             tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
-        dcp.save(tensors, checkpoint_id=partial)
         ranks: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size())]
         dist.all_gather_object(ranks, {"random": _random_state()})
+        whole = {"format": FORMAT, "step": step, "model_only": optimizer is None, **state, "ranks": ranks}
         if rank == 0:
             write_hf_files(partial / HF_FOLDER)
-            whole = {"format": FORMAT, "step": step, "model_only": optimizer is None, **state, "ranks": ranks}
-            (partial / STATE_FILE).write_text(json.dumps(whole, indent=1))
-            shutil.rmtree(target, ignore_errors=True)
-            partial.rename(target)
-            if self.keep_latest_k > 0:
-                # Later steps are there when the run went back to an earlier one; the new one must outlive them.
-                older = [old for old in find_steps(self.folder) if old < step]
-                for old in older[: max(0, len(older) + 1 - self.keep_latest_k)]:
-                    shutil.rmtree(self.folder / f"step-{old}", ignore_errors=True)
-        dist.barrier()
+        if self.async_mode == "disabled":
+            try:
+                dcp.save(tensors, checkpoint_id=partial)
+                self._complete(partial, target, whole, None)
+            except (Exception, CheckpointException) as error:
+                raise self._failed(error) from error
+            dist.barrier()
+            return target
+        if self._group is None:
+            self._group = dist.new_group(backend="gloo")
+        written = self._write_in_background(tensors, partial)
+        self._pending = self._thread.submit(self._complete_later, written, partial, target, whole)
         return target
 
+    def _write_in_background(self, tensors: dict[str, torch.Tensor], partial: Path) -> "Future[Any]":
+        """Start writing; the tensors may change as soon as :meth:`wait_for_staging` returns."""
+        settings: dict[str, Any] = {"checkpoint_id": partial, "process_group": self._group}
+        if self.async_mode == "async":
+            return cast("Future[Any]", dcp.async_save(tensors, **settings))
+        if self._stager is None:
+            cuda = torch.cuda.is_available()
+            options = StagingOptions(
+                use_pinned_memory=cuda, use_shared_memory=True, use_async_staging=cuda, use_non_blocking_copy=cuda
+            )
+            self._stager = DefaultStager(options)
+        kind = AsyncCheckpointerType.PROCESS
+        response = dcp.async_save(tensors, async_checkpointer_type=kind, async_stager=self._stager, **settings)
+        if isinstance(response, Future):  # staged already
+            return response
+        self._staging = response.staging_completion
+        return response.upload_completion
+
+    def _complete_later(self, written: "Future[Any]", partial: Path, target: Path, whole: dict[str, Any]) -> None:
+        written.result()
+        self._complete(partial, target, whole, self._group)
+
+    def _complete(self, partial: Path, target: Path, whole: dict[str, Any], group: Any) -> None:
+        """Once all ranks have written their files: checksums, train_state.json, the name, and older steps deleted."""
+        rank = dist.get_rank()
+        own = {path.name: [path.stat().st_size, checksum(path)] for path in partial.glob(f"__{rank}_*.distcp")}
+        gathered: list[dict[str, list[int]]] = [{} for _ in range(dist.get_world_size())]
+        dist.all_gather_object(gathered, own, group=group)
+        if rank != 0:
+            return
+        whole["files"] = {name: facts for files in gathered for name, facts in files.items()}
+        with (partial / STATE_FILE).open("w") as file:
+            file.write(json.dumps(whole, indent=1))
+            file.flush()
+            os.fsync(file.fileno())
+        if target.exists():
+            target.rename(target.with_name(f".{target.name}.replaced"))
+        partial.rename(target)
+        shutil.rmtree(target.with_name(f".{target.name}.replaced"), ignore_errors=True)
+        if self.keep_latest_k <= 0:
+            return
+        if (damage := find_damage(target, {})) is not None:
+            logger.warning("%s No older checkpoint is deleted.", damage)
+            return
+        # Later steps are there when the run went back to an earlier one; the new one must outlive them.
+        older = [old for old in find_steps(self.folder) if old < whole["step"]]
+        for old in older[: max(0, len(older) + 1 - self.keep_latest_k)]:
+            shutil.rmtree(self.folder / f"step-{old}", ignore_errors=True)
+
+    def wait_for_staging(self) -> None:
+        """Return when the tensors of a save in the background have been copied and may change."""
+        if self._staging is not None:
+            self._staging.result()
+            self._staging = None
+
+    def wait(self) -> None:
+        """Return when no save is under way.
+
+        Raises:
+            UserError: it failed.
+        """
+        self.wait_for_staging()
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        try:
+            pending.result()
+        except (Exception, CheckpointException) as error:
+            raise self._failed(error) from error
+
+    def _failed(self, error: BaseException) -> UserError:
+        reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+        return UserError(f"{self.folder}: the checkpoint could not be saved ({reason}).")
+
+    def _clean(self) -> None:
+        """Remove what saves that were interrupted have left."""
+        for leftover in self.folder.glob(".step-*"):
+            step = self.folder / leftover.name[1:].removesuffix(".replaced")
+            if leftover.name.endswith(".replaced") and not step.exists():
+                leftover.rename(step)
+            else:
+                shutil.rmtree(leftover, ignore_errors=True)
+
+    def close(self) -> None:
+        """Wait for a save that is under way, and end what saving in the background has started.
+
+        Raises:
+            UserError: it failed.
+        """
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+            if self._stager is not None:
+                self._stager.close()
+                self._stager = None
+
+    def newest_intact(self, group: Any = None) -> Path | None:
+        """The newest complete checkpoint whose files are as they were written.
+
+        Called by all ranks, which share the work. Damaged ones are set aside, and named in a warning.
+        """
+        rank = dist.get_rank()
+        while True:
+            steps = find_steps(self.folder) if rank == 0 else []
+            box: list[Any] = [self.folder / f"step-{steps[-1]}" if steps else None]
+            dist.broadcast_object_list(box, src=0, group=group)
+            path = box[0]
+            if path is None or (damage := self.damage(path, group)) is None:
+                return path
+            if rank == 0:
+                aside = path.with_name(f"{path.name}.damaged-{time.time_ns()}")
+                path.rename(aside)
+                logger.warning("%s It is set aside as %s.", damage, aside.name)
+            dist.barrier(group=group)
+
+    @staticmethod
+    def damage(checkpoint: Path, group: Any = None) -> str | None:
+        """What any rank finds wrong with a checkpoint; called by all, which share the work."""
+        found: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(found, damage_of(checkpoint, (dist.get_rank(), len(found))), group=group)
+        return next((reason for reason in found if reason), None)
+
     def latest(self, load_step: int = -1) -> Path | None:
-        """The checkpoint to resume from: the latest complete one, or that of ``load_step``; None if there is none.
+        """The checkpoint to resume from: the latest one that seems whole, or that of ``load_step``; None without one.
 
         Raises:
             UserError: ``load_step`` has no complete checkpoint.
@@ -155,9 +343,8 @@ class CheckpointManager:
         steps = find_steps(self.folder)
         if load_step >= 0 and load_step not in steps:
             raise UserError(f"{self.folder}: no complete checkpoint of step {load_step} (complete: {steps or 'none'}).")
-        if not steps:
-            return None
-        return self.folder / f"step-{load_step if load_step >= 0 else steps[-1]}"
+        candidates = [self.folder / f"step-{step}" for step in ([load_step] if load_step >= 0 else reversed(steps))]
+        return next((path for path in candidates if load_step >= 0 or damage_of(path, quick=True) is None), None)
 
     def set_aside_after(self, step: int) -> None:
         """Rename the checkpoints after ``step``, so that a run that goes back is not overtaken by its old self."""
@@ -168,7 +355,10 @@ class CheckpointManager:
 
 
 def load_checkpoint(
-    checkpoint: Path, model: Weighted, optimizer: torch.optim.Optimizer | None, args: Llama3Args
+    checkpoint: Path,
+    model: Weighted,
+    optimizer: torch.optim.Optimizer | None,
+    args: Llama3Args,
 ) -> dict[str, Any]:
     """Read a checkpoint into a model and, unless it is None, an optimizer, whatever their sharding.
 
@@ -186,21 +376,11 @@ def load_checkpoint(
             f"{checkpoint}: this checkpoint holds only weights, so a run cannot be resumed from it; "
             "start a new one from it with checkpoint.initial_load_path."
         )
-    tensors: dict[str, torch.Tensor] = {f"model.{name}": p.detach() for name, p in model.weights()}
+    tensors = model_tensors(model)
     if optimizer is not None:
         tensors |= {f"optimizer.{name}": t for name, t in optimizer_tensors(model, optimizer).items()}
-    _load(tensors, checkpoint)
+    read_tensors(tensors, checkpoint)
     return state
-
-
-def _load(tensors: dict[str, torch.Tensor], checkpoint: Path, no_dist: bool = False) -> None:
-    try:
-        with warnings.catch_warnings():  # of loading without a process group, which is meant
-            warnings.simplefilter("ignore", UserWarning)
-            dcp.load(tensors, checkpoint_id=checkpoint, no_dist=no_dist)
-    except (Exception, CheckpointException) as error:  # the latter, with what any rank met, is no Exception
-        reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
-        raise UserError(f"{checkpoint}: the checkpoint is damaged or incomplete ({reason}).") from error
 
 
 def _random_state() -> dict[str, str]:

@@ -1,6 +1,7 @@
 """A trained model in Hugging Face format, readable by transformers 5 and by 4.53 alike."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,36 @@ import torch
 from torchtitan import __version__
 from torchtitan.audio.token_stream import TokenStream
 from torchtitan.audio.waveform import RESAMPLER
+from torchtitan.components.checkpoint import HF_FOLDER, find_checkpoint, load_full_parameters, read_state
 from torchtitan.config_manager import Model
 from torchtitan.models.llama3.args import Llama3Args
 from torchtitan.models.llama3.weights import to_hf_tensors
+from torchtitan.tools.errors import UserError
 
 MAX_SHARD_BYTES = 5 * 10**9
+
+
+def export_checkpoint(checkpoint: Path, output: Path, dtype: torch.dtype) -> Path:
+    """Write a checkpoint in Hugging Face format; the output folder appears when it is complete.
+
+    Raises:
+        UserError: the checkpoint is incomplete or damaged, or the output folder holds something already.
+    """
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"{output}: there is something already; give another --output or remove it.")
+    step = find_checkpoint(checkpoint)
+    state = read_state(step)
+    if not (step / HF_FOLDER).is_dir():
+        raise UserError(f"{step}: its folder {HF_FOLDER}/ with config.json and tokenizer is missing.")
+    partial = output.with_name(output.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(step / HF_FOLDER, partial)
+    write_weights(partial, Llama3Args(**state["model_args"]), load_full_parameters(step), dtype)
+    write_model_card(partial, state, output.name)
+    if output.exists():
+        output.rmdir()
+    partial.rename(output)
+    return output
 
 
 def write_hf_files(folder: Path, args: Llama3Args, tokenizer: Any, stream: TokenStream, config: Model) -> None:

@@ -68,6 +68,17 @@ class BaseModel:
         """Whether it had the audio tokens before."""
         return self.known_vocab_size == self.args.vocab_size
 
+    def require_same_sizes(self, folder: Path) -> None:
+        """Refuse a model in Hugging Face format whose weights do not fit this one.
+
+        Raises:
+            UserError: what differs.
+        """
+        found, wanted = Llama3Args.from_hf(read_config(folder)).to_dict(), self.args.to_dict()
+        differing = [key for key in wanted if found[key] != wanted[key] and key != "max_seq_len"]
+        if differing:
+            raise UserError(f"{folder}: this model differs from the configured one in {differing}.")
+
     def warn_of_other_conventions(self, config: Model) -> None:
         """Warn when a speech model is trained further on codes that are made in another way than before."""
         for key, default in PUBLISHED_CONVENTIONS.items():

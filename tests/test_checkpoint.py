@@ -1,0 +1,362 @@
+"""Saving in the background, damaged and hostile checkpoints, and the ways to start and end a run."""
+
+import io
+import json
+import os
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+
+from tests.test_train import STEPS, arguments, figures, launch  # noqa: F401 - a fixture
+from torchtitan import train
+from torchtitan.components.checkpoint import (
+    CheckpointManager,
+    find_checkpoint,
+    find_steps,
+    load_full_parameters,
+    read_state,
+)
+from torchtitan.components.checkpoint_reader import CheckpointReader, read_metadata, read_tensors
+from torchtitan.config_manager import ConfigError, ConfigManager
+from torchtitan.models.llama3.args import Llama3Args
+from torchtitan.models.llama3.model import Llama3
+from torchtitan.models.llama3.weights import init_random, materialize
+from torchtitan.tools.errors import UserError
+
+ASYNC = pytest.mark.parametrize("mode", ["async", "async_with_pinned_mem"])
+
+
+# --- saving in the background
+
+
+@ASYNC
+def test_runs_that_save_in_the_background_save_the_same(arguments, tmp_path, mode):  # noqa: F811
+    launch(arguments(tmp_path / "plain"), 1)
+    launch(arguments(tmp_path / "other", 1, "--checkpoint.async_mode", mode), 1)
+    assert figures(tmp_path / "other") == figures(tmp_path / "plain")
+    for step in (3, STEPS):
+        plain, other = (tmp_path / name / "run" / "checkpoint" / f"step-{step}" for name in ("plain", "other"))
+        before, after = load_full_parameters(plain), load_full_parameters(other)
+        assert all(torch.equal(before[name], after[name]) for name in before)
+        assert read_state(plain)["ranks"] == read_state(other)["ranks"]
+    assert not list((tmp_path / "other" / "run" / "checkpoint").glob(".*"))
+
+
+@ASYNC
+@pytest.mark.slow
+def test_two_ranks_save_in_the_background_and_resume(arguments, tmp_path, mode):  # noqa: F811
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    more = ("--checkpoint.async_mode", mode, "--checkpoint.interval", "1")
+    launch(arguments(whole, 2, *more), 2)
+    shutil.copytree(whole / "run" / "checkpoint" / "step-3", cut / "run" / "checkpoint" / "step-3")
+    launch(arguments(cut, 2, *more), 2)
+    expected = {key: value for key, value in figures(whole).items() if key[0] > 3}
+    assert figures(cut) == expected
+
+
+@pytest.fixture
+def one_rank():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def model() -> Llama3:
+    args = Llama3Args(vocab_size=300, dim=32, n_layers=1, n_heads=2, n_kv_heads=1, head_dim=16, hidden_dim=64)
+    with torch.device("meta"):
+        made = Llama3(args)
+    materialize(made, torch.device("cpu"), 16)
+    init_random(made, 0)
+    return made
+
+
+def save(manager: CheckpointManager, step: int, model: Llama3) -> Path:
+    state = {"model_args": model.args.to_dict()}
+    return manager.save(step, model, None, state, lambda folder: folder.mkdir())
+
+
+@ASYNC
+def test_weights_may_change_while_they_are_being_saved(one_rank, model, tmp_path, mode):
+    manager = CheckpointManager(tmp_path, async_mode=mode)
+    before = {name: parameter.detach().clone() for name, parameter in model.weights()}
+    path = save(manager, 1, model)
+    manager.wait_for_staging()
+    with torch.no_grad():
+        for _, parameter in model.weights():
+            parameter.zero_()
+    manager.close()
+    saved = load_full_parameters(path)
+    assert all(torch.equal(saved[name], before[name]) for name in before)
+
+
+@ASYNC
+def test_an_error_in_the_background_is_one_sentence(one_rank, model, tmp_path, mode):
+    manager = CheckpointManager(tmp_path / "run", async_mode=mode)
+    save(manager, 1, model)
+    manager.wait()
+    (tmp_path / "run").rename(tmp_path / "gone")
+    (tmp_path / "run").touch()
+    with pytest.raises(UserError, match="the checkpoint could not be saved"):
+        save(manager, 2, model)
+    manager.close()
+
+
+def test_a_step_is_whole_only_when_everything_is_written(one_rank, model, tmp_path, monkeypatch):
+    manager = CheckpointManager(tmp_path, async_mode="async")
+
+    def interrupted(*args: Any) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(CheckpointManager, "_complete", interrupted)
+    save(manager, 1, model)
+    with pytest.raises(UserError, match=r"could not be saved \(no space left on device\)"):
+        manager.close()
+    assert find_steps(tmp_path) == []
+
+
+def test_nothing_older_is_deleted_when_the_new_one_is_damaged(one_rank, model, tmp_path, monkeypatch):
+    save(CheckpointManager(tmp_path), 1, model)
+    whole = dcp.save
+
+    def cut_off(tensors: Any, checkpoint_id: Path) -> None:
+        whole(tensors, checkpoint_id=checkpoint_id)
+        for path in checkpoint_id.glob("*.distcp"):
+            path.write_bytes(path.read_bytes()[:100])
+
+    monkeypatch.setattr(dcp, "save", cut_off)
+    save(CheckpointManager(tmp_path, keep_latest_k=1), 2, model)
+    assert find_steps(tmp_path) == [1, 2]
+    assert CheckpointManager(tmp_path).newest_intact() == tmp_path / "step-1"
+
+
+# --- damage
+
+
+def cut(step: Path) -> None:
+    path = next(step.glob("*.distcp"))
+    path.write_bytes(path.read_bytes()[:-200])
+
+
+def flip(step: Path) -> None:
+    path = next(step.glob("*.distcp"))
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def remove(step: Path) -> None:
+    next(step.glob("*.distcp")).unlink()
+
+
+def garble_metadata(step: Path) -> None:
+    (step / ".metadata").write_bytes(b"\x80\x04garbage")
+
+
+def garble_state(step: Path) -> None:
+    (step / "train_state.json").write_text('{"format": 2, "st')
+
+
+@pytest.mark.parametrize("damage", [cut, flip, remove, garble_metadata, garble_state])
+def test_a_run_falls_back_to_the_newest_step_that_is_whole(arguments, tmp_path, damage):  # noqa: F811
+    launch(arguments(tmp_path, 1, "--checkpoint.interval", "2"), 1)
+    expected = figures(tmp_path)
+    folder = tmp_path / "run" / "checkpoint"
+    shutil.rmtree(folder / "step-6")
+    damage(folder / "step-4")
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    launch(arguments(tmp_path, 1, "--checkpoint.interval", "2"), 1)
+    assert figures(tmp_path) == {key: value for key, value in expected.items() if key[0] > 2}
+    assert find_steps(folder) == [2, 4, STEPS]
+    assert len(list(folder.glob("step-4.damaged-*"))) == 1
+
+
+def test_a_damaged_step_that_is_asked_for_is_an_error(arguments, tmp_path, capfd):  # noqa: F811
+    launch(arguments(tmp_path), 1)
+    flip(tmp_path / "run" / "checkpoint" / "step-3")
+    assert train.main(arguments(tmp_path, 1, "--checkpoint.load_step", "3")) == 2
+    assert "the file is not as it was written" in capfd.readouterr().err
+    assert find_steps(tmp_path / "run" / "checkpoint") == [3, STEPS]
+
+
+# --- code in a checkpoint
+
+
+class Planted:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, mark: Path):
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.mark),)
+
+
+@pytest.fixture
+def saved(one_rank, model, tmp_path) -> Path:
+    return save(CheckpointManager(tmp_path / "run"), 1, model)
+
+
+def test_code_in_the_metadata_does_not_run(saved, tmp_path):
+    (saved / ".metadata").write_bytes(pickle.dumps(Planted(tmp_path / "mark")))
+    for read in (load_full_parameters, lambda path: read_metadata(path / ".metadata")):
+        with pytest.raises(UserError, match=r"names (posix|nt)\.mkdir, which no checkpoint needs"):
+            read(saved)
+    assert CheckpointManager(saved.parent).newest_intact() is None
+    assert not (tmp_path / "mark").exists()
+
+
+def test_code_in_a_field_of_the_metadata_does_not_run(saved, tmp_path):
+    metadata = read_metadata(saved / ".metadata")
+    metadata.planner_data = Planted(tmp_path / "mark")
+    (saved / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(UserError, match="not to be trusted"):
+        load_full_parameters(saved)
+    assert not (tmp_path / "mark").exists()
+
+
+def test_code_in_the_metadata_of_a_rank_does_not_run(saved, tmp_path, model):
+    (saved / ".metadata").rename(saved / "moved")
+    (saved / "__0.metadata").write_bytes(pickle.dumps(Planted(tmp_path / "mark")))
+    with pytest.raises(UserError):
+        read_tensors({f"model.{name}": p.detach() for name, p in model.weights()}, saved)
+    with pytest.raises(UserError, match="not to be trusted"):
+        CheckpointReader(saved).read_metadata(rank=0)
+    assert not (tmp_path / "mark").exists()
+
+
+def test_an_item_that_is_no_tensor_is_refused(one_rank, model, tmp_path):
+    tensors = {f"model.{name}": p.detach() for name, p in model.weights()}
+    dcp.save({**tensors, "planted": Planted(tmp_path / "mark")}, checkpoint_id=tmp_path / "step-1")
+    for wanted in (tensors, {"planted": None}):
+        with pytest.raises(UserError, match="planted is no tensor"):
+            read_tensors(wanted, tmp_path / "step-1")
+    with pytest.raises(UserError, match="planted is no tensor"):
+        load_full_parameters(tmp_path / "step-1")
+    assert not (tmp_path / "mark").exists()
+
+
+def test_code_in_place_of_a_tensor_does_not_run(saved, tmp_path):
+    record = io.BytesIO()
+    torch.save(Planted(tmp_path / "mark"), record)
+    metadata = read_metadata(saved / ".metadata")
+    for info in metadata.storage_data.values():
+        info.offset, info.length = 0, record.tell()
+    next(saved.glob("*.distcp")).write_bytes(record.getvalue())
+    (saved / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(UserError, match="damaged or incomplete"):
+        load_full_parameters(saved)
+    assert not (tmp_path / "mark").exists()
+
+
+def test_files_outside_of_the_checkpoint_are_not_read(saved):
+    metadata = read_metadata(saved / ".metadata")
+    for info in metadata.storage_data.values():
+        info.relative_path = f"../step-1/{info.relative_path}"
+    (saved / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(UserError, match="name a file elsewhere"):
+        load_full_parameters(saved)
+
+
+def test_nothing_but_tensors_and_json_is_saved(saved):
+    assert {path.suffix for path in saved.rglob("*") if path.is_file()} == {".distcp", ".json", ""}
+    state = json.loads((saved / "train_state.json").read_text())
+    assert set(state["files"]) == {path.name for path in saved.glob("*.distcp")}
+
+
+# --- ways to start and to end
+
+
+def test_a_seed_checkpoint_starts_the_same_run(arguments, tmp_path):  # noqa: F811
+    launch(arguments(tmp_path / "plain"), 1)
+    launch(arguments(tmp_path / "seeded", 1, "--checkpoint.create_seed_checkpoint"), 1)
+    assert find_steps(tmp_path / "seeded" / "run" / "checkpoint") == [0]
+    launch(arguments(tmp_path / "seeded"), 1)
+    assert figures(tmp_path / "seeded") == figures(tmp_path / "plain")
+
+
+def test_a_seed_checkpoint_is_made_once_and_by_one_rank(arguments, tmp_path, monkeypatch, capfd):  # noqa: F811
+    launch(arguments(tmp_path), 1)
+    assert train.main(arguments(tmp_path, 1, "--checkpoint.create_seed_checkpoint", "--training.steps", "9")) == 2
+    assert "it cannot have a seed" in capfd.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert train.main(arguments(tmp_path, 2, "--checkpoint.create_seed_checkpoint")) == 2
+    assert "it is made by one rank, not by 2" in capfd.readouterr().err
+
+
+def test_a_run_ends_and_another_starts_in_hugging_face_format(arguments, tmp_path):  # noqa: F811
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    options = ("--checkpoint.last_save_in_hf", "--checkpoint.export_dtype", "bfloat16")
+    launch(arguments(tmp_path, 1, *options), 1)
+    folder = tmp_path / "run" / "hf" / f"step-{STEPS}"
+    theirs = AutoModelForCausalLM.from_pretrained(folder)
+    assert theirs.dtype == torch.bfloat16
+    assert theirs.config.vocab_size == len(AutoTokenizer.from_pretrained(folder))
+    saved = load_full_parameters(find_checkpoint(tmp_path / "run"))["norm.weight"]
+    assert torch.equal(theirs.model.norm.weight, saved.bfloat16())
+
+    start = ("--checkpoint.initial_load_path", str(folder), "--optimizer.lr", "1e-20", "--training.steps", "1")
+    launch(arguments(tmp_path / "new", 1, *start), 1)
+    after = figures(tmp_path / "new")[(1, "validation/loss")]
+    assert after == pytest.approx(figures(tmp_path)[(STEPS, "validation/loss")], abs=0.02)
+    fp32 = load_full_parameters(find_checkpoint(tmp_path / "new" / "run"))["norm.weight"]
+    assert torch.equal(fp32, saved.bfloat16().float())
+
+
+def test_a_hugging_face_model_of_other_sizes_or_for_more_than_weights_is_refused(
+    arguments,  # noqa: F811
+    make_base_model,
+    tmp_path,
+    capfd,
+):
+    start = ("--checkpoint.initial_load_path", str(make_base_model()))
+    assert train.main(arguments(tmp_path, 1, *start)) == 2
+    assert "differs from the configured one in ['vocab_size']" in capfd.readouterr().err
+    assert train.main(arguments(tmp_path, 1, *start, "--checkpoint.no-initial_load_model_only")) == 2
+    assert "has no optimizer state" in capfd.readouterr().err
+
+
+def test_parts_can_be_left_out_of_loading(arguments, tmp_path):  # noqa: F811
+    launch(arguments(tmp_path), 1)
+
+    def resumed(name: str, *parts: str) -> dict[tuple[int, str], float]:
+        folder = tmp_path / name
+        shutil.copytree(tmp_path / "run" / "checkpoint" / "step-3", folder / "run" / "checkpoint" / "step-3")
+        launch(arguments(folder, 1, *(("--checkpoint.exclude_from_loading", ",".join(parts)) if parts else ())), 1)
+        return figures(folder)
+
+    everything = resumed("everything")
+    assert everything == {key: value for key, value in figures(tmp_path).items() if key[0] > 3}
+    without = resumed("optimizer", "optimizer")
+    assert without[(4, "loss")] == everything[(4, "loss")]
+    assert without[(5, "loss")] != everything[(5, "loss")]
+    schedule = resumed("schedule", "lr_scheduler")
+    rate = figures(tmp_path)[(2, "lr")]
+    assert [schedule[(step, "lr")] for step in (4, 5)] == pytest.approx([rate / 2, rate])
+    data = resumed("data", "dataloader")
+    assert data[(4, "loss")] != everything[(4, "loss")]
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--checkpoint.exclude_from_loading", "model"], "there are only optimizer, lr_scheduler, dataloader, random"),
+        (["--checkpoint.export_dtype", "bfloat16"], "applies only with"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(options, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        ConfigManager().parse_args(["--checkpoint.enable_checkpoint", *options])
+
+
+@pytest.mark.parametrize("key", ["create_seed_checkpoint", "last_save_in_hf"])
+def test_without_checkpoints_nothing_is_saved(key):
+    with pytest.raises(ConfigError, match="nothing is saved unless"):
+        ConfigManager().parse_args([f"--checkpoint.{key}"])

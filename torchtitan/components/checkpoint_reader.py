@@ -1,0 +1,134 @@
+"""Reading the files of a checkpoint without trusting them.
+
+torch.distributed.checkpoint keeps what a folder holds in ``.metadata``, a pickle: unpickled freely, it may run any
+code. Here only the few names that real metadata consist of are looked up, whatever else stands there is refused. Items
+that are no tensors would be unpickled too; there are none in our checkpoints, and they are refused as well. Tensors are
+read by torch.load with ``weights_only=True``.
+"""
+
+import io
+import pickle
+import warnings
+import zlib
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadItemType
+
+from torchtitan.tools.errors import UserError
+
+_METADATA = "torch.distributed.checkpoint.metadata"
+_DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
+# What the metadata of torch 2.11 to 2.14 are made of.
+_ALLOWED = {
+    *((_METADATA, name) for name in ("Metadata", "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING")),
+    *((_METADATA, name) for name in ("TensorStorageMetadata", "ChunkStorageMetadata", "BytesStorageMetadata")),
+    (_METADATA, "TensorProperties"),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch.serialization", "_get_layout"),
+    ("torch", "Size"),
+    *(("torch", dtype) for dtype in _DTYPES),
+    *((module, f"{kind}Path") for module in ("pathlib", "pathlib._local") for kind in ("Posix", "Windows")),
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _ALLOWED:
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs")
+        return super().find_class(module, name)
+
+
+def read_metadata(path: Path) -> Metadata:
+    """The metadata in a file, with nothing but what belongs into them, of tensors alone.
+
+    Raises:
+        UserError: they are damaged, hold something else, or an item that is no tensor.
+    """
+    try:
+        metadata = _Unpickler(io.BytesIO(path.read_bytes())).load()
+        if not isinstance(metadata, Metadata):
+            raise pickle.UnpicklingError(f"it holds a {type(metadata).__name__}")
+        items = dict(metadata.state_dict_metadata)
+        places = {info.relative_path for info in (metadata.storage_data or {}).values()}
+    except Exception as error:  # A damaged pickle raises whatever it likes.
+        raise UserError(f"{path}: the checkpoint's metadata are damaged or not to be trusted ({error}).") from None
+    for name, item in items.items():
+        if not isinstance(item, TensorStorageMetadata):
+            raise UserError(f"{path.parent}: {name} is no tensor; such items may run code when read, so it is refused.")
+    for place in places:
+        if place != Path(place).name:
+            raise UserError(f"{path}: the checkpoint's metadata name a file elsewhere, {place}.")
+    return metadata
+
+
+class CheckpointReader(FileSystemReader):
+    """torch's reader of checkpoint folders, without free unpickling."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        metadata = read_metadata(Path(self._get_metadata_path(kwargs.get("rank"))))
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+    def read_data(self, plan: Any, planner: Any) -> Any:
+        for item in plan.items:
+            if item.type == LoadItemType.BYTE_IO:
+                raise UserError(f"{self.path}: {item.storage_index.fqn} is no tensor, so it is refused.")
+        return super().read_data(plan, planner)
+
+
+def read_tensors(tensors: dict[str, torch.Tensor], checkpoint: Path, no_dist: bool = False) -> None:
+    """Fill tensors, sharded or not, from a checkpoint folder; called by all ranks unless ``no_dist``.
+
+    Raises:
+        UserError: the folder is damaged, is not to be trusted, or lacks a tensor.
+    """
+    try:
+        with warnings.catch_warnings():  # of loading without a process group, which is meant
+            warnings.simplefilter("ignore", UserWarning)
+            dcp.load(tensors, storage_reader=CheckpointReader(checkpoint), no_dist=no_dist)
+    except UserError:
+        raise
+    except (Exception, CheckpointException) as error:  # the latter, with what any rank met, is no Exception
+        reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+        raise UserError(f"{checkpoint}: the checkpoint is damaged or incomplete ({reason}).") from error
+
+
+def checksum(path: Path) -> int:
+    """CRC-32 of a file."""
+    value = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 24):
+            value = zlib.crc32(block, value)
+    return value
+
+
+def find_damage(checkpoint: Path, files: dict[str, list[int]], share: tuple[int, int] = (0, 1)) -> str | None:
+    """What is wrong with the files of a checkpoint, if anything is.
+
+    Args:
+        files: name to size and checksum, as they were written; without it only sizes are known, from the metadata.
+        share: this rank's number and the number of ranks among which the files are dealt out.
+    """
+    try:
+        metadata = read_metadata(checkpoint / ".metadata")
+    except UserError as error:
+        return str(error)
+    needed: dict[str, int] = {}
+    for info in metadata.storage_data.values():
+        needed[info.relative_path] = max(needed.get(info.relative_path, 0), info.offset + info.length)
+    for name in sorted(needed)[share[0] :: share[1]]:
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{path}: the file is missing."
+        if path.stat().st_size < needed[name]:
+            return f"{path}: the file is cut off."
+        if name in files and files[name] != [path.stat().st_size, checksum(path)]:
+            return f"{path}: the file is not as it was written."
+    return None
