@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
 
@@ -150,6 +151,8 @@ def make_batch(rows: list[Samples], options: Options) -> Any:
 def ours(options: Options, rank: int, device: torch.device) -> Any:
     """The step of torchtitan.train, as a function of all ranks' samples."""
     from torchtitan import train
+    from torchtitan.components.checkpoint import CheckpointManager
+    from torchtitan.components.gradients import FiniteGuard
     from torchtitan.components.optimizer import build_optimizer
     from torchtitan.config_manager import JobConfig
     from torchtitan.datasets.packing import best_fit_decreasing
@@ -157,6 +160,7 @@ def ours(options: Options, rank: int, device: torch.device) -> Any:
     from torchtitan.models.llama3.args import Llama3Args
     from torchtitan.models.llama3.parallel_model import ParallelModel
     from torchtitan.models.llama3.weights import init_random
+    from torchtitan.tools.signals import StopRequest
 
     config = JobConfig()
     training = config.training
@@ -168,13 +172,18 @@ def ours(options: Options, rank: int, device: torch.device) -> Any:
     first_id = options.vocabulary - 8194 if options.audio_head else 0
     model = ParallelModel(config, args, dims, device, first_id)
     init_random(model, 0)
+    optimizer = build_optimizer(model, config.optimizer)
+    group = dist.new_group(backend="gloo")
     run: Any = SimpleNamespace(
-        inputs=SimpleNamespace(config=config),
+        inputs=SimpleNamespace(config=config, checkpoints=CheckpointManager(Path("unused"))),
         dims=dims,
         device=device,
-        data_group=dist.new_group(backend="gloo"),
+        data_group=group,
         model=model,
-        optimizer=build_optimizer(model, config.optimizer),
+        optimizer=optimizer,
+        guard=FiniteGuard(optimizer, device, group),
+        stop=StopRequest(),
+        schedule_start=0,
         step=0,
         tokens_seen=0,
     )

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torchtitan import train
 from torchtitan.components.checkpoint import CheckpointManager, load_checkpoint, load_full_parameters
 from torchtitan.components.dataloader import Batch
+from torchtitan.components.gradients import FiniteGuard
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.optimizer import build_optimizer
 from torchtitan.config_manager import ConfigError, ConfigManager, Parallelism
@@ -29,6 +30,7 @@ from torchtitan.models.llama3.args import Llama3Args
 from torchtitan.models.llama3.parallel_model import ParallelModel, check_split
 from torchtitan.models.llama3.pipeline import own_stages, split_blocks
 from torchtitan.models.llama3.weights import init_random
+from torchtitan.tools.signals import StopRequest
 
 STEPS, ACCUMULATION, ROWS, SEQ_LEN, VOCAB_SIZE = 20, 2, 4, 32, 301
 
@@ -109,13 +111,17 @@ def make(options: list[str], tied: bool, rank: int, world_size: int) -> SimpleNa
     args = Llama3Args(VOCAB_SIZE, 64, 4, n_heads=8, n_kv_heads=4, head_dim=8, hidden_dim=96, tied=tied)
     model = ParallelModel(config, args, dims, torch.device("cpu"))
     init_random(model, 5)
+    optimizer = build_optimizer(model, config.optimizer)
     return SimpleNamespace(
-        inputs=SimpleNamespace(config=config),
+        inputs=SimpleNamespace(config=config, checkpoints=CheckpointManager(Path("unused"))),
         dims=dims,
         device=torch.device("cpu"),
         data_group=None,
         model=model,
-        optimizer=build_optimizer(model, config.optimizer),
+        optimizer=optimizer,
+        guard=FiniteGuard(optimizer, torch.device("cpu")),
+        stop=StopRequest(),
+        schedule_start=0,
         step=0,
         tokens_seen=0,
     )

@@ -160,10 +160,10 @@ class Model:
     """
 
     converters: list[str] = field(default_factory=list)
-    """Names of transformations of the model, such as float8."""
+    """Transformations of the model: "float8", see section float8."""
 
     print_after_conversion: bool = False
-    """Print the model after model.converters were applied."""
+    """Log the structure of the model after model.converters were applied."""
 
 
 @dataclass
@@ -570,13 +570,22 @@ class ActivationCheckpoint:
     """Trading computation for memory: what the backward pass needs is computed again, not kept."""
 
     mode: Literal["none", "selective", "full"] = "none"
-    """"none": keep everything. "full": keep only the input of each block."""
+    """
+    "none": keep everything. "full": keep only the input of each block. "selective": see
+    activation_checkpoint.selective_ac_option.
+    """
 
     selective_ac_option: str = "op"
-    """What mode "selective" keeps: "op", or every how many blocks."""
+    """
+    With mode "selective". "op": keep the results of attention and of every second matrix product, compute the rest
+    again. A number n: of every n-th block (0, n, 2n, ...) keep only the input, of the others everything.
+    """
 
     per_op_sac_force_recompute_mm_shapes_by_fqns: list[str] = field(default_factory=lambda: ["moe.router.gate"])
-    """Modules whose matrix products mode "selective" always computes again."""
+    """
+    Parts of names of layers (feed_forward.w2) whose matrix products option "op" always computes again, and with them
+    those of the same shape. The default names a layer that this model does not have.
+    """
 
 
 @dataclass
@@ -592,10 +601,10 @@ class Compile:
 
 @dataclass
 class Float8:
-    """Matrix products in 8-bit floats."""
+    """Matrix products of the blocks in 8-bit floats, with model.converters = ["float8"] (needs torchao)."""
 
     enable_fsdp_float8_all_gather: bool = False
-    """Gather weights in float8."""
+    """Gather weights in float8 (recipe tensorwise, several ranks)."""
 
     precompute_float8_dynamic_scale_for_fsdp: bool = False
     """Compute the scales of all weights at once after each step."""
@@ -604,13 +613,16 @@ class Float8:
     """Compute float8 weights again in the backward pass."""
 
     recipe_name: Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"] | None = None
-    """How values are scaled."""
+    """
+    How values are scaled: one scale a tensor (fastest, and the default), one a row, or one a row with the gradients of
+    weights in high precision (most accurate).
+    """
 
     filter_fqns: list[str] = field(default_factory=list)
-    """Modules that stay as they are."""
+    """Parts of names of layers that stay as they are (attention.wk). Embedding and head always do."""
 
     emulate: bool = False
-    """Emulate float8 on hardware that has none."""
+    """Compute the same on hardware that has no float8, slowly."""
 
     moe_fqns_prototype: list[str] = field(default_factory=list)
     """Mixture-of-experts modules in float8."""
@@ -756,22 +768,16 @@ class Off:
 OFF_ONLY: dict[str, Off] = {
     "job.use_for_integration_test": Off("TorchTitan's integration tests are not part of this project"),
     "model.tokenizer_path": Off("the tokenizer is always read from model.name"),
-    "model.converters": Off("model converters are not built yet"),
-    "model.print_after_conversion": Off("model converters are not built yet"),
     "optimizer.early_step_in_backward": Off("it excludes gradient clipping and is not built"),
     "evaluation.enable_evaluation": Off("benchmarks are run after training, by the scripts in eval/"),
     "parallelism.expert_parallel_degree": Off("the model has no experts"),
     "parallelism.enable_compiled_autograd": Off("compiled autograd is not built yet"),
-    "activation_checkpoint.mode": Off("selective checkpointing is not built yet", also=("full",)),
-    # These two choose nothing unless the mode is "selective"; existing files set the first one anyway.
-    "activation_checkpoint.selective_ac_option": Off("selective checkpointing is not built yet", also=("2",)),
-    "activation_checkpoint.per_op_sac_force_recompute_mm_shapes_by_fqns": Off("the model has no experts"),
     "compile.components": Off("only the model's blocks are compiled"),
     # An exception from an empty rule chooses nothing; existing files set it anyway.
-    "float8.filter_fqns": Off("float8 training is not built yet", also=(["output"],)),
-    "mx.filter_fqns": Off("MX training is not built yet", also=([],)),
-    "float8.*": Off("float8 training is not built yet"),
-    "mx.*": Off("MX training is not built yet"),
+    "mx.filter_fqns": Off("torchao has no MX training of linear layers any more", also=([],)),
+    "mx.*": Off("torchao has no MX training of linear layers any more"),
+    "float8.force_recompute_fp8_weight_in_bwd": Off("torchao no longer has it, its backward pass always does so"),
+    "float8.moe_fqns_prototype": Off("the model has no experts"),
     "memory_estimation.*": Off("memory estimation is not built yet"),
     "fault_tolerance.*": Off("fault tolerance is not built yet"),
     "experimental.*": Off("modules from outside are not imported"),
@@ -897,6 +903,19 @@ def check_values(config: JobConfig, origins: dict[str, str] | None = None) -> No
     if config.training.audio_head and config.training.task != "a2a":
         refuse("training.audio_head", f"the transcription of task {config.training.task} is not made of audio tokens")
 
+    unknown = [name for name in config.model.converters if name != "float8"]
+    if unknown:
+        refuse("model.converters", 'there is only "float8"')
+    for key in ("float8.enable_fsdp_float8_all_gather", "float8.precompute_float8_dynamic_scale_for_fsdp"):
+        if values[key] and config.float8.recipe_name not in (None, "tensorwise"):
+            refuse(key, 'it needs float8.recipe_name = "tensorwise"')
+    if config.float8.precompute_float8_dynamic_scale_for_fsdp and not config.float8.enable_fsdp_float8_all_gather:
+        refuse(
+            "float8.precompute_float8_dynamic_scale_for_fsdp", "it needs float8.enable_fsdp_float8_all_gather = true"
+        )
+    option = config.activation_checkpoint.selective_ac_option
+    if option != "op" and not re.fullmatch(r"[1-9]\d*", option):
+        refuse("activation_checkpoint.selective_ac_option", 'it must be "op" or a whole number from 1 on')
     _check_parallelism(config, refuse)
 
     saving = config.checkpoint

@@ -11,7 +11,6 @@ Runs on 1..N GPUs (nccl) or CPU processes (gloo); without torchrun it is a run o
 """
 
 import json
-import math
 import os
 import random
 import shutil
@@ -39,7 +38,8 @@ from torchtitan.components.checkpoint import (
     restore_random_state,
 )
 from torchtitan.components.dataloader import LENGTH_MULTIPLE, BadRows, Batch, Counters, SpeechDataLoader, max_frames_of
-from torchtitan.components.gradients import clip_grad_norm
+from torchtitan.components.float8 import check_float8
+from torchtitan.components.gradients import FiniteGuard, clip_grad_norm
 from torchtitan.components.hf_export import export_checkpoint, write_hf_files
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.lr_scheduler import lr_factor
@@ -72,6 +72,7 @@ from torchtitan.models.llama3.weights import init_random, load_hf
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.logging import init_logger, logger, quiet_transformers
 from torchtitan.tools.profiling import memory_snapshots, profile
+from torchtitan.tools.signals import StopRequest, stop_requests
 from torchtitan.tools.utils import GarbageCollection
 
 # How long a rank waits for the data of the others.
@@ -103,6 +104,7 @@ class Trainer:
     data_group: Any  # of all ranks, with the patience that reading data needs
     model: ParallelModel
     optimizer: torch.optim.Optimizer
+    guard: FiniteGuard
     loader: SpeechDataLoader
     validator: Validator | None
     metrics: MetricsLogger
@@ -111,6 +113,8 @@ class Trainer:
     schedule_start: int = 0  # step before the first one of the schedule of the learning rate
     data_state: dict[str, Any] = field(default_factory=dict)
     counters: Counters = field(default_factory=Counters)
+    stop: StopRequest = field(default_factory=StopRequest)  # of this rank
+    stops: float = 0.0  # ranks that were asked to stop, as of the begun step
     validation: ValidationResult | None = None
 
 
@@ -151,6 +155,7 @@ def find_inputs(config: JobConfig) -> Inputs:
     if initial is not None and is_hf_folder(initial):
         base.require_same_sizes(initial)
     check_split(config, base.args)
+    check_float8(config)
     for section in ("training", "validation"):
         length = getattr(config, section).seq_len
         if length > base.args.max_seq_len and (section == "training" or config.validation.enabled):
@@ -214,6 +219,7 @@ def build(inputs: Inputs) -> Trainer:
     elif start is None:
         init_random(model, config.training.seed or 0)
     optimizer = build_optimizer(model, config.optimizer)
+    guard = FiniteGuard(optimizer, device, group)
 
     if inputs.codec is not None:
         inputs.codec.to(device)
@@ -225,7 +231,7 @@ def build(inputs: Inputs) -> Trainer:
         validator = Validator(validation_loader, base.stream, config.validation.steps, group, dims.counts_rows)
 
     metrics = MetricsLogger(config, inputs.folder, rank(), device, base.args.flops_per_token)
-    trainer = Trainer(inputs, dims, device, group, model, optimizer, loader, validator, metrics)
+    trainer = Trainer(inputs, dims, device, group, model, optimizer, guard, loader, validator, metrics)
     if start is not None and not is_hf_folder(start):
         load(trainer, start, weights_only=latest is None and config.checkpoint.initial_load_model_only)
     logger.info(
@@ -433,6 +439,7 @@ def train(trainer: Trainer) -> None:
     garbage = GarbageCollection(config.training.gc_freq, config.training.gc_debug)
     first_step = trainer.step + 1
     with (
+        stop_requests() as trainer.stop,
         closing(iter(trainer.loader)) as batches,
         profile(config.profiling, trainer.inputs.folder, rank()) as profiler,
         memory_snapshots(config.profiling, trainer.inputs.folder, rank()) as snapshot,
@@ -447,12 +454,16 @@ def train(trainer: Trainer) -> None:
             saves = config.checkpoint.enable_checkpoint and (
                 trainer.step % config.checkpoint.interval == 0
                 or trainer.step == steps
+                or trainer.stops > 0
                 or (trainer.step == 1 and config.checkpoint.enable_first_step_checkpoint)
             )
-            if logs or saves:
-                report(trainer, loss, grad_norm, lr, logs)
+            validates = trainer.validator and (trainer.step % config.validation.freq == 0 or trainer.step == steps)
+            if logs or saves or validates:
+                trainer.guard.settle()
+            if logs:
+                report(trainer, loss, grad_norm, lr)
             with trainer.metrics.paused():
-                if trainer.validator and (trainer.step % config.validation.freq == 0 or trainer.step == steps):
+                if validates:
                     validate(trainer)
                 if saves:
                     save(trainer)
@@ -461,7 +472,18 @@ def train(trainer: Trainer) -> None:
             snapshot(trainer.step)
             if trainer.step == first_step:
                 shorten_timeout(config.comm, trainer.device)
-    if config.checkpoint.last_save_in_hf:
+            if trainer.stops:
+                break
+    if trainer.step < steps:
+        saved = config.checkpoint.enable_checkpoint
+        logger.warning(
+            "stopped at step %d of %d by %s; %s",
+            trainer.step,
+            steps,
+            trainer.stop.name or "a signal to another rank",
+            "the same command goes on from there" if saved else "checkpoint.enable_checkpoint is off: nothing is saved",
+        )
+    elif config.checkpoint.last_save_in_hf:
         save_hf(trainer)
 
 
@@ -493,18 +515,17 @@ def train_step(trainer: Trainer, microbatches: list[Batch]) -> tuple[torch.Tenso
     The loss of every target of the step, on whichever rank and in whichever microbatch, has the same weight.
     """
     config, device = trainer.inputs.config, trainer.device
-    counts = (
-        float(sum(int((batch.targets != IGNORE_INDEX).sum()) for batch in microbatches)),
-        float(sum(batch.num_tokens for batch in microbatches)),
-    )
+    targets = sum(int((batch.targets != IGNORE_INDEX).sum()) for batch in microbatches)
+    tokens = sum(batch.num_tokens for batch in microbatches)
+    counted = [float(count * trainer.dims.counts_rows) for count in (targets, tokens)]
     # The first collective after the data were fetched: here the ranks wait for the last one's.
-    counted = [count * trainer.dims.counts_rows for count in counts]
-    targets, tokens = sum_over_ranks(counted, trainer.data_group)
+    targets, tokens, trainer.stops = sum_over_ranks([*counted, float(bool(trainer.stop))], trainer.data_group)
     trainer.tokens_seen += int(tokens)
     total = torch.zeros((), device=device)
     for batch in microbatches:
         total += trainer.model.backward(batch.tokens, batch.targets, batch.positions, targets)
-    grad_norm = clip_grad_norm(trainer.model, config.training.max_norm)
+    norm = clip_grad_norm(trainer.model, config.training.max_norm)
+    trainer.guard.check(trainer.step, total, norm, [batch.keys for batch in microbatches])
     lr = config.optimizer.lr * lr_factor(
         trainer.step - trainer.schedule_start, config.training.steps - trainer.schedule_start, config.lr_scheduler
     )
@@ -512,24 +533,15 @@ def train_step(trainer: Trainer, microbatches: list[Batch]) -> tuple[torch.Tenso
     for group in trainer.optimizer.param_groups:
         group["lr"] = lr
     trainer.optimizer.step()
+    trainer.model.after_update()
     trainer.optimizer.zero_grad(set_to_none=True)
-    return total, grad_norm, lr
+    return total, norm.total, lr
 
 
-def report(trainer: Trainer, loss: torch.Tensor, grad_norm: torch.Tensor, lr: float, logs: bool) -> None:
-    """Sum the loss over ranks, stop if it is no number, and log the step.
-
-    Raises:
-        UserError: the loss or the gradient norm is not finite.
-    """
+def report(trainer: Trainer, loss: torch.Tensor, grad_norm: torch.Tensor, lr: float) -> None:
+    """Sum the loss over ranks, and log the step."""
     (mean,) = sum_over_ranks([loss.item() * trainer.dims.counts_loss])
-    if not (math.isfinite(mean) and math.isfinite(grad_norm.item())):
-        raise UserError(
-            f"step {trainer.step}: the loss is {mean} and the gradient norm {grad_norm.item()}, so training stops; "
-            "no checkpoint of this step is saved. A lower optimizer.lr or a longer warm-up may help."
-        )
-    if logs:
-        trainer.metrics.report(trainer.step, mean, grad_norm.item(), lr, asdict(trainer.counters))
+    trainer.metrics.report(trainer.step, mean, grad_norm.item(), lr, asdict(trainer.counters))
 
 
 def validate(trainer: Trainer) -> None:

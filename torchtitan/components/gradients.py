@@ -1,28 +1,152 @@
-"""The norm of all gradients, wherever they lie, and clipping by it."""
+"""The norm of all gradients, wherever they lie, clipping by it, and what happens when it is no number."""
+
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from torchtitan.models.llama3.parallel_model import ParallelModel
+from torchtitan.tools.errors import UserError
+
+
+@dataclass
+class GradNorm:
+    """Norms of the gradients of a step, before clipping.
+
+    Attributes:
+        total: over all parameters of all ranks, a scalar on this rank's device.
+        of_each: of each parameter of this rank's part of the model, [N].
+        names: of these N parameters.
+    """
+
+    total: torch.Tensor
+    of_each: torch.Tensor
+    names: list[str]
 
 
 @torch.no_grad()
-def clip_grad_norm(model: ParallelModel, max_norm: float) -> torch.Tensor:
-    """Finish the gradients of a step, and scale them so that their norm over all ranks is at most ``max_norm``.
-
-    Returns the norm before.
-    """
+def clip_grad_norm(model: ParallelModel, max_norm: float) -> GradNorm:
+    """Finish the gradients of a step, and scale them so that their norm over all ranks is at most ``max_norm``."""
     if model.pipeline is not None:
         model.pipeline.sum_tied_gradients()
     # The head of a pipeline's last stage, if tied, is the first stage's embedding over again.
-    gradients = [p.grad for part in model.parts for n, p in part.named_parameters() if not part.is_copy(n)]
-    norm = torch.nn.utils.get_total_norm([g for g in gradients if g is not None], foreach=True)
-    if isinstance(norm, DTensor):
-        norm = norm.full_tensor()
+    gradients = {
+        name: parameter.grad
+        for part in model.parts
+        for name, parameter in part.named_parameters()
+        if parameter.grad is not None and not part.is_copy(name)
+    }
+    of_each = torch.stack(torch._foreach_norm(list(gradients.values())))
+    if isinstance(of_each, DTensor):
+        of_each = of_each.full_tensor()
+    total = torch.linalg.vector_norm(of_each)
     if model.pipeline is not None:
-        squared = norm**2
+        squared = total**2
         dist.all_reduce(squared, group=model.pipeline.group)
-        norm = squared.sqrt()
-    torch.nn.utils.clip_grads_with_norm_([p for _, p in model.weights()], max_norm, norm, foreach=True)
-    return norm
+        total = squared.sqrt()
+    torch.nn.utils.clip_grads_with_norm_([p for _, p in model.weights()], max_norm, total, foreach=True)
+    return GradNorm(total, of_each, list(gradients))
+
+
+@dataclass
+class _Step:
+    """What is kept of a step until it is known whether its numbers were finite."""
+
+    number: int
+    loss: torch.Tensor
+    norm: GradNorm
+    recordings: list[list[list[str]]]
+    flag: torch.Tensor  # on the CPU
+    copied: torch.cuda.Event | None
+
+
+class FiniteGuard:
+    """Keeps gradients that are no numbers away from the weights, and stops the run.
+
+    On CUDA with a fused optimizer nothing waits for the GPU: the optimizer's kernel itself skips its update once a
+    norm was not finite (as with torch.amp.GradScaler), from then on for good, and the CPU looks at each step's flag two
+    steps later. Otherwise the CPU looks before the update. All ranks know the norm, so all stop at the same step.
+
+    Args:
+        skip_in_kernel: whether the optimizer can skip by itself; by default where it is fused and on CUDA.
+        group: in which the ranks tell each other what they found.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        device: torch.device,
+        group: Any = None,
+        skip_in_kernel: bool | None = None,
+    ):
+        fused = bool(optimizer.param_groups[0].get("fused"))
+        on_gpu = all(p.device.type == "cuda" for g in optimizer.param_groups for p in g["params"])
+        self.skip_in_kernel = fused and on_gpu if skip_in_kernel is None else skip_in_kernel
+        self.group, self.steps = group, deque[_Step]()
+        self.bad = torch.zeros((), device=device)
+        if self.skip_in_kernel:
+            kernel: Any = optimizer
+            kernel.grad_scale, kernel.found_inf = None, self.bad
+
+    def check(self, step: int, loss: torch.Tensor, norm: GradNorm, recordings: list[list[list[str]]]) -> None:
+        """Called between the gradients and the update of a step, by all ranks.
+
+        Args:
+            loss: this rank's part of it, on the device.
+            recordings: names by microbatch and row.
+
+        Raises:
+            UserError: a norm was not finite, in this step or one of the two before.
+        """
+        self.bad.logical_or_(~norm.total.isfinite())
+        copied = None
+        if self.bad.device.type == "cuda":
+            flag = torch.zeros((), pin_memory=True)
+            flag.copy_(self.bad, non_blocking=True)
+            copied = torch.cuda.Event()
+            copied.record()
+        else:
+            flag = self.bad.clone()
+        self.steps.append(_Step(step, loss, norm, recordings, flag, copied))
+        self.settle(2 if self.skip_in_kernel else 0)
+
+    def settle(self, leave: int = 0) -> None:
+        """Look at the steps that were not looked at, but for the last ``leave`` of them.
+
+        Raises:
+            UserError: as :meth:`check`.
+        """
+        while len(self.steps) > leave:
+            step = self.steps.popleft()
+            if step.copied is not None:
+                step.copied.synchronize()
+            if step.flag.item():
+                raise UserError(self._describe(step))
+
+    def _describe(self, step: _Step) -> str:
+        finite = step.norm.of_each.isfinite().tolist()
+        parameters = [name for name, ok in zip(step.norm.names, finite, strict=True) if not ok]
+        here = {"loss": bool(step.loss.isfinite()), "recordings": step.recordings, "parameters": parameters}
+        ranks: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(ranks, here, group=self.group)
+        said = [f"step {step.number}: the gradient is not finite, so training stops before it changes the weights"]
+        names = list(dict.fromkeys(name for found in ranks for name in found["parameters"]))
+        if names:
+            said.append(f"it is so in {len(names)} parameters ({_some(names)})")
+        bad = [rank for rank, found in enumerate(ranks) if not found["loss"]]
+        if bad:
+            rows = [name for rank in bad for batch in ranks[rank]["recordings"] for row in batch for name in row]
+            said.append(
+                f"the loss is not finite on ranks {_some(bad)}, with the recordings {_some(list(dict.fromkeys(rows)))}"
+            )
+        else:
+            said.append("the loss is finite on all ranks")
+        return "; ".join(said) + ". A lower optimizer.lr or a longer warm-up may help."
+
+
+def _some(names: list[Any], count: int = 8) -> str:
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(str(name) for name in names[:count]) + more

@@ -5,13 +5,14 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from torchtitan.components.float8 import convert_to_float8, precompute_scales
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.config_manager import ConfigError, JobConfig
 from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.models.llama3.activation_checkpoint import checkpoint_activations
 from torchtitan.models.llama3.args import Llama3Args
 from torchtitan.models.llama3.model import Llama3
 from torchtitan.models.llama3.parallelize import (
-    checkpoint_activations,
     compile_blocks,
     overlap_communication,
     shard,
@@ -20,6 +21,7 @@ from torchtitan.models.llama3.parallelize import (
 )
 from torchtitan.models.llama3.pipeline import Pipeline, make_stage, own_stages, split_blocks
 from torchtitan.models.llama3.weights import materialize
+from torchtitan.tools.logging import logger
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -75,6 +77,7 @@ class ParallelModel:
     ):
         self.args, self.dims, self.device, self.first_id = args, dims, device, first_id
         self.pipeline: Pipeline | None = None
+        self.precomputes_scales = config.float8.precompute_float8_dynamic_scale_for_fsdp
         dtype = DTYPES[config.training.mixed_precision_param]
         # FSDP casts parameters by itself; a model on one device has none.
         self.sharded = dims.world_size > 1 or config.training.enable_cpu_offload
@@ -114,6 +117,10 @@ class ParallelModel:
             model = make_stage(self.args, blocks, first, last)
         if last:
             model.output.first_id = self.first_id
+        if "float8" in config.model.converters:
+            convert_to_float8(model, config)
+        if config.model.print_after_conversion:
+            logger.info("%s", model)
         if dims.tensor > 1:
             mesh = dims.mesh(self.device.type)["tp"]
             split_layers(model, mesh, parallelism.disable_loss_parallel)
@@ -122,8 +129,7 @@ class ParallelModel:
         if dims.context > 1:
             group = dims.mesh(self.device.type)["cp"].get_group()
             split_rows(model, group, parallelism.context_parallel_rotate_method)
-        if config.activation_checkpoint.mode == "full":
-            checkpoint_activations(model)
+        checkpoint_activations(model, config.activation_checkpoint)
         if training.compile:
             compile_blocks(model)
         if self.sharded:
@@ -142,6 +148,12 @@ class ParallelModel:
         """Parameters of this rank under their names in the whole model."""
         for part in self.parts:
             yield from part.weights()
+
+    def after_update(self) -> None:
+        """Called after each update of the weights."""
+        if self.precomputes_scales:
+            for part in self.parts:
+                precompute_scales(part)
 
     def backward(
         self,

@@ -1,10 +1,9 @@
 """Llama 3 on several devices, applied to the model from outside, in the order in which the functions stand here.
 
-Tensor parallelism, context parallelism, activation checkpointing, compile, and FSDP2 around it all. The stages of a
+Tensor parallelism, context parallelism, (activation_checkpoint.py,) compile, and FSDP2 around it all. The stages of a
 pipeline are such models, see pipeline.py.
 """
 
-from collections.abc import Callable
 from typing import Any, Literal, cast
 
 import torch
@@ -21,7 +20,6 @@ from torch.distributed.tensor.parallel import (
     SequenceParallel,
     parallelize_module,
 )
-from torch.utils.checkpoint import checkpoint
 
 from torchtitan.distributed.collectives import wait
 from torchtitan.distributed.context_parallel import ContextParallel
@@ -80,20 +78,6 @@ def split_rows(model: Llama3, group: dist.ProcessGroup, method: Literal["allgath
     model.context = ContextParallel(group, method)
     for block in model.layers.values():
         cast(TransformerBlock, block).attention.attend = model.context.attend
-
-
-def checkpoint_activations(model: Llama3) -> None:
-    """Keep only each block's input in the forward pass; the block is computed again in the backward pass."""
-
-    def checkpointed(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-        # A function, not a functools.partial: torch.compile of torch 2.14 finds no code in a partial.
-        def run(*inputs: Any) -> torch.Tensor:
-            return cast(torch.Tensor, checkpoint(forward, *inputs, use_reentrant=False))
-
-        return run
-
-    for block in model.layers.values():
-        block.forward = checkpointed(block.forward)
 
 
 def compile_blocks(model: Llama3) -> None:

@@ -1,0 +1,195 @@
+"""How a run stops early: by a signal, in order, or by a gradient that is no number, before it harms the weights."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.test_kill import descendants
+from tests.test_parallel import make, microbatch
+from tests.test_train import ROOT, arguments, figures, launch  # noqa: F401 - a fixture
+from torchtitan import train
+from torchtitan.components.checkpoint import find_steps, load_full_parameters, read_state
+from torchtitan.components.dataloader import Batch
+from torchtitan.components.gradients import FiniteGuard, clip_grad_norm
+from torchtitan.tools.errors import UserError
+
+STEPS = 25
+
+
+# --- signals
+
+
+def start(options: list[str], ranks: int, log: Path) -> subprocess.Popen:
+    command = [sys.executable, "-m", "torchtitan.train", *options]
+    if ranks > 1:
+        torchrun = ["torch.distributed.run", f"--nproc_per_node={ranks}", "--rdzv-backend=c10d"]
+        command[2:2] = [*torchrun, "--rdzv-endpoint=localhost:0", "-m"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, cwd=ROOT, stderr=log.open("w"), env=environment)
+
+
+def wait_for_step(process: subprocess.Popen, log: Path, step: int) -> None:
+    deadline = time.monotonic() + 120
+    while f"step: {step} " not in log.read_text() and time.monotonic() < deadline:
+        assert process.poll() is None, log.read_text()[-2000:]
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize(("ranks", "number"), [(1, signal.SIGTERM), (1, signal.SIGUSR1), (2, signal.SIGUSR1)])
+def test_a_signal_ends_a_run_in_order_and_it_goes_on(arguments, tmp_path, ranks, number):  # noqa: F811
+    options = ("--training.steps", str(STEPS), "--checkpoint.interval", "1000", "--validation.no-enabled")
+    whole, cut, log = tmp_path / "whole", tmp_path / "cut", tmp_path / "log"
+    launch(arguments(whole, ranks, *options), ranks)
+    process = start(arguments(cut, ranks, *options), ranks, log)
+    wait_for_step(process, log, 3)
+    # Of two ranks only the last one is told.
+    os.kill(descendants(process.pid)[-1] if ranks > 1 else process.pid, number)
+    assert process.wait(timeout=60) == 0, log.read_text()[-2000:]
+    (stopped,) = find_steps(cut / "run" / "checkpoint")
+    assert 3 <= stopped < STEPS
+    assert f"stopped at step {stopped} of {STEPS} by {number.name}; the same command goes on" in log.read_text()
+    launch(arguments(cut, ranks, *options), ranks)
+    assert figures(cut) == figures(whole)
+
+
+def test_torchrun_passes_a_signal_on(arguments, tmp_path):  # noqa: F811
+    log = tmp_path / "log"
+    process = start(arguments(tmp_path, 2, "--training.steps", "1000", "--checkpoint.interval", "1000"), 2, log)
+    wait_for_step(process, log, 3)
+    process.terminate()
+    process.wait(timeout=60)
+    assert len(find_steps(tmp_path / "run" / "checkpoint")) == 1
+
+
+def test_without_checkpoints_a_signal_only_stops(arguments, tmp_path):  # noqa: F811
+    log = tmp_path / "log"
+    process = start(arguments(tmp_path, 1, "--training.steps", "1000", "--checkpoint.no-enable_checkpoint"), 1, log)
+    wait_for_step(process, log, 3)
+    process.terminate()
+    assert process.wait(timeout=60) == 0
+    assert "nothing is saved" in log.read_text()
+
+
+def test_handlers_are_put_back(arguments, tmp_path):  # noqa: F811
+    before = signal.getsignal(signal.SIGTERM)
+    launch(arguments(tmp_path), 1)
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+# --- gradients that are no numbers
+
+
+@pytest.fixture
+def one_rank():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def weights(run: SimpleNamespace) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in run.model.weights()}
+
+
+def batch(step: int) -> Batch:
+    tokens, targets, _ = microbatch(step, False)
+    return Batch(tokens, targets, 0, {}, keys=[[f"clip-{step}-{row}"] for row in range(len(tokens))])
+
+
+def test_a_bad_gradient_stops_the_run_before_the_weights_change(one_rank):
+    run = make([], True, 0, 1)
+    run.step = 1
+    train.train_step(run, [batch(0)])
+    with torch.no_grad():
+        dict(run.model.weights())["layers.2.ffn_norm.weight"][3] = float("inf")
+    before, run.step = weights(run), 2
+    with pytest.raises(UserError) as raised:
+        train.train_step(run, [batch(1)])
+    said = str(raised.value)
+    assert "step 2: the gradient is not finite, so training stops before it changes the weights" in said
+    assert "the loss is not finite on ranks 0, with the recordings clip-1-0, clip-1-1" in said
+    assert "layers.3.feed_forward.w1.weight" in said or "tok_embeddings.weight" in said
+    after = weights(run)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_only_the_parameters_at_fault_are_named(one_rank):
+    run = make([], True, 0, 1)
+    run.model.backward(*microbatch(0, False), 100.0)
+    dict(run.model.weights())["layers.1.attention.wq.weight"].grad[0, 0] = float("nan")
+    norm = clip_grad_norm(run.model, 1.0)
+    with pytest.raises(UserError, match=r"in 1 parameters \(layers\.1\.attention\.wq\.weight\); the loss is finite on"):
+        run.guard.check(1, torch.zeros(()), norm, [])
+
+
+def test_the_optimizer_skips_in_its_kernel_and_stays_so(one_rank):
+    """What CUDA does, with the same kernel on the CPU: the update is skipped, the stop comes two steps later."""
+    run = make([], True, 0, 1)
+    run.guard = FiniteGuard(run.optimizer, torch.device("cpu"), skip_in_kernel=True)
+    run.step = 1
+    train.train_step(run, [batch(0)])
+    before, norm_weight = weights(run), dict(run.model.weights())["layers.2.ffn_norm.weight"]
+    counts = [state["step"].item() for state in run.optimizer.state.values()]
+    kept = norm_weight[3].item()
+    with torch.no_grad():
+        norm_weight[3] = float("inf")
+    run.step = 2
+    train.train_step(run, [batch(1)])
+    with torch.no_grad():
+        norm_weight[3] = kept
+    run.step = 3
+    train.train_step(run, [batch(2)])
+    after = weights(run)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert [state["step"].item() for state in run.optimizer.state.values()] == counts
+    run.step = 4
+    with pytest.raises(UserError, match="step 2: the gradient is not finite"):
+        train.train_step(run, [batch(3)])
+
+
+def test_a_step_is_looked_at_before_it_is_reported(one_rank):
+    run = make([], True, 0, 1)
+    run.guard = FiniteGuard(run.optimizer, torch.device("cpu"), skip_in_kernel=True)
+    with torch.no_grad():
+        dict(run.model.weights())["norm.weight"][0] = float("nan")
+    train.train_step(run, [batch(0)])
+    with pytest.raises(UserError, match="the gradient is not finite"):
+        run.guard.settle()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_run_that_diverges_ends_with_one_sentence(arguments, tmp_path, ranks):  # noqa: F811
+    """The rate is so large that weights leave what numbers can hold after a step or two."""
+    options = ("--optimizer.lr", "1e30", "--checkpoint.interval", "1", "--optimizer.weight_decay", "0")
+    log = tmp_path / "log"
+    process = start(arguments(tmp_path, ranks, *options, "--validation.no-enabled"), ranks, log)
+    assert process.wait(timeout=120) != 0
+    said = [line for line in log.read_text().splitlines() if line.startswith("error: step")]
+    assert len(set(said)) == 1
+    assert "the gradient is not finite, so training stops before it changes the weights" in said[0]
+    for step in find_steps(tmp_path / "run" / "checkpoint"):
+        tensors: dict[str, Any] = load_full_parameters(tmp_path / "run" / "checkpoint" / f"step-{step}")
+        assert all(tensor.isfinite().all() for tensor in tensors.values())
+
+
+def test_an_interrupted_run_keeps_its_place(arguments, tmp_path):  # noqa: F811
+    log = tmp_path / "log"
+    process = start(arguments(tmp_path, 1, "--training.steps", "1000", "--checkpoint.interval", "1000"), 1, log)
+    wait_for_step(process, log, 2)
+    process.terminate()
+    process.wait(timeout=60)
+    folder = tmp_path / "run" / "checkpoint"
+    (step,) = find_steps(folder)
+    state = read_state(folder / f"step-{step}")
+    assert state["step"] == step
+    assert state["data"]["counters"]["rows"] > 0
+    shutil.rmtree(folder)

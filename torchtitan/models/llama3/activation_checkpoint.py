@@ -1,0 +1,99 @@
+"""Activation checkpointing: what the backward pass needs is computed again, not kept (arXiv 1604.06174).
+
+Whole blocks, every n-th block, or within each block only what is cheap to compute again ("op").
+"""
+
+from collections.abc import Callable
+from functools import partial
+from importlib import import_module
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from torchtitan.config_manager import ActivationCheckpoint
+from torchtitan.models.llama3.model import Llama3
+
+_MATRIX_PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.linear.default}
+
+
+def _kept() -> set[Any]:
+    """Operations whose results mode "op" keeps, besides every second matrix product: attention, and sent gradients."""
+    names = (
+        "aten._scaled_dot_product_flash_attention",
+        "aten._scaled_dot_product_flash_attention_for_cpu",
+        "aten._scaled_dot_product_efficient_attention",
+        "aten._scaled_dot_product_cudnn_attention",
+        "aten._scaled_dot_product_fused_attention_overrideable",
+        "torch_attn._varlen_attn",  # known once torch.nn.attention.varlen is imported
+        "_c10d_functional.reduce_scatter_tensor",
+        "_c10d_functional.all_to_all_single",
+    )
+    kept = set()
+    for name in names:
+        space, operation = name.split(".")
+        if (found := getattr(getattr(torch.ops, space), operation, None)) is not None:
+            kept.add(found.default)
+    return kept
+
+
+def checkpoint_activations(model: Llama3, config: ActivationCheckpoint) -> None:
+    """Apply a mode to the blocks of a model; names of modules and parameters stay as they are."""
+    if config.mode == "none":
+        return
+    every = 1
+    contexts: Callable[..., Any] | None = None
+    if config.mode == "selective" and config.selective_ac_option != "op":
+        every = int(config.selective_ac_option)
+    elif config.mode == "selective":
+        if torch.cuda.is_available():
+            import_module("torch.nn.attention.varlen")  # makes its operation known
+        contexts = partial(_op_contexts, _kept())
+    for number, block in model.layers.items():
+        if contexts is not None:
+            shapes = _recomputed_shapes(block, f"layers.{number}", config)
+            block.forward = _checkpointed(block.forward, partial(contexts, shapes))
+        elif int(number) % every == 0:
+            block.forward = _checkpointed(block.forward, None)
+
+
+def _checkpointed(
+    forward: Callable[..., torch.Tensor], contexts: Callable[[], Any] | None
+) -> Callable[..., torch.Tensor]:
+    more: dict[str, Any] = {} if contexts is None else {"context_fn": contexts}
+
+    # A function, not a functools.partial: torch.compile of torch 2.14 finds no code in a partial.
+    def run(*inputs: Any) -> torch.Tensor:
+        return cast(torch.Tensor, checkpoint(forward, *inputs, use_reentrant=False, **more))
+
+    return run
+
+
+def _recomputed_shapes(block: nn.Module, prefix: str, config: ActivationCheckpoint) -> set[tuple[int, int]]:
+    """Shapes (in, out) of the layers whose matrix products are always computed again."""
+    names = config.per_op_sac_force_recompute_mm_shapes_by_fqns
+    return {
+        (module.in_features, module.out_features)
+        for name, module in block.named_modules()
+        if isinstance(module, nn.Linear) and any(part in f"{prefix}.{name}" for part in names)
+    }
+
+
+def _op_contexts(kept: set[Any], recomputed: set[tuple[int, int]]) -> Any:
+    """The two contexts of a block's forward pass and of its repetition, with a count of matrix products in each."""
+    counts = {False: 0, True: 0}
+
+    def policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        if operation in kept:
+            return CheckpointPolicy.MUST_SAVE
+        if operation in _MATRIX_PRODUCTS:
+            weight = args[2] if operation is torch.ops.aten.addmm.default else args[1]
+            shape = weight.shape if operation is not torch.ops.aten.linear.default else weight.shape[::-1]
+            if tuple(shape) in recomputed:
+                return CheckpointPolicy.PREFER_RECOMPUTE
+            counts[context.is_recompute] += 1
+            return CheckpointPolicy.MUST_SAVE if counts[context.is_recompute] % 2 else CheckpointPolicy.PREFER_RECOMPUTE
+        return CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)

@@ -1,0 +1,38 @@
+"""Stopping a run from outside: SIGTERM, and SIGUSR1, which Slurm sends before it takes a node away."""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class StopRequest:
+    """Whether this process was asked to stop, and by which signal."""
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+
+    def __bool__(self) -> bool:
+        return self.name is not None
+
+    def receive(self, number: int, frame: FrameType | None) -> None:
+        """The handler: it only takes a note, so that what is under way, such as a save, is finished."""
+        self.name = signal.Signals(number).name
+
+
+@contextmanager
+def stop_requests() -> Iterator[StopRequest]:
+    """Take a note of stop signals instead of dying of them; before and after, they do what they did."""
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():  # Only the main thread can have handlers.
+        yield request
+        return
+    before = {number: signal.signal(number, request.receive) for number in SIGNALS}
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
