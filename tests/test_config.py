@@ -311,9 +311,9 @@ def test_the_table_of_what_is_not_built_names_only_known_keys():
 
 
 def test_a_refused_value_in_a_file_can_be_taken_back_on_the_command_line(toml):
-    option = toml('[activation_checkpoint]\nmode = "selective"\n')
+    option = toml("[parallelism]\nexpert_parallel_degree = 2\n")
     assert "run.toml" in error(option)
-    assert parse(option, "--activation_checkpoint.mode=full").activation_checkpoint.mode == "full"
+    assert parse(option, "--parallelism.expert_parallel_degree=1").parallelism.expert_parallel_degree == 1
 
 
 # --- data sources

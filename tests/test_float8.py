@@ -63,7 +63,7 @@ def test_without_torchao_or_the_hardware_it_is_refused(monkeypatch):
     ("options", "sentence"),
     [
         (["--model.converters", "float4"], 'there is only "float8"'),
-        (["--float8.precompute_float8_dynamic_scale_for_fsdp"], "enable_fsdp_float8_all_gather must be true"),
+        (["--float8.precompute_float8_dynamic_scale_for_fsdp"], "it needs float8.enable_fsdp_float8_all_gather"),
         (["--float8.enable_fsdp_float8_all_gather", "--float8.recipe_name", "rowwise"], "tensorwise"),
         (["--model.converters", "mx", "--mx.no-use_fp8_dim1_cast_triton_kernel"], "no MX training"),
     ],
