@@ -11,11 +11,11 @@ from torchtitan.audio.token_stream import extend_tokenizer
 from torchtitan.components import loss as loss_module
 from torchtitan.components.hf_export import write_hf_files, write_weights
 from torchtitan.components.loss import IGNORE_INDEX, chunked_nll, chunked_nll_sum
-from torchtitan.config_manager import Model
+from torchtitan.config_manager import ActivationCheckpoint, Model
 from torchtitan.models.base import BaseModel
+from torchtitan.models.llama3.activation_checkpoint import checkpoint_activations
 from torchtitan.models.llama3.args import Llama3Args, read_config
 from torchtitan.models.llama3.model import Llama3
-from torchtitan.models.llama3.parallelize import checkpoint_activations
 from torchtitan.models.llama3.weights import SafetensorsFolder, hf_names, init_random, load_hf, materialize
 from torchtitan.tools.errors import UserError
 
@@ -116,7 +116,7 @@ def test_number_of_parameters(make_base_model, tied):
 def test_activation_checkpointing_gives_the_same_gradients(make_base_model, tokens, targets):
     folder = make_base_model()
     plain, recomputed = load(folder), load(folder)
-    checkpoint_activations(recomputed)
+    checkpoint_activations(recomputed, ActivationCheckpoint("full"))
     for model in (plain, recomputed):
         model(tokens, targets).backward()
     for (name, p), q in zip(plain.named_parameters(), recomputed.parameters(), strict=True):
@@ -125,7 +125,7 @@ def test_activation_checkpointing_gives_the_same_gradients(make_base_model, toke
 
 def test_activation_checkpointing_computes_blocks_again(make_base_model, tokens, targets):
     model = load(make_base_model())
-    checkpoint_activations(model)
+    checkpoint_activations(model, ActivationCheckpoint("full"))
     calls = []
     model.layers["0"].attention.register_forward_hook(lambda *_: calls.append(1))
     model(tokens, targets).backward()

@@ -15,7 +15,9 @@ import torch
 import torch.nn.functional as F
 
 from torchtitan.components.loss import IGNORE_INDEX
+from torchtitan.config_manager import ActivationCheckpoint
 from torchtitan.models.llama3 import attention
+from torchtitan.models.llama3.activation_checkpoint import checkpoint_activations
 from torchtitan.models.llama3.args import Llama3Args, read_config
 from torchtitan.models.llama3.attention import (
     Documents,
@@ -25,7 +27,7 @@ from torchtitan.models.llama3.attention import (
     find_documents,
 )
 from torchtitan.models.llama3.model import Llama3
-from torchtitan.models.llama3.parallelize import checkpoint_activations, compile_blocks, shard
+from torchtitan.models.llama3.parallelize import compile_blocks, shard
 from torchtitan.models.llama3.weights import init_random, load_hf, materialize
 
 CPU = torch.device("cpu")
@@ -44,7 +46,7 @@ def randomly(args: Llama3Args, mesh=None) -> Llama3:
     with torch.device("meta"):
         model = Llama3(args)
     if mesh is not None:
-        checkpoint_activations(model)
+        checkpoint_activations(model, ActivationCheckpoint("full"))
         shard(model, mesh, torch.float32, torch.float32)
     materialize(model, CPU, ROW)
     init_random(model, 0)
@@ -292,7 +294,7 @@ def test_bf16_is_close(make_model, attend_by, way):
 @pytest.mark.parametrize("way", WAYS)
 def test_activation_checkpointing_gives_the_same_gradients(make_model, attend_by, way):
     plain, recomputed, samples = make_model(), make_model(), make_samples()
-    checkpoint_activations(recomputed)
+    checkpoint_activations(recomputed, ActivationCheckpoint("full"))
     found = []
     for model in (plain, recomputed):
         attend_by(model, way)
@@ -305,7 +307,7 @@ def test_activation_checkpointing_gives_the_same_gradients(make_model, attend_by
 def test_compiled_blocks_compute_the_same_in_one_graph(make_model, checkpointed):
     plain, compiled, samples = make_model(), make_model(), make_samples()
     if checkpointed:
-        checkpoint_activations(compiled)
+        checkpoint_activations(compiled, ActivationCheckpoint("full"))
     compile_blocks(compiled)
     tokens, targets, _ = pack(samples, [[7], [1]])
     assert_close(gradients(compiled, compiled(tokens, targets)), gradients(plain, plain(tokens, targets)))

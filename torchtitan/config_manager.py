@@ -433,13 +433,34 @@ class Validation:
 
 @dataclass
 class Evaluation:
-    """Benchmarks during training. They are run afterwards instead, by the scripts in eval/."""
+    """
+    A small benchmark during training: in how many pairs of clips the model prefers the better one, by the rule of
+    eval/salmon.py. All benchmarks in full are run afterwards, by the scripts in eval/.
+    """
 
     enable_evaluation: bool = False
-    """Run benchmarks during training."""
+    """Score pairs every evaluation.evaluation_freq steps, and after the last one."""
 
     evaluation_freq: int = 1000
-    """Steps from one evaluation to the next, where evaluation.enable_evaluation is true."""
+    """Steps from one evaluation to the next. The same as evaluation.freq."""
+
+    freq: int = 1000
+    """Steps from one evaluation to the next. The same as evaluation.evaluation_freq."""
+
+    dataset_path: str = "slprl/SALMon"
+    """
+    Local folder, or hub name, of pairs in the layout of slprl/SALMon: a folder of parquet files for each task, with
+    columns positive_audio and negative_audio. The tasks are SALMon's, or else whatever folders there are.
+    """
+
+    max_pairs_per_task: int = 25
+    """How many pairs of each task are used, always the same ones. 0: all."""
+
+    batch_size: int = 16
+    """Clips in one forward pass of one rank."""
+
+    seq_len: int = 1024
+    """Clips are cut to so many tokens, and to 20 s."""
 
 
 @dataclass
@@ -769,7 +790,6 @@ OFF_ONLY: dict[str, Off] = {
     "job.use_for_integration_test": Off("TorchTitan's integration tests are not part of this project"),
     "model.tokenizer_path": Off("the tokenizer is always read from model.name"),
     "optimizer.early_step_in_backward": Off("it excludes gradient clipping and is not built"),
-    "evaluation.enable_evaluation": Off("benchmarks are run after training, by the scripts in eval/"),
     "parallelism.expert_parallel_degree": Off("the model has no experts"),
     "parallelism.enable_compiled_autograd": Off("compiled autograd is not built yet"),
     "compile.components": Off("only the model's blocks are compiled"),
@@ -841,6 +861,10 @@ RANGES: dict[str, Range] = {
     "validation.freq": _at_least(1),
     "validation.steps": _POSITIVE_OR_ALL,
     "evaluation.evaluation_freq": _at_least(1),
+    "evaluation.freq": _at_least(1),
+    "evaluation.dataset_path": _NOT_EMPTY,
+    "evaluation.max_pairs_per_task": _at_least(0),
+    "evaluation.batch_size": _at_least(1),
     "parallelism.data_parallel_replicate_degree": _at_least(1),
     "parallelism.data_parallel_shard_degree": _POSITIVE_OR_ALL,
     "parallelism.tensor_parallel_degree": _at_least(1),
@@ -858,7 +882,12 @@ RANGES: dict[str, Range] = {
 }
 
 # Two names for one switch: setting either sets both.
-TWINS = {"training.compile": "compile.enable", "compile.enable": "training.compile"}
+TWINS = {
+    "training.compile": "compile.enable",
+    "compile.enable": "training.compile",
+    "evaluation.freq": "evaluation.evaluation_freq",
+    "evaluation.evaluation_freq": "evaluation.freq",
+}
 
 
 def check_values(config: JobConfig, origins: dict[str, str] | None = None) -> None:
@@ -876,8 +905,9 @@ def check_values(config: JobConfig, origins: dict[str, str] | None = None) -> No
         if key in RANGES and value is not None and not RANGES[key][0](value):
             refuse(key, f"it must be {RANGES[key][1]}")
 
-    if config.training.compile != config.compile.enable:
-        refuse("training.compile", f"compile.enable is the same switch, but is {_show(config.compile.enable)}")
+    for key, twin in TWINS.items():
+        if values[key] != values[twin]:
+            refuse(key, f"{twin} is the same setting, but is {_show(values[twin])}")
 
     name, flavor = config.model.name, config.model.flavor
     if flavor == "debug" and config.model.pretrained:
@@ -886,8 +916,13 @@ def check_values(config: JobConfig, origins: dict[str, str] | None = None) -> No
         refuse("model.flavor", f'model.name = "{name}" is not of that size by its name; leave model.flavor empty')
 
     shortest = config.model.num_quantizers + 3
-    for key in ("training.seq_len", "validation.seq_len"):
-        if values[key] < shortest and (key == "training.seq_len" or config.validation.enabled):
+    used = {
+        "training.seq_len": True,
+        "validation.seq_len": config.validation.enabled,
+        "evaluation.seq_len": config.evaluation.enable_evaluation,
+    }
+    for key in used:
+        if values[key] < shortest and used[key]:
             quantizers = config.model.num_quantizers
             refuse(key, f"one frame with model.num_quantizers = {quantizers} needs at least {shortest} tokens")
 
@@ -1033,6 +1068,8 @@ def check(config: JobConfig, world_size: int) -> None:
     if config.validation.enabled:
         _check_source("validation.dataset_path", config.validation.dataset_path, "a data set's folder", files=True)
         _check_places("validation", config.validation)
+    if config.evaluation.enable_evaluation:
+        _check_source("evaluation.dataset_path", config.evaluation.dataset_path, "a folder of pairs")
 
     start = config.checkpoint.initial_load_path
     if start is not None and not os.path.isdir(start):
@@ -1238,7 +1275,7 @@ def _read_table(table: dict[str, Any], origin: str) -> dict[str, Any]:
             values[key] = _read(key, value, origin)
     for key, twin in TWINS.items():
         if key in values and values.get(twin, values[key]) != values[key]:
-            raise ConfigError(f"{_said(key, values[key], origin)}: {twin} is the same switch, set to the opposite.")
+            raise ConfigError(f"{_said(key, values[key], origin)}: {twin} is the same setting, set to another value.")
     return values
 
 

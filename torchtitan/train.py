@@ -38,6 +38,7 @@ from torchtitan.components.checkpoint import (
     restore_random_state,
 )
 from torchtitan.components.dataloader import LENGTH_MULTIPLE, BadRows, Batch, Counters, SpeechDataLoader, max_frames_of
+from torchtitan.components.evaluate import Evaluator, find_pairs
 from torchtitan.components.float8 import check_float8
 from torchtitan.components.gradients import FiniteGuard, clip_grad_norm
 from torchtitan.components.hf_export import export_checkpoint, write_hf_files
@@ -66,6 +67,7 @@ from torchtitan.distributed.utils import (
     sum_over_ranks,
     world_size,
 )
+from torchtitan.eval.data import Task
 from torchtitan.models.base import BaseModel
 from torchtitan.models.llama3.parallel_model import DTYPES, ParallelModel, check_split
 from torchtitan.models.llama3.weights import init_random, load_hf
@@ -89,6 +91,7 @@ class Inputs:
     codec: Codec | None  # None: all data are codes already
     train_data: FoundData
     validation_data: FoundData | None
+    pairs: list[Task]  # to evaluate on
     checkpoints: CheckpointManager
     latest: Path | None  # checkpoint to resume from
     initial: Path | None  # checkpoint to start from where there is none to resume from
@@ -107,6 +110,7 @@ class Trainer:
     guard: FiniteGuard
     loader: SpeechDataLoader
     validator: Validator | None
+    evaluator: Evaluator | None
     metrics: MetricsLogger
     step: int = 0
     tokens_seen: int = 0
@@ -148,7 +152,8 @@ def find_inputs(config: JobConfig) -> Inputs:
     if (resumed := latest or (None if saving.initial_load_model_only else initial)) is not None:
         require_same_run(resumed, config)
     codec = None
-    if train_data.files or (validation_data and validation_data.files):
+    pairs = find_pairs(config.evaluation) if config.evaluation.enable_evaluation else []
+    if train_data.files or (validation_data and validation_data.files) or pairs:
         codec = Codec.load(model.audio_tokenizer, model.num_quantizers, model.codec_padding, model.codec_window)
     base = BaseModel.load(model)
     base.warn_of_other_conventions(model)
@@ -156,9 +161,14 @@ def find_inputs(config: JobConfig) -> Inputs:
         base.require_same_sizes(initial)
     check_split(config, base.args)
     check_float8(config)
-    for section in ("training", "validation"):
+    used = {
+        "training": True,
+        "validation": config.validation.enabled,
+        "evaluation": config.evaluation.enable_evaluation,
+    }
+    for section in used:
         length = getattr(config, section).seq_len
-        if length > base.args.max_seq_len and (section == "training" or config.validation.enabled):
+        if length > base.args.max_seq_len and used[section]:
             raise UserError(
                 f"{section}.seq_len = {length}: {model.name} was made for rows of at most {base.args.max_seq_len} ids."
             )
@@ -166,7 +176,7 @@ def find_inputs(config: JobConfig) -> Inputs:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"job.dump_folder: {folder} cannot be created ({error.strerror}).") from None
-    return Inputs(config, folder, base, codec, train_data, validation_data, checkpoints, latest, initial)
+    return Inputs(config, folder, base, codec, train_data, validation_data, pairs, checkpoints, latest, initial)
 
 
 # What a run cannot change on the way: what a token means and where it is in the data would no longer hold.
@@ -230,8 +240,15 @@ def build(inputs: Inputs) -> Trainer:
         validation_loader = build_loader(inputs, dims, bad_rows, group, validation=True)
         validator = Validator(validation_loader, base.stream, config.validation.steps, group, dims.counts_rows)
 
+    evaluator = None
+    if inputs.pairs and inputs.codec is not None:
+        share, compiled = (dims.data_rank, dims.data_degree), config.training.compile
+        evaluator = Evaluator(
+            config.evaluation, inputs.pairs, inputs.codec, base.stream, share, dims.counts_rows, group, compiled
+        )
+
     metrics = MetricsLogger(config, inputs.folder, rank(), device, base.args.flops_per_token)
-    trainer = Trainer(inputs, dims, device, group, model, optimizer, guard, loader, validator, metrics)
+    trainer = Trainer(inputs, dims, device, group, model, optimizer, guard, loader, validator, evaluator, metrics)
     if start is not None and not is_hf_folder(start):
         load(trainer, start, weights_only=latest is None and config.checkpoint.initial_load_model_only)
     logger.info(
@@ -458,13 +475,16 @@ def train(trainer: Trainer) -> None:
                 or (trainer.step == 1 and config.checkpoint.enable_first_step_checkpoint)
             )
             validates = trainer.validator and (trainer.step % config.validation.freq == 0 or trainer.step == steps)
-            if logs or saves or validates:
+            evaluates = trainer.evaluator and (trainer.step % config.evaluation.freq == 0 or trainer.step == steps)
+            if logs or saves or validates or evaluates:
                 trainer.guard.settle()
             if logs:
                 report(trainer, loss, grad_norm, lr)
             with trainer.metrics.paused():
                 if validates:
                     validate(trainer)
+                if evaluates:
+                    evaluate(trainer)
                 if saves:
                     save(trainer)
             if profiler:
@@ -560,6 +580,23 @@ def validate(trainer: Trainer) -> None:
     )
     figures = {"validation/loss": result.loss, "validation/code_entropy": result.entropy, **by_quantizer}
     trainer.metrics.write(trainer.step, figures)
+
+
+def evaluate(trainer: Trainer) -> None:
+    """Run the evaluation and log it."""
+    assert trainer.evaluator is not None
+    result = trainer.evaluator.run(trainer.model.losses)
+    error = "" if result.standard_error is None else f" +- {100 * result.standard_error:.1f}"
+    logger.info(
+        "step: %d  evaluation: %.1f%%%s of %d pairs  %s",
+        trainer.step,
+        100 * result.accuracy,
+        error,
+        result.pairs,
+        "  ".join(f"{name}: {100 * accuracy:.0f}%" for name, accuracy in result.by_task.items()),
+    )
+    by_task = {f"evaluation/accuracy_{name}": accuracy for name, accuracy in result.by_task.items()}
+    trainer.metrics.write(trainer.step, {"evaluation/accuracy": result.accuracy, **by_task})
 
 
 def main(argv: list[str] | None = None) -> int:

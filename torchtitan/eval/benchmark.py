@@ -8,13 +8,15 @@ import platform
 import shlex
 import sys
 import time
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
 
 import torchtitan
-from torchtitan.audio.codec import FRAME_SIZE
+from torchtitan.audio.codec import FRAME_SIZE, Codec
+from torchtitan.audio.token_stream import TokenStream
 from torchtitan.audio.waveform import RESAMPLER, SAMPLE_RATE, AudioError, load_audio
 from torchtitan.eval.data import Task, open_tasks
 from torchtitan.eval.metrics import SIDES, Rule, TaskResult, judge
@@ -158,7 +160,9 @@ def score_task(
     interval = 0.1 if sys.stderr.isatty() else 10.0
     try:
         with tqdm(total=total, desc=f"{task.name}: codes", unit="clip", mininterval=interval) as bar:
-            clips = _encode_task(benchmark, task, lm, max_seconds, limit, bar)
+            clips = encode_pairs(
+                benchmark, task, lm.codec, lm.stream, lm.max_length, max_seconds, limit, on_progress=bar.update
+            )
         readable = [(clip, clip.codes) for clip in clips if clip.codes is not None]
         with tqdm(total=len(readable), desc=f"{task.name}: scores", unit="clip", mininterval=interval) as bar:
             sequences = [lm.stream.sample(codes) for _, codes in readable]
@@ -171,25 +175,42 @@ def score_task(
     return clips
 
 
-def _encode_task(
-    benchmark: Benchmark, task: Task, lm: SpeechLM, max_seconds: float, limit: int | None, bar: Any
+def encode_pairs(
+    benchmark: Benchmark,
+    task: Task,
+    codec: Codec,
+    stream: TokenStream,
+    max_length: int,
+    max_seconds: float = 20.0,
+    limit: int | None = None,
+    chosen: Collection[int] | None = None,
+    on_progress: Callable[[int], Any] = lambda count: None,
 ) -> list[Clip]:
-    """Read and encode the clips of a task, without scores."""
-    max_frames = lm.stream.max_frames(lm.max_length)
+    """Read and encode the clips of a task, without scores.
+
+    Args:
+        max_length: ids that the model can take.
+        limit: only so many pairs, from the task's start.
+        chosen: only these pairs, by their number.
+        on_progress: called with the number of clips done since the last call.
+    """
+    max_frames = stream.max_frames(max_length)
     clips: list[Clip] = []
     waiting: list[tuple[Clip, torch.Tensor]] = []  # waveforms [n] that await the codec
 
     def encode_waiting() -> None:
-        encoded = lm.codec.encode([waveform for _, waveform in waiting])
+        encoded = codec.encode([waveform for _, waveform in waiting])
         for (clip, waveform), codes in zip(waiting, encoded, strict=True):
             if codes.shape[1] > max_frames:
                 clip.context_cut = (waveform.numel() - max_frames * FRAME_SIZE) / SAMPLE_RATE
                 clip.cut += clip.context_cut
             clip.codes = codes[:, :max_frames].to(torch.int16)
-        bar.update(len(waiting))
+        on_progress(len(waiting))
         waiting.clear()
 
     for index, row in enumerate(task.pairs(limit)):
+        if chosen is not None and index not in chosen:
+            continue
         item = row.get(benchmark.item_column)
         plain = {
             name: value
@@ -203,7 +224,7 @@ def _encode_task(
                 waveform = _load(task, row, column, f"{task.name} pair {index}, {side} clip")
             except AudioError as error:
                 clip.error = str(error)
-                bar.update(1)
+                on_progress(1)
                 continue
             kept = waveform[: round(max_seconds * SAMPLE_RATE)]
             clip.cut = (waveform.numel() - kept.numel()) / SAMPLE_RATE

@@ -106,6 +106,16 @@ def open_tasks(
     return found, [name for name in names if name not in {task.name for task in found}]
 
 
+def task_folders(dataset: str) -> list[str]:
+    """Names of the folders with parquet files in a local folder, or its own name if it is one of them itself."""
+    path = Path(os.path.abspath(Path(dataset).expanduser()))
+    if not path.is_dir():
+        return []
+    if any(path.glob("*.parquet")):
+        return [path.name]
+    return sorted(child.name for child in path.iterdir() if child.is_dir() and _parquet_files(child))
+
+
 def _parquet_files(folder: Path) -> list[Path]:
     """A task folder's parquet files: those of the split train where files are named after splits, otherwise all."""
     files = [

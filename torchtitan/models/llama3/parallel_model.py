@@ -87,7 +87,12 @@ class ParallelModel:
         if dims.pipeline > 1:
             blocks = split_blocks(args.n_layers, parallelism)
             own = own_stages(len(blocks), dims.pipeline_rank, dims.pipeline, parallelism)
-        longest = max(training.seq_len, config.validation.seq_len if config.validation.enabled else 0)
+        longest = max(
+            training.seq_len,
+            config.validation.seq_len if config.validation.enabled else 0,
+            config.evaluation.seq_len if config.evaluation.enable_evaluation else 0,
+        )
+        longest += -longest % dims.row_multiple
         self.parts = [self._part(config, blocks[i], i == 0, i == len(blocks) - 1) for i in own]
         for part in self.parts:
             materialize(part, torch.device("cpu") if training.enable_cpu_offload else device, longest, device)
