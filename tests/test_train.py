@@ -361,3 +361,16 @@ def test_the_way_back_from_hugging_face_format(arguments, tmp_path):
     assert read_state(step)["config"]["model"]["codec_padding"] == "aligned"
     start = ("--checkpoint.initial_load_path", str(tmp_path / "back"), "--training.steps", "1")
     launch(arguments(tmp_path / "new", 1, *start), 1)
+
+
+def test_log_lines_as_json(arguments, tmp_path):
+    """In a process of its own: under pytest the logger has handlers of pytest's."""
+    options = arguments(tmp_path, 1, "--metrics.log_format", "json")
+    done = subprocess.run(
+        [sys.executable, "-m", "torchtitan.train", *options], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    lines = [json.loads(line) for line in done.stderr.splitlines() if line.startswith("{")]
+    assert all({"time", "level", "rank", "message"} <= line.keys() for line in lines)
+    written = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    logged = [{k: v for k, v in line.items() if k not in ("time", "level", "rank", "message")} for line in lines]
+    assert [line for line in logged if line] == written

@@ -99,6 +99,12 @@ class Metrics:
     enable_tensorboard: bool = False
     """Write the figures for TensorBoard."""
 
+    log_format: Literal["text", "json"] = "text"
+    """
+    How log lines are written. "json": one object a line, with time, level, rank and message; lines of a step,
+    validation or evaluation also have its figures, under the names that metrics.jsonl uses.
+    """
+
     disable_color_printing: bool = False
     """Print console lines without colours."""
 

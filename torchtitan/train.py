@@ -570,6 +570,7 @@ def validate(trainer: Trainer) -> None:
     result = trainer.validator.run(trainer.model.losses)
     trainer.validation = result
     by_quantizer = {f"validation/loss_q{q}": loss for q, loss in enumerate(result.quantizers)}
+    figures = {"validation/loss": result.loss, "validation/code_entropy": result.entropy, **by_quantizer}
     logger.info(
         "step: %d  validation loss: %.4f  by quantizer: %s  (%s targets; entropy of the codes: %.4f)",
         trainer.step,
@@ -577,8 +578,8 @@ def validate(trainer: Trainer) -> None:
         " ".join(f"{loss:.3f}" for loss in result.quantizers),
         f"{result.num_targets:,}",
         result.entropy,
+        extra={"figures": {"step": trainer.step, **figures}},
     )
-    figures = {"validation/loss": result.loss, "validation/code_entropy": result.entropy, **by_quantizer}
     trainer.metrics.write(trainer.step, figures)
 
 
@@ -586,6 +587,8 @@ def evaluate(trainer: Trainer) -> None:
     """Run the evaluation and log it."""
     assert trainer.evaluator is not None
     result = trainer.evaluator.run(trainer.model.losses)
+    by_task = {f"evaluation/accuracy_{name}": accuracy for name, accuracy in result.by_task.items()}
+    figures = {"evaluation/accuracy": result.accuracy, **by_task}
     error = "" if result.standard_error is None else f" +- {100 * result.standard_error:.1f}"
     logger.info(
         "step: %d  evaluation: %.1f%%%s of %d pairs  %s",
@@ -594,9 +597,9 @@ def evaluate(trainer: Trainer) -> None:
         error,
         result.pairs,
         "  ".join(f"{name}: {100 * accuracy:.0f}%" for name, accuracy in result.by_task.items()),
+        extra={"figures": {"step": trainer.step, **figures}},
     )
-    by_task = {f"evaluation/accuracy_{name}": accuracy for name, accuracy in result.by_task.items()}
-    trainer.metrics.write(trainer.step, {"evaluation/accuracy": result.accuracy, **by_task})
+    trainer.metrics.write(trainer.step, figures)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -613,6 +616,7 @@ def main(argv: list[str] | None = None) -> int:
     if inputs.latest and (done := read_state(inputs.latest)["step"]) >= config.training.steps:
         logger.info("nothing to do: the run is at step %d of %d (%s)", done, config.training.steps, inputs.latest)
         return 0
+    init_logger(config.metrics.log_format == "json")
     if config.job.print_args:
         logger.info("%s", to_dict(config))
     logger.info("%s", config.job.description)

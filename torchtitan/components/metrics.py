@@ -54,7 +54,8 @@ class MetricsLogger:
         self.config, self.device, self.flops_per_token = config, device, flops_per_token
         self.peak_flops = peak_flops(device)
         self.totals, self._started = StepTotals(), time.perf_counter()
-        self._color = sys.stderr.isatty() and not config.metrics.disable_color_printing
+        plain = config.metrics.disable_color_printing or config.metrics.log_format == "json"
+        self._color = sys.stderr.isatty() and not plain
         self._file = folder / METRICS_FILE if rank == 0 else None
         self._writer: Any = None
         self._wandb: Any = None
@@ -141,6 +142,7 @@ class MetricsLogger:
             100 * figures["data_wait_share"],
             100 * figures["padding_share"],
             bad,
+            extra={"figures": {"step": step, **figures}},
         )
         self.write(step, figures)
         self.totals, self._started = StepTotals(), time.perf_counter()

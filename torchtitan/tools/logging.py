@@ -1,22 +1,42 @@
 """The one logger of a run."""
 
+import json
 import logging
 import os
 import sys
+from datetime import datetime
+from typing import Any
 
 logger = logging.getLogger("torchtitan")
 
 
-def init_logger() -> None:
-    """Write INFO and above to stderr, with time and rank."""
-    if logger.handlers:
-        return
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line: time (ISO 8601), level, rank, message, and what ``extra={"figures": {...}}`` holds."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line: dict[str, Any] = {
+            "time": datetime.fromtimestamp(record.created).astimezone().isoformat(timespec="milliseconds"),
+            "level": record.levelname,
+            "rank": int(os.environ.get("RANK", "0")),
+            "message": record.getMessage(),
+            **getattr(record, "figures", {}),
+        }
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line, ensure_ascii=False)
+
+
+def init_logger(as_json: bool = False) -> None:
+    """Write INFO and above to stderr: as text with time and rank, or as JSON."""
+    if not logger.handlers:
+        logger.addHandler(logging.StreamHandler(sys.stderr))
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
     rank = os.environ.get("RANK", "0")
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter(f"%(asctime)s [rank {rank}] %(levelname)s %(message)s", "%H:%M:%S"))
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
+    text = logging.Formatter(f"%(asctime)s [rank {rank}] %(levelname)s %(message)s", "%H:%M:%S")
+    for handler in logger.handlers:
+        if type(handler) is logging.StreamHandler:
+            handler.setFormatter(JsonFormatter() if as_json else text)
 
 
 def quiet_transformers() -> None:
