@@ -205,6 +205,8 @@ def test_a_last_checkpoint_of_weights_alone(arguments, tmp_path):
         (("--training.seq_len", "100000"), "rows of at most"),
         (("--job.dump_folder", "/proc/nowhere"), "cannot be created"),
         (("--profiling.enable_memory_snapshot",), "CUDA"),
+        (("--experimental.custom_import", "no.such.module"), "cannot be imported"),
+        (("--model.tokenizer_path", "./nowhere"), "no tokenizer could be loaded"),
     ],
 )
 def test_wrong_input_is_one_line_before_any_process_group(arguments, tmp_path, capfd, monkeypatch, options, sentence):
@@ -374,3 +376,14 @@ def test_log_lines_as_json(arguments, tmp_path):
     written = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     logged = [{k: v for k, v in line.items() if k not in ("time", "level", "rank", "message")} for line in lines]
     assert [line for line in logged if line] == written
+
+
+def test_a_tokenizer_from_elsewhere_and_a_module_from_outside(arguments, make_tokenizer, tmp_path, monkeypatch):
+    make_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    (tmp_path / "from_outside.py").write_text("import pathlib\npathlib.Path(__file__).with_suffix('.mark').touch()\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    more = ("--model.tokenizer_path", str(tmp_path / "tokenizer"), "--experimental.custom_import", "from_outside")
+    launch(arguments(tmp_path / "plain"), 1)
+    launch(arguments(tmp_path / "other", 1, *more), 1)
+    assert (tmp_path / "from_outside.mark").exists()
+    assert figures(tmp_path / "other") == figures(tmp_path / "plain")

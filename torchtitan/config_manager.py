@@ -56,7 +56,7 @@ class Job:
     """Free text, logged at the start."""
 
     use_for_integration_test: bool = False
-    """A mark that TorchTitan's own test suite puts on its files."""
+    """A mark that TorchTitan's own test suite puts on its files. It changes nothing."""
 
     print_args: bool = False
     """Log all settings at the start."""
@@ -142,7 +142,10 @@ class Model:
     """
 
     tokenizer_path: str | None = None
-    """The tokenizer always comes with model.name."""
+    """
+    Hub name or folder of the tokenizer, if it is not that of model.name. Its ids must be those that the model was
+    trained with, or fewer.
+    """
 
     pretrained: bool = True
     """Start from the weights of model.name. False: from random weights."""
@@ -737,7 +740,7 @@ class Experimental:
     """Modules from outside of this repository."""
 
     custom_import: str = ""
-    """Module to import at the start."""
+    """Python module to import at the start, such as one that registers kernels."""
 
     custom_args_module: str = ""
     """Module with further settings."""
@@ -793,20 +796,18 @@ class Off:
 
 
 OFF_ONLY: dict[str, Off] = {
-    "job.use_for_integration_test": Off("TorchTitan's integration tests are not part of this project"),
-    "model.tokenizer_path": Off("the tokenizer is always read from model.name"),
-    "optimizer.early_step_in_backward": Off("it excludes gradient clipping and is not built"),
+    "optimizer.early_step_in_backward": Off("it excludes gradient clipping, and the check that gradients are finite"),
     "parallelism.expert_parallel_degree": Off("the model has no experts"),
-    "parallelism.enable_compiled_autograd": Off("compiled autograd is not built yet"),
+    "parallelism.enable_compiled_autograd": Off("the backward pass is compiled block by block only"),
     "compile.components": Off("only the model's blocks are compiled"),
     # An exception from an empty rule chooses nothing; existing files set it anyway.
     "mx.filter_fqns": Off("torchao has no MX training of linear layers any more", also=([],)),
     "mx.*": Off("torchao has no MX training of linear layers any more"),
     "float8.force_recompute_fp8_weight_in_bwd": Off("torchao no longer has it, its backward pass always does so"),
     "float8.moe_fqns_prototype": Off("the model has no experts"),
-    "memory_estimation.*": Off("memory estimation is not built yet"),
-    "fault_tolerance.*": Off("fault tolerance is not built yet"),
-    "experimental.*": Off("modules from outside are not imported"),
+    "memory_estimation.*": Off("memory is estimated by scripts/estimate.py"),
+    "fault_tolerance.*": Off("TorchFT is not used; a run that failed goes on from its last checkpoint"),
+    "experimental.custom_args_module": Off("settings of modules from outside are not read"),
 }
 
 

@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
+from importlib import import_module
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,11 @@ def find_inputs(config: JobConfig) -> Inputs:
         UserError: a value, the arithmetic of ranks and batches, or a file is wrong.
     """
     check(config, world_size())
+    if config.experimental.custom_import:
+        try:
+            import_module(config.experimental.custom_import)
+        except ImportError as error:
+            raise UserError(f"experimental.custom_import: the module cannot be imported ({error}).") from None
     # Several ranks count rows later, one for all: that may read a header from each of thousands of files.
     retries, counts = config.training.read_retries, world_size() == 1
     train_data = find_data(sources_from_config(config.training, "training"), retries, counts)

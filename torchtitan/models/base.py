@@ -50,10 +50,11 @@ class BaseModel:
         hf_config = read_config(folder)
         args = Llama3Args.from_hf(hf_config, config.name)
         try:
-            tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+            tokenizer: Any = AutoTokenizer.from_pretrained(config.tokenizer_path or folder)
         except (OSError, ValueError, KeyError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise UserError(f"{config.name}: no tokenizer could be loaded from there ({reason}).") from None
+            source = config.tokenizer_path or config.name
+            raise UserError(f"{source}: no tokenizer could be loaded from there ({reason}).") from None
         if config.pretrained:
             SafetensorsFolder(folder)
         known = len(tokenizer)
