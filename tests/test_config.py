@@ -195,7 +195,10 @@ def test_a_wrong_command_line_is_refused_in_one_line(argv, parts):
     [
         ("[training]\nstpes = 3\n", ["training.stpes", "did you mean training.steps?"]),
         ("[trainig]\nsteps = 3\n", ["[trainig]", "did you mean [training]?"]),
-        ("[model]\nseq_len = 3\n", ["model.seq_len", "did you mean training.seq_len or validation.seq_len or evaluation.seq_len?"]),
+        (
+            "[model]\nseq_len = 3\n",
+            ["model.seq_len", "did you mean training.seq_len or validation.seq_len or evaluation.seq_len?"],
+        ),
         ("steps = 3\n", ["steps = 3", "outside of any [section]"]),
         ('[training]\nsteps = "10"\n', ['training.steps = "10"', "whole number"]),
         ("[training]\nsteps = 10.0\n", ["training.steps = 10.0", "whole number"]),

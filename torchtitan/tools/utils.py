@@ -29,7 +29,11 @@ def peak_flops(device: torch.device) -> float | None:
     """Dense bf16 peak of a GPU in FLOP/s; None where it is not known."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
+    return peak_flops_of(torch.cuda.get_device_name(device))
+
+
+def peak_flops_of(name: str) -> float | None:
+    """Dense bf16 peak in FLOP/s of a GPU by its name; None where it is not known."""
     return next((peak for part, peak in _PEAK_FLOPS.items() if re.search(rf"\b{part}\b", name)), None)
 
 
