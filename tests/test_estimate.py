@@ -4,12 +4,12 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from scripts import estimate as script
 from tests.test_train import ROOT, arguments, launch  # noqa: F401 - a fixture
 from torchtitan.components.checkpoint import find_checkpoint, read_state
 from torchtitan.components.optimizer import build_optimizer, optimizer_tensors
@@ -205,16 +205,30 @@ def test_the_script(tmp_path):
     found = json.loads(file.read_text())
     assert found["run"]["steps"] == 100
     assert f"{found['parameters']['total']:,}" in done.stdout
-    for wrong, sentence in (
-        (("--gpu", "Voodoo"), "its data sheet is not known"),
+    done = run(config, "--gpu", "Voodoo")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: --gpu Voodoo: its data sheet is not known")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
         (("--mfu", "2"), "--mfu above 0"),
         (("--training.stepz", "2"), "did you mean training.steps"),
         (("--parallelism.tensor_parallel_degree", "16"), "must multiply"),
-    ):
-        done = run(config, *wrong)
-        assert done.returncode == 2
-        assert done.stderr.startswith("error: ") and sentence in done.stderr
-    assert run(str(Path("config/debug.toml")), "--gpus", "1").returncode == 0
+    ],
+)
+def test_wrong_options(monkeypatch, wrong, sentence):
+    monkeypatch.setattr(sys, "argv", ["estimate.py", str(ROOT / "config" / "llama3_2_1b.toml"), *wrong])
+    with pytest.raises(UserError, match=sentence):
+        script.main()
+
+
+def test_the_script_takes_local_models(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["estimate.py", "config/debug.toml", "--gpus", "1"])
+    script.main()
+    assert "it fits" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="measures the memory of a GPU")

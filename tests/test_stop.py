@@ -45,7 +45,10 @@ def wait_for_step(process: subprocess.Popen, log: Path, step: int) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize(("ranks", "number"), [(1, signal.SIGTERM), (1, signal.SIGUSR1), (2, signal.SIGUSR1)])
+TWO = pytest.param(2, signal.SIGUSR1, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("ranks", "number"), [(1, signal.SIGTERM), (1, signal.SIGUSR1), TWO])
 def test_a_signal_ends_a_run_in_order_and_it_goes_on(arguments, tmp_path, ranks, number):  # noqa: F811
     options = ("--training.steps", str(STEPS), "--checkpoint.interval", "1000", "--validation.no-enabled")
     whole, cut, log = tmp_path / "whole", tmp_path / "cut", tmp_path / "log"
