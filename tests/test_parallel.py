@@ -32,7 +32,8 @@ from torchtitan.models.llama3.pipeline import own_stages, split_blocks
 from torchtitan.models.llama3.weights import init_random
 from torchtitan.tools.signals import StopRequest
 
-STEPS, ACCUMULATION, ROWS, SEQ_LEN, VOCAB_SIZE = 20, 2, 4, 32, 301
+STEPS, ACCUMULATION, ROWS, SEQ_LEN, VOCAB_SIZE, FIRST_AUDIO = 20, 2, 4, 32, 301, 100
+AUDIO = "--training.audio_head"
 
 
 def degrees(replicate: int = 1, tensor: int = 1, pipeline: int = 1, context: int = 1, **more: Any) -> list[str]:
@@ -57,6 +58,7 @@ TWO_RANKS: dict[str, tuple[list[str], bool, bool]] = {
     "DDP": (degrees(replicate=2), True, False),
     "TP": (degrees(tensor=2), True, True),
     "TP, untied, logits gathered": (degrees(tensor=2, disable_loss_parallel=True), False, False),
+    "TP, head of audio tokens": (degrees(tensor=2, training__audio_head=True), True, False),
     "CP": (degrees(context=2), True, False),
     "CP, packed": (degrees(context=2), True, True),
     "CP, all to all": (degrees(context=2, context_parallel_rotate_method="alltoall"), False, False),
@@ -96,7 +98,17 @@ COMPILED: dict[str, tuple[list[str], bool, bool]] = {
     ),
 }
 # Going through all of them takes minutes on two cores.
-FEW_OF_TWO = ["FSDP", "DDP", "FSDP, offloaded", "TP", "CP, packed", "CP, all to all", "PP", "PP, ZBVZeroBubble"]
+FEW_OF_TWO = [
+    "FSDP",
+    "DDP",
+    "FSDP, offloaded",
+    "TP",
+    "TP, head of audio tokens",
+    "CP, packed",
+    "CP, all to all",
+    "PP",
+    "PP, ZBVZeroBubble",
+]
 FEW_OF_FOUR = ["HSDP", "FSDP x PP", "TP x CP"]
 # Where a checkpoint of one split is taken up by another.
 SAVED, RESUMED = "PP, Interleaved1F1B", "TP"
@@ -114,7 +126,7 @@ def make(options: list[str], tied: bool, rank: int, world_size: int) -> SimpleNa
     dims = ParallelDims.from_config(config, rank, world_size)
     config.training.local_batch_size = ROWS // dims.data_degree
     args = Llama3Args(VOCAB_SIZE, 64, 4, n_heads=8, n_kv_heads=4, head_dim=8, hidden_dim=96, tied=tied)
-    model = ParallelModel(config, args, dims, torch.device("cpu"))
+    model = ParallelModel(config, args, dims, torch.device("cpu"), FIRST_AUDIO if AUDIO in options else 0)
     init_random(model, 5)
     optimizer = build_optimizer(model, config.optimizer)
     return SimpleNamespace(
@@ -122,6 +134,7 @@ def make(options: list[str], tied: bool, rank: int, world_size: int) -> SimpleNa
         dims=dims,
         device=torch.device("cpu"),
         data_group=None,
+        audio=AUDIO in options,
         model=model,
         optimizer=optimizer,
         guard=FiniteGuard(optimizer, torch.device("cpu")),
@@ -155,6 +168,8 @@ def steps(run: SimpleNamespace, first: int, last: int, packed: bool) -> list[tup
         batches = []
         for number in range(ACCUMULATION):
             tokens, targets, positions = microbatch(ACCUMULATION * step + number, packed)
+            if run.audio:
+                targets[(targets >= 0) & (targets < FIRST_AUDIO)] += FIRST_AUDIO
             batches.append(
                 Batch(tokens[own], targets[own], 0, {}, positions=None if positions is None else positions[own])
             )
@@ -169,6 +184,8 @@ def held_out(run: SimpleNamespace) -> torch.Tensor:
     random = torch.Generator().manual_seed(77)
     tokens, targets = (torch.randint(VOCAB_SIZE, (3, 21), generator=random) for _ in range(2))
     targets[0, 10:] = IGNORE_INDEX
+    if run.audio:
+        targets[(targets >= 0) & (targets < FIRST_AUDIO)] += FIRST_AUDIO
     return run.model.losses(tokens, targets)
 
 
@@ -254,11 +271,11 @@ def four_ranks_more(tmp_path_factory) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def expected() -> Any:
-    """A function of (tied, packed): what one rank gets, without any parallelism."""
+    """A function of a scenario's (options, tied, packed): what one rank gets, without any parallelism."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    found = {(t, p): result_of(make([], t, 0, 1), p) for t in (True, False) for p in (True, False)}
+    found = {(a, t, p): result_of(make([AUDIO] * a, t, 0, 1), p) for a in (0, 1) for t in (0, 1) for p in (0, 1)}
     dist.destroy_process_group()
-    return lambda tied, packed: found[tied, packed]
+    return lambda options, tied, packed: found[AUDIO in options, tied, packed]
 
 
 def assert_same(found: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -269,45 +286,60 @@ def assert_same(found: dict[str, Any], wanted: dict[str, Any]) -> None:
 @pytest.mark.parametrize("name", FEW_OF_TWO)
 def test_two_ranks_give_the_losses_of_one(two_ranks, expected, name):
     for rank in two_ranks[1]:
-        assert_same(rank[name], expected(*TWO_RANKS[name][1:]))
+        assert_same(rank[name], expected(*TWO_RANKS[name]))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", rest(TWO_RANKS, FEW_OF_TWO))
 def test_more_splits_over_two_ranks_give_the_losses_of_one(two_ranks_more, expected, name):
     for rank in two_ranks_more:
-        assert_same(rank[name], expected(*TWO_RANKS[name][1:]))
+        assert_same(rank[name], expected(*TWO_RANKS[name]))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", COMPILED)
 def test_compiled_blocks_give_the_same_losses(compiled, expected, name):
     for rank in compiled:
-        assert_same(rank[name], expected(*COMPILED[name][1:]))
+        assert_same(rank[name], expected(*COMPILED[name]))
 
 
 @pytest.mark.parametrize("name", FEW_OF_FOUR)
 def test_four_ranks_give_the_losses_of_one(four_ranks, expected, name):
     for rank in four_ranks:
-        assert_same(rank[name], expected(*FOUR_RANKS[name][1:]))
+        assert_same(rank[name], expected(*FOUR_RANKS[name]))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", rest(FOUR_RANKS, FEW_OF_FOUR))
 def test_more_splits_over_four_ranks_give_the_losses_of_one(four_ranks_more, expected, name):
     for rank in four_ranks_more:
-        assert_same(rank[name], expected(*FOUR_RANKS[name][1:]))
+        assert_same(rank[name], expected(*FOUR_RANKS[name]))
 
 
 def test_the_curve_is_worth_comparing(expected):
-    curve = expected(True, False)["curve"]
+    curve = expected([], True, False)["curve"]
     assert len(curve) == STEPS
     assert len(set(curve[:, 0].tolist())) == STEPS
 
 
+def test_a_head_of_audio_tokens_is_a_softmax_over_them_alone(expected):
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    whole, audio = (make(options, True, 0, 1).model.parts[0].eval() for options in ([], [AUDIO]))
+    dist.destroy_process_group()
+    tokens = torch.randint(VOCAB_SIZE, (2, 9), generator=torch.Generator().manual_seed(0))
+    targets = tokens.clamp(min=FIRST_AUDIO)
+    with torch.no_grad():
+        logits = whole(tokens)[..., FIRST_AUDIO:]
+        found = audio(tokens, targets)
+    wanted = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), (targets - FIRST_AUDIO).flatten(), reduction="none"
+    )
+    torch.testing.assert_close(found.flatten(), wanted, rtol=1e-5, atol=1e-5)
+
+
 def test_a_run_goes_on_with_another_split(two_ranks, expected):
     for rank in two_ranks[1]:
-        torch.testing.assert_close(rank["resumed"], expected(True, False)["curve"], rtol=1e-5, atol=0)
+        torch.testing.assert_close(rank["resumed"], expected([], True, False)["curve"], rtol=1e-5, atol=0)
 
 
 def test_a_tied_weight_on_two_stages_is_saved_once(two_ranks):
