@@ -210,7 +210,7 @@ def test_a_last_checkpoint_of_weights_alone(arguments, tmp_path):
     ],
 )
 def test_wrong_input_is_one_line_before_any_process_group(arguments, tmp_path, capfd, monkeypatch, options, sentence):
-    monkeypatch.setattr(train, "init_distributed", lambda comm: pytest.fail("a process group was opened"))
+    monkeypatch.setattr(train, "init_distributed", lambda *_: pytest.fail("a process group was opened"))
     assert train.main(arguments(tmp_path, 1, *options)) == 2
     lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error:")]
     assert len(lines) == 1
@@ -387,3 +387,12 @@ def test_a_tokenizer_from_elsewhere_and_a_module_from_outside(arguments, make_to
     launch(arguments(tmp_path / "other", 1, *more), 1)
     assert (tmp_path / "from_outside.mark").exists()
     assert figures(tmp_path / "other") == figures(tmp_path / "plain")
+
+
+def test_traces_are_named_after_the_steps_of_the_run(arguments, tmp_path):
+    options = ("--profiling.enable_profiling", "--profiling.profile_freq", "2", "--validation.no-enabled")
+    launch(arguments(tmp_path, 1, *options, "--training.steps", "3"), 1)
+    traces = tmp_path / "run" / "profile_traces"
+    assert [path.name for path in traces.iterdir()] == ["step-2"]
+    launch(arguments(tmp_path, 1, *options, "--training.steps", "7"), 1)
+    assert sorted(path.name for path in traces.iterdir()) == ["step-2", "step-4", "step-6"]

@@ -215,7 +215,7 @@ def require_same_run(checkpoint: Path, config: JobConfig) -> None:
 def build(inputs: Inputs) -> Trainer:
     """Make the parts of a run, and bring them to where its latest checkpoint left off; called by all ranks."""
     config, base = inputs.config, inputs.base
-    device = init_distributed(config.comm)
+    device = init_distributed(config.comm, inputs.folder)
     # Of its own, since reading what is tried again and again may take longer than any other collective.
     group = dist.new_group(backend="gloo", timeout=DATA_TIMEOUT)
     share_data(inputs, group)
@@ -464,7 +464,7 @@ def train(trainer: Trainer) -> None:
     with (
         stop_requests() as trainer.stop,
         closing(iter(trainer.loader)) as batches,
-        profile(config.profiling, trainer.inputs.folder, rank()) as profiler,
+        profile(config.profiling, trainer.inputs.folder, rank(), trainer.step) as profiler,
         memory_snapshots(config.profiling, trainer.inputs.folder, rank()) as snapshot,
     ):
         while trainer.step < steps:
@@ -497,7 +497,8 @@ def train(trainer: Trainer) -> None:
                 profiler.step()
             snapshot(trainer.step)
             if trainer.step == first_step:
-                shorten_timeout(config.comm, trainer.device)
+                groups = trainer.dims.groups(trainer.device.type) if world_size() > 1 else []
+                shorten_timeout(config.comm, trainer.device, groups)
             if trainer.stops:
                 break
     if trainer.step < steps:

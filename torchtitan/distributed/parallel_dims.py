@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import lcm
 
+from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from torchtitan.config_manager import JobConfig, data_parallel_degree
@@ -103,6 +104,11 @@ class ParallelDims:
             }
             self._mesh[device_type] = init_device_mesh(device_type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
         return self._mesh[device_type]
+
+    def groups(self, device_type: str) -> list[ProcessGroup]:
+        """The process groups that the mesh of this rank consists of."""
+        meshes = (self.mesh(device_type), self.fsdp_mesh(device_type))
+        return list({id(group): group for mesh in meshes for group in mesh.get_all_groups()}.values())
 
     def fsdp_mesh(self, device_type: str) -> DeviceMesh:
         """What parameters are sharded over (the last dimension) and replicated over (the first, if there are two).

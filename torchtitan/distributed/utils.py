@@ -1,7 +1,9 @@
 """The process group of a run, on GPUs (nccl) or CPUs (gloo), with or without torchrun."""
 
 import os
+from collections.abc import Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,8 +23,11 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def init_distributed(comm: Comm) -> torch.device:
+def init_distributed(comm: Comm, folder: Path | None = None) -> torch.device:
     """Open the process group and return this rank's device.
+
+    Args:
+        folder: of the run, in which NCCL's flight recorder writes after a timeout.
 
     Raises:
         UserError: a node has more ranks than GPUs.
@@ -40,6 +45,12 @@ def init_distributed(comm: Comm) -> torch.device:
         if comm.trace_buf_size > 0:
             os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(comm.trace_buf_size))
             os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+            if folder is not None:
+                traces = folder / "flight_recorder"
+                traces.mkdir(parents=True, exist_ok=True)
+                # The newer and the older name of the same variable.
+                for name in ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"):
+                    os.environ.setdefault(name, str(traces / "rank_"))
     else:
         device, backend = torch.device("cpu"), "gloo"
     timeout = timedelta(seconds=comm.init_timeout_seconds)
@@ -50,14 +61,19 @@ def init_distributed(comm: Comm) -> torch.device:
     return device
 
 
-def shorten_timeout(comm: Comm, device: torch.device) -> None:
-    """After the first step, in which models load and kernels compile, a collective that hangs is noticed sooner."""
+def shorten_timeout(comm: Comm, device: torch.device, groups: Sequence[Any] = ()) -> None:
+    """After the first step, in which models load and kernels compile, a collective that hangs is noticed sooner.
+
+    Args:
+        groups: process groups besides the one of all ranks.
+    """
     dist.barrier()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     # The public name came with torch 2.14.
     set_timeout = getattr(dist.distributed_c10d, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
-    set_timeout(timedelta(seconds=comm.train_timeout_seconds))
+    for group in (None, *groups):
+        set_timeout(timedelta(seconds=comm.train_timeout_seconds), group)
 
 
 def sum_over_ranks(values: list[float], group: Any = None) -> list[float]:

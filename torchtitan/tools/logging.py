@@ -36,6 +36,7 @@ def init_logger(as_json: bool = False) -> None:
     text = logging.Formatter(f"%(asctime)s [rank {rank}] %(levelname)s %(message)s", "%H:%M:%S")
     for handler in logger.handlers:
         if type(handler) is logging.StreamHandler:
+            handler.stream = sys.stderr  # which may have been replaced since the last call
             handler.setFormatter(JsonFormatter() if as_json else text)
 
 

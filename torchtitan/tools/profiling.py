@@ -14,17 +14,23 @@ _WARMUP_STEPS = 1
 
 
 @contextmanager
-def profile(config: Profiling, folder: Path, rank: int) -> Iterator[Any]:
+def profile(config: Profiling, folder: Path, rank: int, done: int = 0) -> Iterator[Any]:
     """A context whose value is called once a step (``.step()``), or None; traces open in chrome://tracing or Perfetto.
 
-    Every ``profile_freq`` steps one step is traced.
+    Every step of the run that ``profile_freq`` divides is traced.
+
+    Args:
+        done: steps of the run before this process.
     """
     if not config.enable_profiling:
         yield None
         return
 
     def save(profiler: Any) -> None:
-        path = folder / config.save_traces_folder / f"step-{profiler.step_num}" / f"rank{rank}.json"
+        step = done + profiler.step_num
+        if step % config.profile_freq:
+            return  # the run ended before the step to trace
+        path = folder / config.save_traces_folder / f"step-{step}" / f"rank{rank}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         profiler.export_chrome_trace(str(path))
         logger.info("trace written to %s", path)
@@ -33,8 +39,10 @@ def profile(config: Profiling, folder: Path, rank: int) -> Iterator[Any]:
     if torch.cuda.is_available():
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     warmup = min(_WARMUP_STEPS, config.profile_freq - 1)
-    schedule = torch.profiler.schedule(wait=config.profile_freq - warmup - 1, warmup=warmup, active=1)
-    with torch.profiler.profile(activities=activities, schedule=schedule, on_trace_ready=save) as profiler:
+    cycle = torch.profiler.schedule(wait=config.profile_freq - warmup - 1, warmup=warmup, active=1)
+    with torch.profiler.profile(
+        activities=activities, schedule=lambda step: cycle(done + step), on_trace_ready=save
+    ) as profiler:
         yield profiler
 
 
