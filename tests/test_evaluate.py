@@ -69,7 +69,7 @@ SPLITS = {
 }
 
 
-@pytest.mark.parametrize("name", ["FSDP", pytest.param("TP", marks=pytest.mark.slow), "PP"])
+@pytest.mark.parametrize("name", ["PP", *(pytest.param(name, marks=pytest.mark.slow) for name in ("FSDP", "TP"))])
 def test_two_ranks_find_the_same(arguments, pairs, tmp_path, name):  # noqa: F811
     still = options(pairs, "--optimizer.lr", "1e-20", "--training.steps", "1", "--validation.no-enabled")
     launch(arguments(tmp_path / "one", 1, *still), 1)

@@ -217,7 +217,7 @@ def test_wrong_input_is_one_line_before_any_process_group(arguments, tmp_path, c
     assert sentence in lines[0]
 
 
-@pytest.mark.parametrize("packing", ["none", "best_fit"])
+@pytest.mark.parametrize("packing", [pytest.param("none", marks=pytest.mark.slow), "best_fit"])
 def test_another_number_of_ranks_goes_on_with_the_very_next_samples(arguments, tmp_path, packing):
     """Two ranks, and one that goes on from their checkpoint: the losses and samples of one rank that did it all."""
     both = ("--training.global_batch_size", "4", "--metrics.save_samples", "--training.packing", packing)
