@@ -240,7 +240,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
         ("training.global_batch_size", "-2"),
         ("training.seq_len", "6"),
         ("training.max_seconds", "0"),
-        ("training.max_norm", "0"),
+        ("training.max_norm", "-1"),
         ("training.num_workers", "-1"),
         ("training.packing_window", "0"),
         ("training.read_retries", "-1"),
@@ -317,6 +317,123 @@ def test_a_refused_value_in_a_file_can_be_taken_back_on_the_command_line(toml):
     option = toml("[parallelism]\nexpert_parallel_degree = 2\n")
     assert "run.toml" in error(option)
     assert parse(option, "--parallelism.expert_parallel_degree=1").parallelism.expert_parallel_degree == 1
+
+
+def test_updates_in_the_backward_pass_exclude_what_needs_all_gradients():
+    early = "--optimizer.early_step_in_backward"
+    assert "training.max_norm = 1.0" in error(early)
+    assert parse(early, "--training.max_norm=0").optimizer.early_step_in_backward
+    for other in ("--parallelism.pipeline_parallel_degree=2", "--training.enable_cpu_offload"):
+        message = error(early, "--training.max_norm=0", other)
+        assert message.startswith(other[2:].split("=")[0]) and "early_step_in_backward" in message
+
+
+def test_what_can_be_compiled():
+    assert "there are model and loss" in error("--compile.components=model,optimizer")
+    assert parse("--training.compile", "--compile.components=loss").compile.components == ["loss"]
+    backward = "--parallelism.enable_compiled_autograd"
+    assert "needs training.compile" in error(backward)
+    assert "needs training.compile" in error(backward, "--training.compile", "--compile.components=loss")
+    assert parse(backward, "--training.compile").parallelism.enable_compiled_autograd
+
+
+def test_a_compiled_backward_pass_is_for_one_rank(here):
+    here.training.compile = here.compile.enable = here.parallelism.enable_compiled_autograd = True
+    check(here, 1)
+    with pytest.raises(ConfigError, match=r"enable_compiled_autograd = true: FSDP2.*one rank alone"):
+        check(here, 2)
+
+
+# --- settings of a module from outside
+
+OUTSIDE = """
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass
+class Training:
+    my_factor: float = 0.5
+    my_kind: Literal["a", "b"] = "a"
+
+
+@dataclass
+class Mine:
+    names: list[str] = field(default_factory=list)
+    on: bool = True
+
+
+@dataclass
+class JobConfig:
+    training: Training = field(default_factory=Training)
+    mine: Mine = field(default_factory=Mine)
+"""
+
+
+@pytest.fixture
+def outside(tmp_path, monkeypatch):
+    """Writes a module that can be imported, under a name of its own, and gives the option that takes it up."""
+
+    def write(text: str) -> str:
+        name = f"outside_{tmp_path.name}_{len(list(tmp_path.glob('*.py')))}"
+        (tmp_path / f"{name}.py").write_text(text)
+        monkeypatch.syspath_prepend(str(tmp_path))
+        return f"--experimental.custom_args_module={name}"
+
+    return write
+
+
+def test_a_module_from_outside_adds_settings(outside, toml):
+    option = outside(OUTSIDE)
+    file = toml('[training]\nmy_factor = 2\nsteps = 7\n[mine]\nnames = ["x"]\n')
+    config: Any = parse(option, file, "--mine.no-on", "--training.my_kind", "b")
+    assert (config.training.my_factor, config.training.my_kind, config.training.steps) == (2.0, "b", 7)
+    assert (config.mine.names, config.mine.on) == (["x"], False)
+    assert isinstance(config, JobConfig)
+    assert "training.my_factor" in error(file)  # nothing stays behind
+    default: Any = parse(option)
+    assert (default.training.my_factor, default.mine.names, default.mine.on) == (0.5, [], True)
+    name = option.partition("=")[2]
+    from_file: Any = parse(toml(f'[experimental]\ncustom_args_module = "{name}"\n[mine]\non = false\n'))
+    assert not from_file.mine.on
+
+
+def test_values_of_added_settings_are_checked(outside):
+    option = outside(OUTSIDE)
+    assert 'mine.on = "3"' in error(option, "--mine.on", "3")
+    assert "training.my_kind" in error(option, "--training.my_kind", "c")
+    assert "did you mean mine.names?" in error(option, "--mine.name", "c")
+
+
+def test_a_saved_config_is_read_without_the_module_that_added_to_it(outside):
+    config: Any = parse(outside(OUTSIDE), "--mine.no-on", "--training.steps", "9")
+    table = json.loads(json.dumps(to_dict(config)))
+    assert table["mine"] == {"names": [], "on": False}
+    assert table["training"]["my_factor"] == 0.5
+    table["experimental"]["custom_args_module"] = "no.such.module"
+    saved = from_dict(table)
+    assert saved.training.steps == 9
+    assert not hasattr(saved, "mine")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (("class JobConfig", "class Other"), "no dataclass JobConfig"),
+        (("on: bool = True", "on: bool"), "no dataclass JobConfig"),
+        (("my_factor: float = 0.5", "steps: int = 3"), "training.steps is a key of this project"),
+        (("on: bool = True", "on: dict = field(default_factory=dict)"), "the type of mine.on"),
+        (("on: bool = True", "on: list[int] = field(default_factory=list)"), "the type of mine.on"),
+    ],
+)
+def test_modules_that_cannot_add_settings(outside, change, said):
+    assert change[0] in OUTSIDE
+    message = error(outside(OUTSIDE.replace(*change)))
+    assert said in message and "experimental.custom_args_module" in message
+
+
+def test_a_module_that_is_not_there():
+    assert "cannot be imported" in error("--experimental.custom_args_module", "no.such.module")
 
 
 # --- data sources

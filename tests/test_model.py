@@ -148,11 +148,22 @@ def head():
 
 def without_choosing_rows(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """The loss as a GPU computes it: rows without a target are in it, and masked."""
-    return loss_module._ChunkedNLLSum.apply(hidden.flatten(0, 1), weight, targets.flatten(), loss_module.ALL_COLUMNS)
+    ids = hidden.flatten(0, 1), weight, targets.flatten()
+    return loss_module._ChunkedNLLSum.apply(*ids, loss_module.ALL_COLUMNS, False)
+
+
+def compiled(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return chunked_nll_sum(hidden, weight, targets, compiled=True)
+
+
+def with_alignment_rows(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """The loss over a head of more rows than there are ids."""
+    rows = torch.cat((weight, torch.full((19, weight.shape[1]), 3.0)))
+    return chunked_nll_sum(hidden, rows, targets, loss_module.Columns(count=weight.shape[0]))
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 50, 1024])
-@pytest.mark.parametrize("chunked", [chunked_nll_sum, without_choosing_rows])
+@pytest.mark.parametrize("chunked", [chunked_nll_sum, without_choosing_rows, with_alignment_rows, compiled])
 def test_chunked_loss_equals_the_whole(head, monkeypatch, chunked, chunk):
     monkeypatch.setattr(loss_module, "CHUNK_TOKENS", chunk)
     hidden, weight, targets = head

@@ -4,6 +4,7 @@ Groups of ranks are processes of this very file (gloo, CPU), which go through th
 measure is a run of one rank without any of it.
 """
 
+import itertools
 import os
 import subprocess
 import sys
@@ -44,6 +45,15 @@ def degrees(replicate: int = 1, tensor: int = 1, pipeline: int = 1, context: int
     return [option for key, value in keys.items() for option in (f"--{names[key]}", str(value).lower())]
 
 
+# What changes the losses, with the options that do.
+UNCLIPPED = "--training.max_norm"
+KINDS = {"": [], AUDIO: [AUDIO], UNCLIPPED: [UNCLIPPED, "0"]}
+
+
+def kind(options: list[str]) -> str:
+    return next((name for name in (AUDIO, UNCLIPPED) if name in options), "")
+
+
 def schedule(name: str, **more: Any) -> list[str]:
     return degrees(pipeline=2, pipeline_parallel_schedule=name, **more)
 
@@ -55,6 +65,11 @@ TWO_RANKS: dict[str, tuple[list[str], bool, bool]] = {
     "FSDP, never resharded": (degrees(fsdp_reshard_after_forward="never"), False, False),
     "FSDP, offloaded": (degrees(training__enable_cpu_offload=True), True, False),
     "FSDP, checkpointed": (degrees(activation_checkpoint__mode="full"), True, True),
+    "FSDP, updated in the backward pass": (
+        degrees(optimizer__early_step_in_backward=True, training__max_norm=0),
+        True,
+        False,
+    ),
     "DDP": (degrees(replicate=2), True, False),
     "TP": (degrees(tensor=2), True, True),
     "TP, untied, logits gathered": (degrees(tensor=2, disable_loss_parallel=True), False, False),
@@ -102,6 +117,7 @@ FEW_OF_TWO = [
     "FSDP",
     "DDP",
     "FSDP, offloaded",
+    "FSDP, updated in the backward pass",
     "TP",
     "TP, head of audio tokens",
     "CP, packed",
@@ -273,9 +289,10 @@ def four_ranks_more(tmp_path_factory) -> list[dict[str, Any]]:
 def expected() -> Any:
     """A function of a scenario's (options, tied, packed): what one rank gets, without any parallelism."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    found = {(a, t, p): result_of(make([AUDIO] * a, t, 0, 1), p) for a in (0, 1) for t in (0, 1) for p in (0, 1)}
+    cases = itertools.product(KINDS, (True, False), (True, False))
+    found = {(name, *case): result_of(make(KINDS[name], case[0], 0, 1), case[1]) for name, *case in cases}
     dist.destroy_process_group()
-    return lambda options, tied, packed: found[AUDIO in options, tied, packed]
+    return lambda options, tied, packed: found[kind(options), tied, packed]
 
 
 def assert_same(found: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -335,6 +352,33 @@ def test_a_head_of_audio_tokens_is_a_softmax_over_them_alone(expected):
         logits.flatten(0, 1), (targets - FIRST_AUDIO).flatten(), reduction="none"
     )
     torch.testing.assert_close(found.flatten(), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_compiled_backward_pass_gives_the_same_losses(expected, packed):
+    options = degrees(training__compile=True, enable_compiled_autograd=True)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    found = result_of(make(options, True, 0, 1), packed)
+    dist.destroy_process_group()
+    assert torch._dynamo.utils.counters["compiled_autograd"]["captures"]
+    assert_same(found, expected(options, True, packed))
+
+
+def test_updates_in_the_backward_pass_go_on_from_a_checkpoint(expected, tmp_path):
+    options = degrees(optimizer__early_step_in_backward=True, training__max_norm=0)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    run = make(options, False, 0, 1)
+    curve = steps(run, 0, STEPS // 2, True)
+    assert all(parameter.grad is None for _, parameter in run.model.weights())
+    path = CheckpointManager(tmp_path).save(STEPS // 2, run.model, run.optimizer, checkpoint_state(run), Path.mkdir)
+    run = make(options, False, 0, 1)
+    load_checkpoint(path, run.model, run.optimizer, run.model.args)
+    curve += steps(run, STEPS // 2, STEPS, True)
+    dist.destroy_process_group()
+    wanted = expected(options, False, True)["curve"]
+    assert (wanted - expected([], False, True)["curve"]).abs().max() > 1e-3  # without clipping, which was at work
+    torch.testing.assert_close(torch.tensor(curve), wanted, rtol=1e-5, atol=0)
 
 
 def test_a_run_goes_on_with_another_split(two_ranks, expected):

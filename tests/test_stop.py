@@ -134,6 +134,20 @@ def test_only_the_parameters_at_fault_are_named(one_rank):
         run.guard.check(1, torch.zeros(()), norm, [])
 
 
+def test_updates_in_the_backward_pass_stop_before_they_are_saved(one_rank):
+    run = make(["--optimizer.early_step_in_backward", "--training.max_norm", "0"], True, 0, 1)
+    run.step = 1
+    train.train_step(run, [batch(0)])
+    run.guard.settle()
+    with torch.no_grad():
+        dict(run.model.weights())["layers.2.ffn_norm.weight"][3] = float("inf")
+    run.step = 2
+    train.train_step(run, [batch(1)])
+    with pytest.raises(UserError, match="step 2: the gradient is not finite, so training stops; it is so in") as raised:
+        run.guard.settle()  # as before each save
+    assert "layers.3.feed_forward.w1.weight" in str(raised.value) or "tok_embeddings.weight" in str(raised.value)
+
+
 def test_the_optimizer_skips_in_its_kernel_and_stays_so(one_rank):
     """What CUDA does, with the same kernel on the CPU: the update is skipped, the stop comes two steps later."""
     run = make([], True, 0, 1)

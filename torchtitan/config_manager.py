@@ -21,7 +21,8 @@ import sys
 import textwrap
 import types
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, make_dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -201,7 +202,11 @@ class Optimizer:
     """How the update is computed: in one kernel (fastest), in a few over many tensors, or tensor by tensor."""
 
     early_step_in_backward: bool = False
-    """Update each parameter as soon as its gradient is there."""
+    """
+    Update each parameter in the backward pass, as soon as its gradient is there, so that gradients never lie in memory
+    all at once. There is then no norm to clip by (training.max_norm = 0), and a gradient that is not finite ends the
+    run after the weights were spoilt: it goes on from its last checkpoint.
+    """
 
 
 @dataclass
@@ -373,7 +378,7 @@ class Training:
     """Tokens in a row. 20 s of speech with 4 quantizers are 1,003."""
 
     max_norm: float = 1.0
-    """Gradients with a larger norm than this are scaled down to it."""
+    """Gradients with a larger norm than this are scaled down to it. 0: they stay as they are."""
 
     steps: int = 10000
     """Number of steps (updates of the weights) in the run."""
@@ -525,7 +530,10 @@ class Parallelism:
     """Ranks over which the experts of a mixture are split."""
 
     enable_compiled_autograd: bool = False
-    """Compile the backward pass as a whole."""
+    """
+    Compile the backward pass as a whole, with torch's compiled autograd. Needs training.compile, and works on one rank
+    alone: FSDP2 keeps its own part of the backward pass out of compiled graphs.
+    """
 
 
 @dataclass
@@ -623,10 +631,10 @@ class Compile:
     """torch.compile."""
 
     enable: bool = False
-    """Compile each block of the model. The same switch as training.compile."""
+    """Compile what components names. The same switch as training.compile."""
 
-    components: list[str] = field(default_factory=lambda: ["model"])
-    """What is compiled."""
+    components: list[str] = field(default_factory=lambda: ["model", "loss"])
+    """What is compiled: model (each block by itself), loss (the softmax over the vocabulary and its gradient)."""
 
 
 @dataclass
@@ -743,7 +751,10 @@ class Experimental:
     """Python module to import at the start, such as one that registers kernels."""
 
     custom_args_module: str = ""
-    """Module with further settings."""
+    """
+    Python module with a dataclass JobConfig, whose sections and keys are added to these, so that a module from outside
+    (custom_import) has settings in the same file and on the same command line.
+    """
 
 
 @dataclass
@@ -771,11 +782,34 @@ class JobConfig:
     experimental: Experimental = field(default_factory=Experimental)
 
 
-SECTIONS: dict[str, type] = get_type_hints(JobConfig)
 # The type of keys whose values are tables, each a data set.
 TABLES = list[dict[str, Any]]
-# "section.key" to its type and its default, in the order above.
-TYPES: dict[str, Any] = {f"{s}.{key}": kind for s, cls in SECTIONS.items() for key, kind in get_type_hints(cls).items()}
+
+
+@dataclass(frozen=True)
+class Schema:
+    """What can be set.
+
+    Attributes:
+        config: all sections.
+        sections: their classes by name.
+        types: of all keys, "section.key".
+    """
+
+    config: type[JobConfig]
+    sections: dict[str, type]
+    types: dict[str, Any]
+
+    @staticmethod
+    def of(config: type[JobConfig]) -> "Schema":
+        """What a class of sections says, in its order."""
+        sections = get_type_hints(config)
+        types = {f"{s}.{key}": kind for s, cls in sections.items() for key, kind in get_type_hints(cls).items()}
+        return Schema(config, sections, types)
+
+
+SCHEMA = Schema.of(JobConfig)
+SECTIONS, TYPES = SCHEMA.sections, SCHEMA.types
 DEFAULTS: dict[str, Any] = {f"{s}.{key}": v for s, table in asdict(JobConfig()).items() for key, v in table.items()}
 # The same for the keys of a [[training.source]] table.
 SOURCE_TYPES: dict[str, Any] = get_type_hints(DataSource)
@@ -796,10 +830,7 @@ class Off:
 
 
 OFF_ONLY: dict[str, Off] = {
-    "optimizer.early_step_in_backward": Off("it excludes gradient clipping, and the check that gradients are finite"),
     "parallelism.expert_parallel_degree": Off("the model has no experts"),
-    "parallelism.enable_compiled_autograd": Off("the backward pass is compiled block by block only"),
-    "compile.components": Off("only the model's blocks are compiled"),
     # An exception from an empty rule chooses nothing; existing files set it anyway.
     "mx.filter_fqns": Off("torchao has no MX training of linear layers any more", also=([],)),
     "mx.*": Off("torchao has no MX training of linear layers any more"),
@@ -807,7 +838,6 @@ OFF_ONLY: dict[str, Off] = {
     "float8.moe_fqns_prototype": Off("the model has no experts"),
     "memory_estimation.*": Off("memory is estimated by scripts/estimate.py"),
     "fault_tolerance.*": Off("TorchFT is not used; a run that failed goes on from its last checkpoint"),
-    "experimental.custom_args_module": Off("settings of modules from outside are not read"),
 }
 
 
@@ -859,7 +889,7 @@ RANGES: dict[str, Range] = {
     "training.max_bad_share": _between(0, 1),
     "training.local_batch_size": _at_least(1),
     "training.global_batch_size": _POSITIVE_OR_ALL,
-    "training.max_norm": _above(0),
+    "training.max_norm": _at_least(0),
     "training.steps": _at_least(1),
     "training.gc_freq": _at_least(1),
     "training.seed": _between(0, 2**63 - 1),
@@ -944,6 +974,23 @@ def check_values(config: JobConfig, origins: dict[str, str] | None = None) -> No
 
     if config.training.audio_head and config.training.task != "a2a":
         refuse("training.audio_head", f"the transcription of task {config.training.task} is not made of audio tokens")
+
+    if config.optimizer.early_step_in_backward:
+        for key, no in (
+            ("training.max_norm", 0),
+            ("parallelism.pipeline_parallel_degree", 1),
+            ("training.enable_cpu_offload", False),
+        ):
+            if values[key] != no:
+                refuse(key, f"with optimizer.early_step_in_backward = true it must be {_show(no)}")
+
+    unknown = [name for name in config.compile.components if name not in ("model", "loss")]
+    if unknown:
+        refuse("compile.components", "there are model and loss")
+    if config.parallelism.enable_compiled_autograd and not (
+        config.training.compile and "model" in config.compile.components
+    ):
+        refuse("parallelism.enable_compiled_autograd", "it needs training.compile = true")
 
     unknown = [name for name in config.model.converters if name != "float8"]
     if unknown:
@@ -1064,6 +1111,11 @@ def check(config: JobConfig, world_size: int) -> None:
     """Raises `ConfigError` if `config` cannot run here, on `world_size` ranks: values, arithmetic, files."""
     check_values(config)
     accumulation_steps(config, world_size)
+    if config.parallelism.enable_compiled_autograd and (world_size > 1 or config.training.enable_cpu_offload):
+        raise ConfigError(
+            "parallelism.enable_compiled_autograd = true: FSDP2, which splits or offloads the model, keeps its part of "
+            "the backward pass out of compiled graphs, so it works on one rank alone, without enable_cpu_offload."
+        )
     if config.checkpoint.create_seed_checkpoint and world_size > 1:
         raise ConfigError(f"checkpoint.create_seed_checkpoint = true: it is made by one rank, not by {world_size}.")
 
@@ -1155,6 +1207,41 @@ def _check_places(section: str, part: Training | Validation) -> None:
 COMMAND_LINE = "on the command line"
 
 
+def extended(module: str) -> Schema:
+    """The settings here and those of another module's dataclass JobConfig (experimental.custom_args_module).
+
+    Its fields are sections, which may have the names of ours; what we have too must be the same there.
+
+    Raises:
+        ConfigError: it cannot be imported, or it has no such class, or a key that is ours otherwise or of no type that
+            a file can have.
+    """
+    key = f"experimental.custom_args_module = {_show(module)}"
+    try:
+        outside = import_module(module).JobConfig
+        theirs, values = Schema.of(outside), asdict(outside())
+    except ImportError as error:
+        raise ConfigError(f"{key}: the module cannot be imported ({error}).") from None
+    except (AttributeError, TypeError) as error:
+        raise ConfigError(f"{key}: it has no dataclass JobConfig of sections with defaults ({error}).") from None
+    for name, kind in theirs.types.items():
+        section, _, last = name.partition(".")
+        if name in TYPES and (kind, values[section][last]) != (TYPES[name], DEFAULTS[name]):
+            raise ConfigError(f"{key}: {name} is a key of this project, with another type or default.")
+        plain = _without_none(kind)[0]
+        readable = plain in (bool, int, float, str, list[str]) or get_origin(plain) is Literal
+        if name not in TYPES and not readable:
+            raise ConfigError(f"{key}: the type of {name} is none that a file can have.")
+    sections: dict[str, type] = {}
+    for name, cls in theirs.sections.items():
+        ours = SECTIONS.get(name)
+        sections[name] = (
+            cls if ours is None or issubclass(cls, ours) else make_dataclass(cls.__name__, [], bases=(cls, ours))
+        )
+    added = [(name, cls, field(default_factory=cls)) for name, cls in sections.items()]
+    return Schema.of(make_dataclass("JobConfig", added, bases=(JobConfig,)))
+
+
 def _show(value: Any) -> str:
     """A value as TOML writes it."""
     return "none" if value is None else json.dumps(value, ensure_ascii=False, default=str)
@@ -1243,43 +1330,45 @@ def _read_source(where: str, table: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _read(key: str, value: Any, origin: str) -> Any:
-    if TYPES[key] == TABLES:
+def _read(key: str, value: Any, origin: str, schema: Schema) -> Any:
+    kind = schema.types[key]
+    if kind == TABLES:
         return read_sources(key, value, origin)
     try:
         if origin == COMMAND_LINE:
-            value = _from_text(TYPES[key], value) if isinstance(value, str) else value
-        return _typed(TYPES[key], value)
+            value = _from_text(kind, value) if isinstance(value, str) else value
+        return _typed(kind, value)
     except ValueError:
-        raise ConfigError(f"{_said(key, value, origin)}: expected {_expected(TYPES[key])}.") from None
+        raise ConfigError(f"{_said(key, value, origin)}: expected {_expected(kind)}.") from None
 
 
-def _unknown(key: str, origin: str) -> ConfigError:
+def _unknown(key: str, origin: str, schema: Schema) -> ConfigError:
     section, _, name = key.partition(".")
-    problem = f"section {section} has no key {name}" if section in SECTIONS else f"there is no section {section}"
+    known = schema.sections
+    problem = f"section {section} has no key {name}" if section in known else f"there is no section {section}"
     # A slip of the fingers, else the right name in the wrong section, else whatever is near.
-    close = difflib.get_close_matches(key, TYPES, n=1, cutoff=0.8)
-    close = close or [known for known in TYPES if known.split(".")[1] == name]
-    close = close or difflib.get_close_matches(key, TYPES, n=1)
+    close = difflib.get_close_matches(key, schema.types, n=1, cutoff=0.8)
+    close = close or [other for other in schema.types if other.split(".")[1] == name]
+    close = close or difflib.get_close_matches(key, schema.types, n=1)
     hint = f"did you mean {' or '.join(close)}?" if close else "--help lists all keys."
     return ConfigError(f"{key} {origin}: {problem}; {hint}")
 
 
-def _read_table(table: dict[str, Any], origin: str) -> dict[str, Any]:
+def _read_table(table: dict[str, Any], origin: str, schema: Schema) -> dict[str, Any]:
     """A nested table, as of a TOML file, to {"section.key": value}, with names and types checked."""
     values: dict[str, Any] = {}
     for section, keys in table.items():
         if not isinstance(keys, dict):
             raise ConfigError(f"{_said(section, keys, origin)}: this is outside of any [section].")
-        if section not in SECTIONS:
-            close = difflib.get_close_matches(section, SECTIONS, n=1)
-            hint = f"did you mean [{close[0]}]?" if close else f"there are {', '.join(SECTIONS)}."
+        if section not in schema.sections:
+            close = difflib.get_close_matches(section, schema.sections, n=1)
+            hint = f"did you mean [{close[0]}]?" if close else f"there are {', '.join(schema.sections)}."
             raise ConfigError(f"[{section}] {origin}: there is no such section; {hint}")
         for name, value in keys.items():
             key = f"{section}.{name}"
-            if key not in TYPES:
-                raise _unknown(key, origin)
-            values[key] = _read(key, value, origin)
+            if key not in schema.types:
+                raise _unknown(key, origin, schema)
+            values[key] = _read(key, value, origin, schema)
     for key, twin in TWINS.items():
         if key in values and values.get(twin, values[key]) != values[key]:
             raise ConfigError(f"{_said(key, values[key], origin)}: {twin} is the same setting, set to another value.")
@@ -1287,20 +1376,27 @@ def _read_table(table: dict[str, Any], origin: str) -> dict[str, Any]:
 
 
 def _read_toml(path: str) -> dict[str, Any]:
+    """A file as the nested table that it is, with nothing checked."""
     try:
         with open(path, "rb") as file:
-            table = tomllib.load(file)
+            return tomllib.load(file)
     except OSError as error:
         raise ConfigError(f"{_said('job.config_file', path)}: the file cannot be read ({error.strerror}).") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{_said('job.config_file', path)}: the file is not valid TOML ({error}).") from None
-    values = _read_table(table, f"in {path}")
-    if "job.config_file" in values:
-        raise ConfigError(f"job.config_file in {path}: it can only be given on the command line.")
-    return values
 
 
-def _read_command_line(argv: list[str]) -> dict[str, Any]:
+def _option(argv: list[str], key: str) -> Any:
+    """What a command line sets one key to, before the names of the others are known; None if it does not."""
+    found = None
+    for option, after in itertools.pairwise([*argv, "--"]):
+        name, equals, text = option.partition("=")
+        if name.startswith("--") and name[2:].replace("-", "_") == key:
+            found = text if equals else after
+    return None if found is None or found.startswith("--") else found
+
+
+def _read_command_line(argv: list[str], schema: Schema) -> dict[str, Any]:
     """["--training.steps", "20"] to {"training.steps": 20}, with names and types checked."""
     values: dict[str, Any] = {}
     rest = list(argv)
@@ -1311,29 +1407,29 @@ def _read_command_line(argv: list[str]) -> dict[str, Any]:
         key = option[2:].replace("-", "_")
         section, _, name = key.partition(".")
         positive = f"{section}.{name.removeprefix('no_')}"
-        if key not in TYPES and name.startswith("no_") and TYPES.get(positive) is bool:
+        if key not in schema.types and name.startswith("no_") and schema.types.get(positive) is bool:
             if equals:
                 raise ConfigError(f"{option}={text} {COMMAND_LINE}: {option} takes no value.")
             key, value = positive, False
-        elif key not in TYPES:
-            raise _unknown(key, COMMAND_LINE)
+        elif key not in schema.types:
+            raise _unknown(key, COMMAND_LINE, schema)
         elif equals:
             value = text
         elif rest and not rest[0].startswith("--"):
             value = rest.pop(0)
-        elif TYPES[key] is bool:
+        elif schema.types[key] is bool:
             value = True
         else:
-            raise ConfigError(f"{option} {COMMAND_LINE}: a value is missing, expected {_expected(TYPES[key])}.")
-        values[key] = _read(key, value, COMMAND_LINE)
+            raise ConfigError(f"{option} {COMMAND_LINE}: a value is missing, expected {_expected(schema.types[key])}.")
+        values[key] = _read(key, value, COMMAND_LINE, schema)
         if key in TWINS:
             values[TWINS[key]] = values[key]
     return values
 
 
-def _build(values: dict[str, Any]) -> JobConfig:
+def _build(values: dict[str, Any], schema: Schema) -> JobConfig:
     """{"section.key": value} to a config. Keys not given have their defaults."""
-    config = JobConfig()
+    config = schema.config()
     for key, value in values.items():
         for target in (key, TWINS.get(key, key)):
             section, name = target.split(".")
@@ -1354,11 +1450,19 @@ class ConfigManager:
         if "--help" in argv or "-h" in argv:
             print(manual())
             raise SystemExit(0)
-        given = _read_command_line(argv)
-        path = given.get("job.config_file")
-        from_file = _read_toml(path) if path else {}
+        path = _option(argv, "job.config_file")
+        table = _read_toml(path) if path else {}
+        schema, module = SCHEMA, _option(argv, "experimental.custom_args_module")
+        if module is None and isinstance(section := table.get("experimental"), dict):
+            module = section.get("custom_args_module")
+        if module and isinstance(module, str):
+            schema = extended(module)
+        given = _read_command_line(argv, schema)
+        from_file = _read_table(table, f"in {path}", schema)
+        if "job.config_file" in from_file:
+            raise ConfigError(f"job.config_file in {path}: it can only be given on the command line.")
         origins = dict.fromkeys(from_file, f"in {path}") | dict.fromkeys(given, COMMAND_LINE)
-        config = _build(from_file | given)
+        config = _build(from_file | given, schema)
         check_values(config, origins)
         return config
 
@@ -1369,8 +1473,14 @@ def to_dict(config: JobConfig) -> dict[str, Any]:
 
 
 def from_dict(table: dict[str, Any]) -> JobConfig:
-    """The reverse of `to_dict`. Keys that are missing have their defaults; unknown ones raise `ConfigError`."""
-    return _build(_read_table(table, "in the saved config"))
+    """The reverse of `to_dict`. Keys that are missing have their defaults; unknown ones raise `ConfigError`.
+
+    Those that came from a module (experimental.custom_args_module) are left out: a file must not say what is imported.
+    """
+    if table.get("experimental", {}).get("custom_args_module"):
+        known = {section: keys for section, keys in table.items() if section in SECTIONS}
+        table = {s: {key: keys[key] for key in keys if f"{s}.{key}" in TYPES} for s, keys in known.items()}
+    return _build(_read_table(table, "in the saved config", SCHEMA), SCHEMA)
 
 
 def run_name(config: JobConfig) -> str:

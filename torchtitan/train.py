@@ -41,12 +41,12 @@ from torchtitan.components.checkpoint import (
 from torchtitan.components.dataloader import LENGTH_MULTIPLE, BadRows, Batch, Counters, SpeechDataLoader, max_frames_of
 from torchtitan.components.evaluate import Evaluator, find_pairs
 from torchtitan.components.float8 import check_float8
-from torchtitan.components.gradients import FiniteGuard, clip_grad_norm
+from torchtitan.components.gradients import FiniteGuard, clip_grad_norm, total_norm
 from torchtitan.components.hf_export import export_checkpoint, write_hf_files
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.lr_scheduler import lr_factor
 from torchtitan.components.metrics import MetricsLogger
-from torchtitan.components.optimizer import build_optimizer
+from torchtitan.components.optimizer import AnyOptimizer, OptimizerInBackward, build_optimizer
 from torchtitan.components.validate import ValidationResult, Validator
 from torchtitan.config_manager import (
     ConfigManager,
@@ -107,7 +107,7 @@ class Trainer:
     device: torch.device
     data_group: Any  # of all ranks, with the patience that reading data needs
     model: ParallelModel
-    optimizer: torch.optim.Optimizer
+    optimizer: AnyOptimizer
     guard: FiniteGuard
     loader: SpeechDataLoader
     validator: Validator | None
@@ -548,17 +548,28 @@ def train_step(trainer: Trainer, microbatches: list[Batch]) -> tuple[torch.Tenso
     # The first collective after the data were fetched: here the ranks wait for the last one's.
     targets, tokens, trainer.stops = sum_over_ranks([*counted, float(bool(trainer.stop))], trainer.data_group)
     trainer.tokens_seen += int(tokens)
-    total = torch.zeros((), device=device)
-    for batch in microbatches:
-        total += trainer.model.backward(batch.tokens, batch.targets, batch.positions, targets)
-    norm = clip_grad_norm(trainer.model, config.training.max_norm)
-    trainer.guard.check(trainer.step, total, norm, [batch.keys for batch in microbatches])
     lr = config.optimizer.lr * lr_factor(
         trainer.step - trainer.schedule_start, config.training.steps - trainer.schedule_start, config.lr_scheduler
     )
-    trainer.inputs.checkpoints.wait_for_staging()
     for group in trainer.optimizer.param_groups:
         group["lr"] = lr
+
+    def backward(batch: Batch) -> torch.Tensor:
+        return trainer.model.backward(batch.tokens, batch.targets, batch.positions, targets)
+
+    total = torch.zeros((), device=device)
+    for batch in microbatches[:-1]:
+        total += backward(batch)
+    if isinstance(trainer.optimizer, OptimizerInBackward):
+        trainer.inputs.checkpoints.wait_for_staging()
+        with trainer.optimizer.updates():
+            total += backward(microbatches[-1])
+        norm = total_norm(trainer.model, trainer.optimizer.norms)
+    else:
+        total += backward(microbatches[-1])
+        norm = clip_grad_norm(trainer.model, config.training.max_norm)
+    trainer.guard.check(trainer.step, total, norm, [batch.keys for batch in microbatches])
+    trainer.inputs.checkpoints.wait_for_staging()
     trainer.optimizer.step()
     trainer.model.after_update()
     trainer.optimizer.zero_grad(set_to_none=True)

@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 
 from torchtitan.components.checkpoint_reader import checksum, find_damage, read_metadata, read_tensors
-from torchtitan.components.optimizer import optimizer_tensors
+from torchtitan.components.optimizer import AnyOptimizer, optimizer_tensors
 from torchtitan.models.llama3.args import Llama3Args
 from torchtitan.models.llama3.weights import Weighted
 from torchtitan.tools.errors import UserError
@@ -161,7 +161,7 @@ class CheckpointManager:
         self,
         step: int,
         model: Weighted,
-        optimizer: torch.optim.Optimizer | None,
+        optimizer: AnyOptimizer | None,
         state: dict[str, Any],
         write_hf_files: Callable[[Path], None],
         dtype: torch.dtype = torch.float32,
@@ -357,7 +357,7 @@ class CheckpointManager:
 def load_checkpoint(
     checkpoint: Path,
     model: Weighted,
-    optimizer: torch.optim.Optimizer | None,
+    optimizer: AnyOptimizer | None,
     args: Llama3Args,
 ) -> dict[str, Any]:
     """Read a checkpoint into a model and, unless it is None, an optimizer, whatever their sharding.

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
+from torchtitan.components.optimizer import AnyOptimizer, OptimizerInBackward
 from torchtitan.models.llama3.parallel_model import ParallelModel
 from torchtitan.tools.errors import UserError
 
@@ -29,7 +30,10 @@ class GradNorm:
 
 @torch.no_grad()
 def clip_grad_norm(model: ParallelModel, max_norm: float) -> GradNorm:
-    """Finish the gradients of a step, and scale them so that their norm over all ranks is at most ``max_norm``."""
+    """Finish the gradients of a step, and scale them so that their norm over all ranks is at most ``max_norm``.
+
+    With a ``max_norm`` of 0 they stay as they are.
+    """
     if model.pipeline is not None:
         model.pipeline.sum_tied_gradients()
     # The head of a pipeline's last stage, if tied, is the first stage's embedding over again.
@@ -39,7 +43,17 @@ def clip_grad_norm(model: ParallelModel, max_norm: float) -> GradNorm:
         for name, parameter in part.named_parameters()
         if parameter.grad is not None and not part.is_copy(name)
     }
-    of_each = torch.stack(torch._foreach_norm(list(gradients.values())))
+    norms = torch._foreach_norm(list(gradients.values()))
+    norm = total_norm(model, dict(zip(gradients, norms, strict=True)))
+    if max_norm:
+        torch.nn.utils.clip_grads_with_norm_([p for _, p in model.weights()], max_norm, norm.total, foreach=True)
+    return norm
+
+
+@torch.no_grad()
+def total_norm(model: ParallelModel, norms: dict[str, torch.Tensor]) -> GradNorm:
+    """The norm of the gradients of all ranks from the norms of each one of this rank, by name."""
+    of_each = torch.stack(list(norms.values()))
     if isinstance(of_each, DTensor):
         of_each = of_each.full_tensor()
     total = torch.linalg.vector_norm(of_each)
@@ -47,8 +61,7 @@ def clip_grad_norm(model: ParallelModel, max_norm: float) -> GradNorm:
         squared = total**2
         dist.all_reduce(squared, group=model.pipeline.group)
         total = squared.sqrt()
-    torch.nn.utils.clip_grads_with_norm_([p for _, p in model.weights()], max_norm, total, foreach=True)
-    return GradNorm(total, of_each, list(gradients))
+    return GradNorm(total, of_each, list(norms))
 
 
 @dataclass
@@ -69,6 +82,7 @@ class FiniteGuard:
     On CUDA with a fused optimizer nothing waits for the GPU: the optimizer's kernel itself skips its update once a
     norm was not finite (as with torch.amp.GradScaler), from then on for good, and the CPU looks at each step's flag two
     steps later. Otherwise the CPU looks before the update. All ranks know the norm, so all stop at the same step.
+    An optimizer that updates in the backward pass spoils the weights before it is known; what is saved stays good.
 
     Args:
         skip_in_kernel: whether the optimizer can skip by itself; by default where it is fused and on CUDA.
@@ -77,14 +91,15 @@ class FiniteGuard:
 
     def __init__(
         self,
-        optimizer: torch.optim.Optimizer,
+        optimizer: AnyOptimizer,
         device: torch.device,
         group: Any = None,
         skip_in_kernel: bool | None = None,
     ):
         fused = bool(optimizer.param_groups[0].get("fused"))
         on_gpu = all(p.device.type == "cuda" for g in optimizer.param_groups for p in g["params"])
-        self.skip_in_kernel = fused and on_gpu if skip_in_kernel is None else skip_in_kernel
+        self.spoils = isinstance(optimizer, OptimizerInBackward)
+        self.skip_in_kernel = fused and on_gpu and not self.spoils if skip_in_kernel is None else skip_in_kernel
         self.group, self.steps = group, deque[_Step]()
         self.bad = torch.zeros((), device=device)
         if self.skip_in_kernel:
@@ -111,7 +126,7 @@ class FiniteGuard:
         else:
             flag = self.bad.clone()
         self.steps.append(_Step(step, loss, norm, recordings, flag, copied))
-        self.settle(2 if self.skip_in_kernel else 0)
+        self.settle(2 if self.skip_in_kernel or self.spoils else 0)
 
     def settle(self, leave: int = 0) -> None:
         """Look at the steps that were not looked at, but for the last ``leave`` of them.
@@ -132,7 +147,8 @@ class FiniteGuard:
         here = {"loss": bool(step.loss.isfinite()), "recordings": step.recordings, "parameters": parameters}
         ranks: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(ranks, here, group=self.group)
-        said = [f"step {step.number}: the gradient is not finite, so training stops before it changes the weights"]
+        rest = "" if self.spoils else " before it changes the weights"
+        said = [f"step {step.number}: the gradient is not finite, so training stops{rest}"]
         names = list(dict.fromkeys(name for found in ranks for name in found["parameters"]))
         if names:
             said.append(f"it is so in {len(names)} parameters ({_some(names)})")

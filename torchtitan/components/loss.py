@@ -8,7 +8,9 @@ With tensor parallelism each rank has some of the columns (:class:`Columns`); th
 the logarithm of their part of the softmax's sum and the target's logit.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -25,12 +27,15 @@ class Columns(NamedTuple):
 
     Attributes:
         first: the id of the first one.
+        count: how many rows have an id; None: all. The others, at the end, align the matrix products (a width of
+            136,450 is slow on a GPU); they are computed, but are not in the softmax.
         group: ranks that have the other columns; None if all are here.
         gather: if not 0, the ranks of the group, each with at most so many columns, gather the logits themselves, and
             not only their sums.
     """
 
     first: int = 0
+    count: int | None = None
     group: dist.ProcessGroup | None = None
     gather: int = 0
 
@@ -39,7 +44,11 @@ ALL_COLUMNS = Columns()
 
 
 def chunked_nll_sum(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, columns: Columns = ALL_COLUMNS
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    columns: Columns = ALL_COLUMNS,
+    compiled: bool = False,
 ) -> torch.Tensor:
     """Sum of the negative log-likelihoods of the targets, in nats, as an fp32 scalar with gradients.
 
@@ -50,12 +59,13 @@ def chunked_nll_sum(
         weight: the head's rows [V, D].
         targets: ids [...], IGNORE_INDEX where there is none.
         columns: which ids the rows are.
+        compiled: compute each chunk with torch.compile, in fewer passes over its logits.
     """
     hidden, weight, targets = _flatten(hidden, weight, targets)
     if hidden.device.type == "cpu":  # Choosing rows needs their number, which would make a GPU wait.
         real = targets != IGNORE_INDEX
         hidden, targets = hidden[real], targets[real]
-    return _ChunkedNLLSum.apply(hidden, weight, targets, columns)  # type: ignore[return-value]
+    return _ChunkedNLLSum.apply(hidden, weight, targets, columns, compiled)  # type: ignore[return-value]
 
 
 @torch.no_grad()
@@ -65,10 +75,11 @@ def chunked_nll(
     """The negative log-likelihood of each target [...], in nats, fp32, without gradients; 0 where there is none."""
     shape = targets.shape
     hidden, weight, targets = _flatten(hidden, weight, targets)
-    losses = []
+    losses, count = [], weight.shape[0] if columns.count is None else columns.count
     with torch.autocast(hidden.device.type, enabled=False):
         for h, t in zip(hidden.split(CHUNK_TOKENS), targets.split(CHUNK_TOKENS), strict=True):
-            norm, picked = _norm_and_target(F.linear(h, weight).float(), t, columns)
+            logits, norm, picked = _norm_and_target(h, weight, t, columns.first, count)
+            norm, picked = _of_all_columns(logits, norm, picked, columns)
             losses.append((norm - picked) * (t != IGNORE_INDEX))
     return torch.cat(losses).view(shape)
 
@@ -84,37 +95,65 @@ def _flatten(
     return hidden.reshape(-1, hidden.shape[-1]), weight, targets.reshape(-1)
 
 
-def _own(targets: torch.Tensor, columns: Columns, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _own(targets: torch.Tensor, first: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Each target's column [N, 1] among the ``size`` at hand, and whether it is one of them [N]."""
-    column = targets - columns.first
+    column = targets - first
     return column.clamp(0, max(size - 1, 0))[:, None], (column >= 0) & (column < size)
 
 
 def _norm_and_target(
-    logits: torch.Tensor, targets: torch.Tensor, columns: Columns
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The logarithm of the softmax's denominator and the target's logit, [N] each, over the columns of all ranks."""
-    norm = logits.logsumexp(dim=1)
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, first: int, count: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Logits [N, V], and in fp32 the logarithm of the softmax's denominator and the target's logit, [N] each."""
+    logits = F.linear(hidden, weight)
+    norm = logits[:, :count].float().logsumexp(dim=1)
     picked = torch.zeros_like(norm)
-    if logits.shape[1]:
-        index, own = _own(targets, columns, logits.shape[1])
-        picked = torch.where(own, logits.gather(1, index)[:, 0], 0.0)
+    if count:
+        index, own = _own(targets, first, count)
+        picked = torch.where(own, logits.gather(1, index)[:, 0].float(), 0.0)
+    return logits, norm, picked
+
+
+def _of_all_columns(
+    logits: torch.Tensor, norm: torch.Tensor, picked: torch.Tensor, columns: Columns
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The two last of :func:`_norm_and_target` over the columns of all ranks, from each rank's own."""
     if columns.group is None:
         return norm, picked
     parts = all_gather(torch.stack((norm, picked))[None], 0, columns.group)
     if columns.gather:
-        padded = F.pad(logits, (0, columns.gather - logits.shape[1]), value=float("-inf"))
+        own = logits[:, : columns.count].float()
+        padded = F.pad(own, (0, columns.gather - own.shape[1]), value=float("-inf"))
         norm = all_gather(padded, 1, columns.group).logsumexp(dim=1)
     else:
         norm = parts[:, 0].logsumexp(dim=0)
     return norm, parts[:, 1].sum(dim=0)
 
 
+def _grad_of_logits(
+    logits: torch.Tensor, norm: torch.Tensor, targets: torch.Tensor, first: int, count: int
+) -> torch.Tensor:
+    """The gradient of the sum of losses, softmax minus one-hot of the target, in the dtype of ``logits`` [N, V]."""
+    grad = (logits - norm[:, None]).exp_()  # in fp32, as norm is
+    grad[:, count:] = 0
+    if count:
+        index, own = _own(targets, first, count)
+        grad.scatter_add_(1, index, -own[:, None].to(grad.dtype))
+    return grad.mul_((targets != IGNORE_INDEX)[:, None]).to(logits.dtype)
+
+
+@cache
+def _compiled() -> tuple[Callable[..., Any], Callable[..., Any]]:
+    return torch.compile(_norm_and_target, fullgraph=True), torch.compile(_grad_of_logits, fullgraph=True)
+
+
 class _ChunkedNLLSum(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, columns: Columns
+        ctx, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, columns: Columns, compiled: bool
     ) -> torch.Tensor:
+        norm_and_target, grad_of_logits = _compiled() if compiled else (_norm_and_target, _grad_of_logits)
+        count = weight.shape[0] if columns.count is None else columns.count
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
@@ -123,22 +162,17 @@ class _ChunkedNLLSum(torch.autograd.Function):
             for start in range(0, hidden.shape[0], CHUNK_TOKENS):
                 rows = slice(start, start + CHUNK_TOKENS)
                 h, t = hidden[rows], targets[rows]
-                real = t != IGNORE_INDEX
-                logits = F.linear(h, weight).float()
-                norm, picked = _norm_and_target(logits, t, columns)
-                total += ((norm - picked) * real).sum()
+                logits, norm, picked = norm_and_target(h, weight, t, columns.first, count)
+                norm, picked = _of_all_columns(logits, norm, picked, columns)
+                total += ((norm - picked) * (t != IGNORE_INDEX)).sum()
                 if grad_hidden is None and grad_weight is None:
                     continue
-                # d nll / d logits = softmax - one-hot of the target, for real targets.
-                grad = logits.sub_(norm[:, None]).exp_()
-                if grad.shape[1]:
-                    index, own = _own(t, columns, grad.shape[1])
-                    grad.scatter_add_(1, index, -own[:, None].to(grad.dtype))
-                grad = (grad * real[:, None]).to(h.dtype)
+                grad = grad_of_logits(logits, norm, t, columns.first, count)
                 if grad_hidden is not None:
                     grad_hidden[rows] = grad @ weight
                 if grad_weight is not None:
                     grad_weight += grad.T @ h
+                del logits, grad  # before the next chunk's are made
         ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
         return total
 
@@ -149,6 +183,7 @@ class _ChunkedNLLSum(torch.autograd.Function):
         return (
             None if grad_hidden is None else grad_hidden * scale.to(grad_hidden.dtype),
             None if grad_weight is None else grad_weight * scale.to(grad_weight.dtype),
+            None,
             None,
             None,
         )

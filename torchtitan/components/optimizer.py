@@ -1,6 +1,12 @@
 """The optimizer, and its state as plain tensors under the names of their parameters."""
 
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
+from torch import nn
 
 from torchtitan.config_manager import Optimizer
 from torchtitan.models.llama3.weights import Weighted
@@ -8,11 +14,17 @@ from torchtitan.models.llama3.weights import Weighted
 _STATES = ("exp_avg", "exp_avg_sq")
 
 
-def build_optimizer(model: Weighted, config: Optimizer) -> torch.optim.Optimizer:
+def build_optimizer(model: Weighted, config: Optimizer) -> "AnyOptimizer":
     """AdamW (or Adam) over all parameters of the model."""
+    if config.early_step_in_backward:
+        return OptimizerInBackward(model, config)
+    return _build([parameter for _, parameter in model.weights()], config)
+
+
+def _build(parameters: list[nn.Parameter], config: Optimizer) -> torch.optim.Optimizer:
     kind = {"AdamW": torch.optim.AdamW, "Adam": torch.optim.Adam}[config.name]
     return kind(
-        [parameter for _, parameter in model.weights()],
+        parameters,
         lr=config.lr,
         betas=(config.beta1, config.beta2),
         eps=config.eps,
@@ -22,7 +34,59 @@ def build_optimizer(model: Weighted, config: Optimizer) -> torch.optim.Optimizer
     )
 
 
-def optimizer_tensors(model: Weighted, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+class OptimizerInBackward:
+    """An optimizer that updates each parameter during the backward pass, as soon as its gradient is complete.
+
+    The gradient is freed at once, so that those of all parameters never lie in memory together.
+
+    Attributes:
+        state, param_groups: as of a torch.optim.Optimizer; each parameter has a group of its own.
+        norms: of the gradients of the last update by name, on this rank's device (of a DTensor not yet summed over
+            ranks).
+    """
+
+    def __init__(self, model: Weighted, config: Optimizer):
+        self.state: defaultdict[torch.Tensor, Any] = defaultdict(dict)
+        self.param_groups: list[dict[str, Any]] = []
+        self.norms: dict[str, torch.Tensor] = {}
+        self._updates = False
+        for name, parameter in model.weights():
+            optimizer = _build([parameter], config)
+            optimizer.state = self.state
+            self.param_groups += optimizer.param_groups
+            parameter.register_post_accumulate_grad_hook(self._hook(name, optimizer))
+
+    def _hook(self, name: str, optimizer: torch.optim.Optimizer) -> Any:
+        def update(parameter: torch.Tensor) -> None:
+            if self._updates and parameter.grad is not None:
+                self.norms[name] = torch.linalg.vector_norm(parameter.grad)
+                optimizer.step()
+                parameter.grad = None
+
+        return update
+
+    @contextmanager
+    def updates(self) -> Iterator[None]:
+        """Within this context a backward pass updates: that of the last microbatch of a step, after which the sum over
+        all microbatches is complete."""
+        self._updates = True
+        self.norms.clear()
+        try:
+            yield
+        finally:
+            self._updates = False
+
+    def step(self) -> None:
+        """Nothing: all is updated already."""
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Nothing: no gradient is left."""
+
+
+AnyOptimizer = torch.optim.Optimizer | OptimizerInBackward
+
+
+def optimizer_tensors(model: Weighted, optimizer: AnyOptimizer) -> dict[str, torch.Tensor]:
     """The optimizer's state as ``<parameter>.<state>`` tensors, sharded as the parameters are.
 
     State that does not exist before the first step is made here, as zeros, so that a checkpoint can be read into it.

@@ -119,12 +119,13 @@ class TransformerBlock(nn.Module):
 
 
 class OutputHead(nn.Module):
-    """The projection onto the vocabulary, alignment rows left out, and the loss over it.
+    """The projection onto the vocabulary, and the loss over it, from which alignment rows are left out.
 
     Attributes:
         first_id: ids below are left out of the softmax, see training.audio_head.
         tensor_group: the ranks over which the rows of the weight are split, each with its part of the positions.
         gather_logits: these ranks gather the logits before the softmax, instead of only its sums.
+        compiled: the loss is computed with torch.compile in training.
     """
 
     def __init__(self, args: Llama3Args):
@@ -134,6 +135,7 @@ class OutputHead(nn.Module):
         self.first_id = 0
         self.tensor_group: dist.ProcessGroup | None = None
         self.gather_logits = False
+        self.compiled = False
 
     def forward(self, hidden: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
         """Hidden states [B, S, dim] to logits [B, S, vocab_size].
@@ -152,9 +154,12 @@ class OutputHead(nn.Module):
             start = dist.get_rank(self.tensor_group) * rows
         low = max(start, self.first_id)
         high = max(low, min(start + weight.shape[0], self.vocab_size))
-        columns = Columns(low, self.tensor_group, rows if self.gather_logits else 0)
-        weight = weight[min(low - start, weight.shape[0]) : max(high - start, 0)]
-        return (chunked_nll_sum if self.training else chunked_nll)(hidden, weight, targets, columns)
+        columns = Columns(low, high - low, self.tensor_group, rows if self.gather_logits else 0)
+        if low > start:
+            weight = weight[min(low - start, weight.shape[0]) :]
+        if self.training:
+            return chunked_nll_sum(hidden, weight, targets, columns, self.compiled)
+        return chunked_nll(hidden, weight, targets, columns)
 
 
 class Llama3(nn.Module):

@@ -1,6 +1,7 @@
 """The model as the trainer sees it: whole rows in, losses out, whatever is split underneath."""
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import nn
@@ -78,6 +79,7 @@ class ParallelModel:
         self.args, self.dims, self.device, self.first_id = args, dims, device, first_id
         self.pipeline: Pipeline | None = None
         self.precomputes_scales = config.float8.precompute_float8_dynamic_scale_for_fsdp
+        self.compiles_backward = config.parallelism.enable_compiled_autograd
         dtype = DTYPES[config.training.mixed_precision_param]
         # FSDP casts parameters by itself; a model on one device has none.
         self.sharded = dims.world_size > 1 or config.training.enable_cpu_offload
@@ -135,8 +137,10 @@ class ParallelModel:
             group = dims.mesh(self.device.type)["cp"].get_group()
             split_rows(model, group, parallelism.context_parallel_rotate_method)
         checkpoint_activations(model, config.activation_checkpoint)
-        if training.compile:
+        if training.compile and "model" in config.compile.components:
             compile_blocks(model)
+        if last:
+            model.output.compiled = training.compile and "loss" in config.compile.components
         if self.sharded:
             shard(
                 model,
@@ -180,13 +184,22 @@ class ParallelModel:
         documents = None if positions is None else int((positions == 0).sum())
         tokens, targets = (ids.to(self.device, non_blocking=True) for ids in (tokens, targets))
         positions = None if positions is None else positions.to(self.device, non_blocking=True)
-        if self.pipeline is not None:
-            return self.pipeline.backward(tokens, targets, positions, divisor)
-        with self.autocast:
-            loss = self.parts[0](tokens, targets, positions, documents)
-        loss = loss / divisor
-        loss.backward()
+        with self._compiled_backward():
+            if self.pipeline is not None:
+                return self.pipeline.backward(tokens, targets, positions, divisor)
+            with self.autocast:
+                loss = self.parts[0](tokens, targets, positions, documents)
+            loss = loss / divisor
+            loss.backward()
         return loss.detach()
+
+    def _compiled_backward(self) -> AbstractContextManager:
+        """Within it torch's compiled autograd takes the backward pass, if the config asks for it."""
+        if not self.compiles_backward:
+            return nullcontext()
+        from torch._dynamo.utils import maybe_enable_compiled_autograd  # which takes seconds to import
+
+        return maybe_enable_compiled_autograd(True)
 
     @torch.no_grad()
     def losses(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
