@@ -28,6 +28,11 @@ LLAMA3_SCALING = {
 
 
 @pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))  # codes of evaluation clips
+
+
+@pytest.fixture(scope="session", autouse=True)
 def one_thread():
     torch.set_num_threads(1)  # The parts are too small for more to pay.
 

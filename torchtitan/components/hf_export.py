@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,16 @@ def export_checkpoint(checkpoint: Path, output: Path, dtype: torch.dtype) -> Pat
         output.rmdir()
     partial.rename(output)
     return output
+
+
+def full_hf_tensors(checkpoint: Path, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+    """All weights of a step folder as transformers names them.
+
+    Raises:
+        UserError: it is damaged, or not to be trusted.
+    """
+    args = Llama3Args(**read_state(checkpoint)["model_args"])
+    yield from to_hf_tensors(args, load_full_parameters(checkpoint), dtype)
 
 
 def write_hf_files(folder: Path, args: Llama3Args, tokenizer: Any, stream: TokenStream, config: Model) -> None:

@@ -4,15 +4,21 @@ The scripts under eval/ are command lines over :func:`command`; :func:`score_tas
 work and can be called on their own.
 """
 
+import os
 import platform
 import shlex
+import shutil
 import sys
 import time
-from collections.abc import Callable, Collection
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 
 import torchtitan
 from torchtitan.audio.codec import FRAME_SIZE, Codec
@@ -22,6 +28,7 @@ from torchtitan.eval.data import Task, open_tasks
 from torchtitan.eval.metrics import SIDES, Rule, TaskResult, judge
 from torchtitan.eval.results import Clip, format_table, make_folder, results_folder, samples_table, write_results
 from torchtitan.eval.scoring import score
+from torchtitan.eval.store import ArrayStore, default_cache_folder, digest
 from torchtitan.models.speech_lm import SpeechLM, choose_device
 from torchtitan.tools.errors import UserError
 
@@ -71,6 +78,8 @@ SALMON = Benchmark(
 SLM21 = Benchmark("sLM21", ("sWUGGY", "sBLIMP"), ("positive", "negative"), "id", Rule("semantic"))
 STORY_CLOZE = Benchmark("sStoryCloze", ("sStoryCloze", "tStoryCloze"), ("positive", "negative"), "id", Rule("semantic"))
 
+BENCHMARKS = {benchmark.name: benchmark for benchmark in (SALMON, SLM21, STORY_CLOZE)}
+
 
 @dataclass
 class Options:
@@ -90,6 +99,18 @@ class Options:
     """Clips in one forward pass of the model."""
     max_seconds: float = 20.0
     """Clips are cut at this length."""
+    targets: str | None = None
+    """Targets that count: all, semantic, acoustic, or q0, q1, ... for one quantizer; the benchmark's own by default."""
+    reduction: Literal["mean", "sum"] = "mean"
+    """A clip's score is the mean or the sum of their negative log-likelihoods."""
+    audio_end: bool = True
+    """Whether the end of the clip, </audio>, counts too."""
+    ties: Literal["half", "wrong"] = "half"
+    """What equal scores count: half a point, or none as in the original evaluation."""
+    windows_ms: list[float] = field(default_factory=lambda: [500.0, 1000.0, 2000.0])
+    """Localized likelihood: windows that begin where a pair's codes first differ, each reported beside the accuracy."""
+    cache_dir: str = ""
+    """Folder in which the codes of clips are kept for the next time (~/.cache/llama-mimi/codes by default), or none."""
     device: str | None = None
     """cpu, cuda, cuda:1, mps, ...; the best one there is by default."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
@@ -105,7 +126,17 @@ class Options:
             raise UserError(
                 f"--max_seconds must be at least one frame ({FRAME_SIZE / SAMPLE_RATE} s), not {self.max_seconds}."
             )
+        self.rule(Rule())
+        self.localized_rules(Rule())
         choose_device(self.device)
+
+    def rule(self, default: Rule) -> Rule:
+        """How clips are scored, with the targets of ``default`` if none are given."""
+        return Rule(self.targets or default.targets, self.audio_end, self.reduction, self.ties)
+
+    def localized_rules(self, default: Rule) -> dict[str, Rule]:
+        """The same within each window."""
+        return {f"{ms:g} ms": replace(self.rule(default), window_ms=ms) for ms in self.windows_ms}
 
 
 def command(benchmark: Benchmark, options: Options) -> int:
@@ -119,24 +150,60 @@ def command(benchmark: Benchmark, options: Options) -> int:
     """
     start = time.monotonic()
     options.check()
+    share = rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     tasks, missing = open_tasks(options.dataset, benchmark.tasks, benchmark.columns, benchmark.as_configurations)
-    if missing:
+    if missing and rank == 0:
         print(f"warning: {options.dataset} lacks {', '.join(missing)}; only the rest is evaluated.", file=sys.stderr)
-    lm = SpeechLM.load(options.model_name, options.audio_tokenizer, options.device, options.dtype)
+    device = options.device
+    if device is None and ranks > 1 and torch.cuda.is_available():
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    lm = SpeechLM.load(options.model_name, options.audio_tokenizer, device, options.dtype)
+    options.rule(benchmark.rule).check(lm.stream.num_quantizers)
     folder = results_folder(options.output_dir, benchmark.name, options.model_name)
     make_folder(folder)
+    # What is read here must not have been written by a rank that is faster.
+    cache = None if options.cache_dir.lower() == "none" else ArrayStore(_cache_folder(options.cache_dir, lm.codec))
+    scores = ArrayStore(folder / f".scores-{_scores_of(lm).hex()[:16]}")
+    if ranks > 1:
+        dist.init_process_group("gloo")
+        dist.barrier()
 
     clips: list[Clip] = []
     for task in tasks:
-        clips += score_task(benchmark, task, lm, options.batch_size, options.max_seconds, options.limit)
+        clips += score_task(
+            benchmark, task, lm, options.batch_size, options.max_seconds, options.limit, cache, scores, share
+        )
+    if ranks > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+    if rank > 0:
+        return 0
     settings = _settings(benchmark, options, tasks, lm)
     samples = samples_table(clips, lm.stream.num_quantizers, settings)
-    results = judge(samples, benchmark.rule)
+    results = judge(samples, options.rule(benchmark.rule))
+    localized = {name: judge(samples, rule) for name, rule in options.localized_rules(benchmark.rule).items()}
     report = {"missing_tasks": missing, "seconds": round(time.monotonic() - start, 1), "settings": settings}
-    write_results(folder, samples, results, report)
+    write_results(folder, samples, results, localized, report)
+    shutil.rmtree(scores.folder, ignore_errors=True)
     _print_results(benchmark, results)
     print(f"Written to {folder}.")
     return 1 if any(result.left_out for result in results.values()) else 0
+
+
+def _cache_folder(name: str, codec: Codec) -> Path:
+    """Where the codes of a codec are kept, with its conventions."""
+    base = Path(name).expanduser() if name else default_cache_folder()
+    made_by = digest(codec.fingerprint(), codec.padding, codec.window, RESAMPLER)
+    return base / made_by.hex()[:32]
+
+
+def _scores_of(lm: SpeechLM) -> bytes:
+    """Identifies what scores depend on besides the ids."""
+    path = Path(lm.name).expanduser()
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else []
+    weights = [[str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    revision = getattr(lm.model.config, "_commit_hash", None)
+    return digest(lm.name, revision, weights, str(lm.model.dtype), lm.device.type)
 
 
 def score_task(
@@ -146,8 +213,17 @@ def score_task(
     batch_size: int = 16,
     max_seconds: float = 20.0,
     limit: int | None = None,
+    cache: ArrayStore | None = None,
+    scores: ArrayStore | None = None,
+    share: tuple[int, int] = (0, 1),
 ) -> list[Clip]:
     """The clips of a task, two a pair, with their codes and NLLs; an unreadable clip has its ``error`` instead.
+
+    Args:
+        cache: where codes are kept, see :func:`encode_pairs`.
+        scores: where scores are kept until all are there, see torchtitan.eval.scoring.score.
+        share: this rank's number and the number of ranks, which share the work through torch.distributed. All have
+            the same clips in the end.
 
     Raises:
         UserError: the model's context holds no frame, or a batch does not fit into the device's memory.
@@ -156,22 +232,49 @@ def score_task(
 
     if lm.stream.max_frames(lm.max_length) < 1:
         raise UserError(f"{lm.name}: a context of {lm.max_length} ids holds no frame of audio.")
-    total = 2 * min(task.num_pairs, limit or task.num_pairs)
-    interval = 0.1 if sys.stderr.isatty() else 10.0
+    rank, ranks = share
+    num_pairs = len(range(rank, min(task.num_pairs, limit or task.num_pairs), ranks))
+    shown: dict[str, Any] = {"mininterval": 0.1 if sys.stderr.isatty() else 10.0, "disable": rank > 0, "unit": "clip"}
     try:
-        with tqdm(total=total, desc=f"{task.name}: codes", unit="clip", mininterval=interval) as bar:
+        with tqdm(total=2 * num_pairs, desc=f"{task.name}: codes", **shown) as bar:
             clips = encode_pairs(
-                benchmark, task, lm.codec, lm.stream, lm.max_length, max_seconds, limit, on_progress=bar.update
+                benchmark,
+                task,
+                lm.codec,
+                lm.stream,
+                lm.max_length,
+                max_seconds,
+                limit,
+                on_progress=bar.update,
+                cache=cache,
+                share=share,
             )
+        if ranks > 1:
+            gathered: list[Any] = [None] * ranks
+            dist.all_gather_object(gathered, clips)
+            clips = sorted((clip for part in gathered for clip in part), key=lambda c: (c.pair, SIDES.index(c.side)))
         readable = [(clip, clip.codes) for clip in clips if clip.codes is not None]
-        with tqdm(total=len(readable), desc=f"{task.name}: scores", unit="clip", mininterval=interval) as bar:
-            sequences = [lm.stream.sample(codes) for _, codes in readable]
-            for (clip, _), nll in zip(readable, score(lm.model, sequences, batch_size, bar.update), strict=True):
-                clip.nll = nll
+        sequences = [lm.stream.sample(codes) for _, codes in readable]
+        with tqdm(total=len(readable), desc=f"{task.name}: scores", **shown) as bar:
+
+            def on_progress(count: int) -> None:
+                bar.update(min(count * ranks, len(readable) - bar.n))  # the others are about as far
+
+            found = score(lm.model, sequences, batch_size, on_progress, scores, share)
     except torch.OutOfMemoryError:
         raise UserError(
             f"{task.name}: the device's memory does not hold a batch; use a smaller --batch_size."
         ) from None
+    if ranks > 1:
+        own = {i: nll for i, nll in enumerate(found) if nll is not None}
+        parts: list[Any] = [None] * ranks
+        dist.all_gather_object(parts, own)
+        for i, nll in (item for part in parts for item in part.items()):
+            found[i] = nll
+            if scores is not None:  # of which all ranks must know the same
+                scores.learn(digest(sequences[i].numpy().tobytes()), nll.numpy())
+    for (clip, _), nll in zip(readable, found, strict=True):
+        clip.nll = nll
     return clips
 
 
@@ -185,31 +288,60 @@ def encode_pairs(
     limit: int | None = None,
     chosen: Collection[int] | None = None,
     on_progress: Callable[[int], Any] = lambda count: None,
+    cache: ArrayStore | None = None,
+    share: tuple[int, int] = (0, 1),
 ) -> list[Clip]:
     """Read and encode the clips of a task, without scores.
+
+    On a CPU clips are decoded and encoded in as many threads as torch has.
 
     Args:
         max_length: ids that the model can take.
         limit: only so many pairs, from the task's start.
         chosen: only these pairs, by their number.
         on_progress: called with the number of clips done since the last call.
+        cache: holds codes by the bytes of the audio file and the limit in seconds; clips whose codes are there are not
+            even decoded.
+        share: this rank's number and the number of ranks; only every so many pairs, from that one on.
     """
-    max_frames = stream.max_frames(max_length)
+    max_frames, max_samples = stream.max_frames(max_length), round(max_seconds * SAMPLE_RATE)
     clips: list[Clip] = []
-    waiting: list[tuple[Clip, torch.Tensor]] = []  # waveforms [n] that await the codec
+    waiting: list[tuple[Clip, bytes | Path, str, bytes | None]] = []  # with its source, its name in messages, its key
+
+    def finish(clip: Clip, codes: torch.Tensor, num_samples: int) -> None:
+        """Cut the codes [Q, T] of a clip of so many samples at the context."""
+        kept = min(num_samples, max_samples)
+        clip.cut = (num_samples - kept) / SAMPLE_RATE
+        if codes.shape[1] > max_frames:
+            clip.context_cut = (kept - max_frames * FRAME_SIZE) / SAMPLE_RATE
+            clip.cut += clip.context_cut
+        clip.codes = codes[:, :max_frames].to(torch.int16)
 
     def encode_waiting() -> None:
-        encoded = codec.encode([waveform for _, waveform in waiting])
-        for (clip, waveform), codes in zip(waiting, encoded, strict=True):
-            if codes.shape[1] > max_frames:
-                clip.context_cut = (waveform.numel() - max_frames * FRAME_SIZE) / SAMPLE_RATE
-                clip.cut += clip.context_cut
-            clip.codes = codes[:, :max_frames].to(torch.int16)
+        with _threads() as pool:
+            loaded = list(pool.map(lambda entry: _load(entry[1], entry[2]), waiting))
+            readable = []
+            for (clip, *_), result in zip(waiting, loaded, strict=True):
+                if isinstance(result, AudioError):
+                    clip.error = str(result)
+                else:
+                    readable.append(result)
+            kept = [waveform[:max_samples] for waveform in readable]
+            if codec.device.type == "cpu":
+                codes = [one for (one,) in pool.map(lambda waveform: codec.encode([waveform]), kept)]
+            else:
+                codes = codec.encode(kept)
+        entries = [entry for entry in waiting if entry[0].error is None]
+        for (clip, _, _, key), waveform, found in zip(entries, readable, codes, strict=True):
+            finish(clip, found, waveform.numel())
+            if cache is not None and key is not None:
+                cache.put(key, found.T.reshape(-1).to(torch.int16).numpy(), waveform.numel())
         on_progress(len(waiting))
         waiting.clear()
 
+    rank, ranks = share
     for index, row in enumerate(task.pairs(limit)):
-        if chosen is not None and index not in chosen:
+        if index % ranks != rank or (chosen is not None and index not in chosen):
             continue
         item = row.get(benchmark.item_column)
         plain = {
@@ -220,31 +352,56 @@ def encode_pairs(
         for side, column in zip(SIDES, task.columns, strict=True):
             clip = Clip(task.name, index, side, str(index if item is None else item), columns=plain)
             clips.append(clip)
-            try:
-                waveform = _load(task, row, column, f"{task.name} pair {index}, {side} clip")
-            except AudioError as error:
-                clip.error = str(error)
+            name = f"{task.name} pair {index}, {side} clip"
+            source, key, known = task.audio(row, column), None, None
+            if source is None:
+                clip.error = f"{name}: the row holds no audio."
                 on_progress(1)
                 continue
-            kept = waveform[: round(max_seconds * SAMPLE_RATE)]
-            clip.cut = (waveform.numel() - kept.numel()) / SAMPLE_RATE
-            waiting.append((clip, kept))
+            if cache is not None and (data := _bytes_of(source)) is not None:
+                key = digest(data, max_samples)
+                known = cache.get(key)
+            if known is None:
+                waiting.append((clip, source, name, key))
+            else:
+                finish(clip, torch.from_numpy(known[0].reshape(-1, stream.num_quantizers).T.copy()), known[1])
+                on_progress(1)
         if len(waiting) >= _CLIPS_PER_ENCODE:
             encode_waiting()
     encode_waiting()
+    if cache is not None:
+        cache.flush()
     return clips
 
 
-def _load(task: Task, row: dict[str, Any], column: str, name: str) -> torch.Tensor:
-    """The waveform [n] of a clip.
+@contextmanager
+def _threads() -> Iterator[ThreadPoolExecutor]:
+    """As many threads as torch uses, each of which computes alone: several clips at a time use a CPU better."""
+    count = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(count) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(count)
 
-    Raises:
-        AudioError: there is none, or it is unreadable.
-    """
-    source = task.audio(row, column)
-    if source is None:
-        raise AudioError(f"{name}: the row holds no audio.")
-    return load_audio(source, name=name)
+
+def _bytes_of(source: bytes | Path) -> bytes | None:
+    """The bytes of a file; None if it cannot be read, which is then said where it is decoded."""
+    if isinstance(source, bytes):
+        return source
+    try:
+        return source.read_bytes()
+    except OSError:
+        return None
+
+
+def _load(source: bytes | Path, name: str) -> torch.Tensor | AudioError:
+    """The waveform [n] of a clip, or why it is unreadable."""
+    try:
+        return load_audio(source, name=name)
+    except AudioError as error:
+        return error
 
 
 def _settings(benchmark: Benchmark, options: Options, tasks: list[Task], lm: SpeechLM) -> dict[str, Any]:
@@ -263,7 +420,8 @@ def _settings(benchmark: Benchmark, options: Options, tasks: list[Task], lm: Spe
             "resampler": RESAMPLER,
         },
         "data": {task.name: {"source": task.source, "revision": task.revision} for task in tasks},
-        "rule": benchmark.rule.describe(),
+        "rule": asdict(options.rule(benchmark.rule)),
+        "rule_in_words": options.rule(benchmark.rule).describe(),
         "context": lm.max_length,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "dtype": str(lm.model.dtype).removeprefix("torch."),

@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from torchtitan.eval.metrics import TaskResult
+from torchtitan.eval.metrics import TaskResult, averages
 from torchtitan.tools.errors import UserError
 
 
@@ -120,24 +120,47 @@ def make_folder(folder: Path) -> None:
         raise UserError(f"{folder}: the results folder cannot be written to.")
 
 
-def write_results(folder: Path, samples: Any, results: dict[str, TaskResult], report: dict[str, Any]) -> None:
+def write_results(
+    folder: Path,
+    samples: Any,
+    results: dict[str, TaskResult],
+    localized: dict[str, dict[str, TaskResult]],
+    report: dict[str, Any],
+) -> None:
     """Write the three files, each in one piece: a file that is there is whole.
 
     Args:
         samples: the table of :func:`samples_table`.
         results: each task's figures.
+        localized: the same for each window of localized likelihood, by its name.
         report: what else results.json says, ``settings`` and the like.
     """
     import pyarrow.parquet as pq
 
-    tasks = {name: dataclasses.asdict(result) for name, result in results.items()}
+    figures = {
+        "tasks": {name: dataclasses.asdict(result) for name, result in results.items()},
+        "averages": averages(results),
+        "localized": {
+            window: {
+                "tasks": {name: _short(result) for name, result in found.items()},
+                "averages": averages(found),
+            }
+            for window, found in localized.items()
+        },
+    }
     with _Replacing(folder / "samples.parquet") as path:
         pq.write_table(samples, path)
     with _Replacing(folder / "results.json") as path:
-        path.write_text(json.dumps({"tasks": tasks, **report}, indent=2, allow_nan=False) + "\n")
+        path.write_text(json.dumps({**figures, **report}, indent=2, allow_nan=False) + "\n")
     with _Replacing(folder / "accuracy.json") as path:
         accuracies = {name: result.accuracy for name, result in results.items()}
         path.write_text(json.dumps(accuracies, indent=4, allow_nan=False) + "\n")
+
+
+def _short(result: TaskResult) -> dict[str, Any]:
+    """The figures of a task that differ from one rule to another."""
+    names = ("accuracy", "standard_error", "interval", "pairs", "ties", "zerospeech")
+    return {**{name: getattr(result, name) for name in names}, "left_out": len(result.left_out)}
 
 
 class _Replacing:
@@ -157,13 +180,17 @@ class _Replacing:
             self.temporary.unlink(missing_ok=True)
 
 
+def format_share(share: float | None) -> str:
+    """A share, or its error, with four digits; nan if there is none."""
+    return f"{math.nan if share is None else share:.4f}"
+
+
 def format_table(results: dict[str, TaskResult]) -> str:
     """The accuracies as lines of text."""
     width = max(len("task"), *map(len, results))
     lines = [f"{'task':<{width}}  accuracy  std. error   pairs  ties  left out  cut"]
     for name, result in results.items():
-        accuracy = f"{math.nan if result.accuracy is None else result.accuracy:.4f}"
-        error = f"{math.nan if result.standard_error is None else result.standard_error:.4f}"
+        accuracy, error = format_share(result.accuracy), format_share(result.standard_error)
         cut = result.cut_clips + result.context_cut_clips
         lines.append(
             f"{name:<{width}}  {accuracy:>8}  {error:>10}  {result.pairs:>6}  {result.ties:>4}  "

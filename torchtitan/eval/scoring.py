@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from torchtitan.eval.store import ArrayStore, digest
 from torchtitan.tools.errors import UserError
 
 LOGITS_BLOCK = 512
@@ -21,7 +22,9 @@ def score(
     sequences: Sequence[torch.Tensor],
     batch_size: int = 16,
     on_progress: Callable[[int], Any] | None = None,
-) -> list[torch.Tensor]:
+    store: ArrayStore | None = None,
+    share: tuple[int, int] = (0, 1),
+) -> list[torch.Tensor | None]:
     """The negative log-likelihood of every id after a sequence's first.
 
     Equal sequences are computed once and get the same bits, so equal clips tie exactly, whatever batch they are in.
@@ -31,28 +34,47 @@ def score(
         sequences: int64 ids [L], L >= 2.
         batch_size: sequences in one forward pass. It changes the results by rounding only (1e-5 in fp32).
         on_progress: called with the number of sequences done since the last call.
+        store: holds results of an earlier call, which are not computed again, and takes the new ones.
+        share: this rank's number and the number of ranks. Each computes the batches that are its turn; their stores
+            must hold the same.
 
     Returns:
-        for each sequence, in the given order, float32 [L - 1] on the CPU, in nats.
+        for each sequence, in the given order, float32 [L - 1] on the CPU, in nats; None for those of other ranks.
 
     Raises:
         UserError: the model computes its logits in another way, by scaling or capping them.
     """
     places: dict[bytes, list[int]] = {}  # equal sequences, by content
     for i, ids in enumerate(sequences):
-        places.setdefault(ids.numpy().tobytes(), []).append(i)
-    groups = sorted(places.values(), key=lambda group: (-len(sequences[group[0]]), group[0]))
+        places.setdefault(digest(ids.numpy().tobytes()), []).append(i)
+    order = sorted(places, key=lambda key: (-len(sequences[places[key][0]]), places[key][0]))
     scores: dict[int, torch.Tensor] = {}
-    for start in range(0, len(groups), batch_size):
-        batch = groups[start : start + batch_size]
-        if start == 0:
-            _require_plain_head(model, sequences[batch[0][0]][:8])
-        results = _score_batch(model, [sequences[group[0]] for group in batch])
-        for group, result in zip(batch, results, strict=True):
-            scores.update((i, result) for i in group)
+
+    def take(key: bytes, nll: torch.Tensor) -> None:
+        scores.update((i, nll) for i in places[key])
         if on_progress is not None:
-            on_progress(sum(len(group) for group in batch))
-    return [scores[i] for i in range(len(sequences))]
+            on_progress(len(places[key]))
+
+    known = {key: found[0] for key in order if store is not None and (found := store.get(key)) is not None}
+    missing = [key for key in order if key not in known]
+    rank, ranks = share
+    if rank == 0:
+        for key, array in known.items():
+            take(key, torch.from_numpy(array.copy()))
+    for number, start in enumerate(range(0, len(missing), batch_size)):
+        if number % ranks != rank:
+            continue
+        batch = missing[start : start + batch_size]
+        ids = [sequences[places[key][0]] for key in batch]
+        if number == rank:
+            _require_plain_head(model, ids[0][:8])
+        for key, nll in zip(batch, _score_batch(model, ids), strict=True):
+            if store is not None:
+                store.put(key, nll.numpy())
+            take(key, nll)
+    if store is not None:
+        store.flush()
+    return [scores.get(i) for i in range(len(sequences))]
 
 
 def _score_batch(model: Any, sequences: list[torch.Tensor]) -> list[torch.Tensor]:

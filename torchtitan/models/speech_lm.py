@@ -13,6 +13,8 @@ import torch
 
 from torchtitan.audio.codec import Codec
 from torchtitan.audio.token_stream import TokenStream
+from torchtitan.components.checkpoint import HF_FOLDER, find_checkpoint
+from torchtitan.components.hf_export import full_hf_tensors
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.logging import quiet_transformers
 
@@ -50,6 +52,9 @@ class SpeechLM:
     ) -> "SpeechLM":
         """Load a model by hub name or folder.
 
+        A folder may also be a training checkpoint, or one that holds some (its latest is taken), which no conversion
+        has to go before.
+
         Args:
             audio_tokenizer: the codec's hub name or folder; None takes the one named in the model's config.json.
             device: None takes cuda if there is one, then mps, then cpu.
@@ -60,7 +65,7 @@ class SpeechLM:
                 codec cannot be loaded, or there is no such device.
         """
         from safetensors import SafetensorError
-        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
         quiet_transformers()
         device = choose_device(device)
@@ -70,12 +75,20 @@ class SpeechLM:
             dtype = DTYPES[dtype]
         if dtype is None:
             dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        require_model_folder(model_name)
+        checkpoint = _training_checkpoint(model_name)
+        if checkpoint is None:
+            require_model_folder(model_name)
+        source = model_name if checkpoint is None else str(checkpoint / HF_FOLDER)
+        model: Any
         try:
-            config = AutoConfig.from_pretrained(model_name, revision=revision)
-            tokenizer = AutoTokenizer.from_pretrained(model_name, revision=revision)
+            config = AutoConfig.from_pretrained(source, revision=revision)
+            tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
             stream = TokenStream.from_tokenizer(tokenizer, getattr(config, "num_quantizers", None))
-            model = AutoModelForCausalLM.from_pretrained(model_name, dtype=dtype, revision=revision)
+            if checkpoint is None:
+                model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, revision=revision)
+            else:
+                weights = dict(full_hf_tensors(checkpoint, dtype))
+                model = LlamaForCausalLM.from_pretrained(None, config=config, state_dict=weights, dtype=dtype)
         except (OSError, KeyError, SafetensorError) as error:
             reason = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
             raise UserError(f"{model_name}: no language model could be loaded from there ({reason}).") from None
@@ -107,6 +120,17 @@ class SpeechLM:
     def max_length(self) -> int:
         """The longest sequence of ids the model was made for."""
         return self.model.config.max_position_embeddings
+
+
+def _training_checkpoint(name: str) -> Path | None:
+    """The step folder of a training checkpoint that a name stands for; None if it is none."""
+    path = Path(name).expanduser()
+    if not path.is_dir() or (path / "config.json").is_file():
+        return None
+    try:
+        return find_checkpoint(path)
+    except UserError:
+        return None
 
 
 def conventions_of(config: Any) -> dict[str, str]:
@@ -141,6 +165,9 @@ def require_model_folder(name: str) -> None:
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise UserError(f"{name}: the folder holds no config.json, so it is not a model in Hugging Face format.")
+            raise UserError(
+                f"{name}: the folder holds no config.json, so it is not a model in Hugging Face format, and it is no "
+                "training checkpoint either."
+            )
     elif name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise UserError(f"{name}: there is no such folder (a hub name has the form owner/name).")

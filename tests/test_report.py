@@ -1,0 +1,387 @@
+"""Rules, statistics and reports, all from samples tables: no model is needed."""
+
+import json
+import math
+import runpy
+import statistics
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from torchtitan.eval import report
+from torchtitan.eval.benchmark import SALMON
+from torchtitan.eval.metrics import (
+    MetricsError,
+    Rule,
+    averages,
+    clip_scores,
+    first_differences,
+    judge,
+    pair_points,
+    zerospeech,
+)
+from torchtitan.eval.results import Clip, samples_table
+from torchtitan.eval.statistics import compare, mcnemar_p_value, standard_error, wilson_interval
+from torchtitan.tools.errors import UserError
+
+Q = 3
+SETTINGS = {"benchmark": "sLM21", "model": {"name": "owner/model", "revision": None}}
+
+
+def clips(task: str, pairs: int, seed: int, **columns: list) -> list[Clip]:
+    """Pairs of clips of random lengths, codes and NLLs; the first frames of a pair are the same."""
+    random = torch.Generator().manual_seed(seed)
+    made = []
+    for pair in range(pairs):
+        shared = torch.randint(2048, (Q, int(torch.randint(4, (1,), generator=random))), generator=random)
+        for side in ("positive", "negative"):
+            own = torch.randint(2048, (Q, int(torch.randint(1, 6, (1,), generator=random))), generator=random)
+            codes = torch.cat((shared, own), dim=1).to(torch.int16)
+            nll = torch.rand(codes.numel() + 2, generator=random) * 9
+            plain = {name: values[pair] for name, values in columns.items()}
+            item = str(plain.pop("id", pair))
+            made.append(Clip(task, pair, side, item, codes, nll, columns=plain))
+    return made
+
+
+def plain_score(clip: Clip, rule: Rule, begin: int) -> float:
+    """A clip's score, target by target."""
+    names = ["<audio>"] + [(t, q) for t in range(clip.codes.shape[1]) for q in range(Q)] + ["</audio>"]
+    last = clip.codes.shape[1]
+    values = []
+    for name, value in zip(names, clip.nll.tolist(), strict=True):
+        if name == "<audio>":
+            frame, counts = -1, rule.targets == "all"
+        elif name == "</audio>":
+            frame, counts = last, rule.audio_end
+        else:
+            frame, q = name
+            counts = {"all": True, "semantic": q == 0, "acoustic": q > 0}.get(rule.targets, rule.targets == f"q{q}")
+        if rule.window_ms is not None:
+            counts = counts and begin <= frame < begin + max(1, round(rule.window_ms / 80))
+        if counts:
+            values.append(value)
+    if not values:
+        return math.nan
+    return sum(values) / len(values) if rule.reduction == "mean" else sum(values)
+
+
+def begin_of(pair: list[Clip]) -> int | None:
+    """The first frame in which two clips differ."""
+    a, b = (clip.codes.T.tolist() for clip in pair)
+    for frame, (left, right) in enumerate(zip(a, b, strict=False)):
+        if left != right:
+            return frame
+    return None if len(a) == len(b) else min(len(a), len(b))
+
+
+RULES = [
+    Rule(),
+    Rule("semantic"),
+    Rule("acoustic", audio_end=False),
+    Rule("q2"),
+    Rule("all", reduction="sum"),
+    Rule("semantic", audio_end=False, reduction="sum"),
+    Rule("all", window_ms=160),
+    Rule("semantic", window_ms=30),
+    Rule("q1", audio_end=False, window_ms=400, reduction="sum"),
+]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_scores_are_those_of_a_plain_loop_over_the_targets(rule):
+    made = clips("t", 20, 0)
+    pairs = [made[i : i + 2] for i in range(0, len(made), 2)]
+    expected = [plain_score(clip, rule, begin_of(pair) or 0) for pair in pairs for clip in pair]
+    np.testing.assert_allclose(clip_scores(samples_table(made, Q, {}), rule), expected, rtol=1e-6)
+
+
+def test_where_clips_differ():
+    def pair(number: int, positive: list[int], negative: list[int]) -> list[Clip]:
+        sides = zip(("positive", "negative"), (positive, negative), strict=True)
+        return [
+            Clip("t", number, side, "", torch.tensor([codes]), torch.zeros(len(codes) + 2)) for side, codes in sides
+        ]
+
+    unreadable = [Clip("t", 4, "positive", "", error="no audio"), pair(4, [1], [1])[1]]
+    made = [*pair(0, [1, 2, 3], [1, 5, 3]), *pair(1, [1, 2], [1, 2, 3]), *pair(2, [7], [7]), *pair(3, [1], [2])]
+    samples = samples_table(made + unreadable, 1, {})
+    assert first_differences(samples) == {("t", 0): 1, ("t", 1): 2, ("t", 2): None, ("t", 3): 0}
+    with pytest.raises(MetricsError, match="no codes"):
+        clip_scores(samples.drop_columns("codes"), Rule(window_ms=80))
+    # Identical clips tie, in a window too.
+    assert pair_points(samples, Rule(window_ms=80))["t"][2].tie
+    result = judge(samples, Rule())["t"]
+    assert result.identical_pairs == 1
+    assert judge(samples.drop_columns("codes"), Rule())["t"].identical_pairs is None
+
+
+def test_a_window_that_holds_no_target_leaves_its_pair_out():
+    made = [
+        Clip("t", 0, "positive", "0", torch.zeros(1, 1), torch.ones(3)),
+        Clip("t", 0, "negative", "0", torch.zeros(1, 2), torch.ones(4)),
+    ]
+    samples = samples_table(made, 1, {})
+    (left_out,) = judge(samples, Rule(audio_end=False, window_ms=80))["t"].left_out
+    assert left_out["reason"] == "the positive clip's score is nan"
+    assert judge(samples, Rule(window_ms=80))["t"].pairs == 1
+
+
+def test_ties_are_half_or_wrong():
+    made = [Clip("t", 0, side, "0", torch.zeros(1, 1), torch.ones(3)) for side in ("positive", "negative")]
+    samples = samples_table(made, 1, {})
+    assert judge(samples, Rule())["t"].accuracy == 0.5
+    wrong = judge(samples, Rule(ties="wrong"))["t"]
+    assert (wrong.accuracy, wrong.ties) == (0.0, 1)
+
+
+@pytest.mark.parametrize(
+    "values", [{"targets": "phones"}, {"targets": "q"}, {"reduction": "max"}, {"ties": "x"}, {"window_ms": 0.0}]
+)
+def test_rules_that_there_are_not(values):
+    with pytest.raises(UserError, match=next(iter(values))):
+        Rule(**values)
+
+
+def test_a_quantizer_that_is_not_there():
+    with pytest.raises(MetricsError, match="q0 to q2"):
+        judge(samples_table(clips("t", 1, 0), Q, {}), Rule("q3"))
+
+
+# --- statistics
+
+
+def test_wilson_intervals_are_the_published_ones():
+    # Newcombe (1998), table I: 81 of 263, 15 of 148, 0 of 20, 1 of 29.
+    for right, count, low, high in ((81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611)):
+        assert wilson_interval(right / count, count) == pytest.approx((low, high), abs=5e-5)
+    assert wilson_interval(1 / 29, 29) == pytest.approx((0.0061, 0.1718), abs=5e-5)
+    with pytest.raises(ValueError, match="at least one"):
+        wilson_interval(0.5, 0)
+
+
+def test_standard_error():
+    points = [1.0, 0.0, 0.5, 1.0, 1.0]
+    assert standard_error(points) == pytest.approx(statistics.stdev(points) / math.sqrt(5))
+    assert standard_error([1.0]) is None
+
+
+def test_mcnemar():
+    assert mcnemar_p_value(1, 8) == 0.0390625
+    assert mcnemar_p_value(8, 1) == 0.0390625
+    assert mcnemar_p_value(0, 0) == mcnemar_p_value(5, 5) == 1.0
+    # The normal approximation with continuity correction, where it is good.
+    z = (abs(5100 - 4900) - 1) / math.sqrt(10_000)
+    assert mcnemar_p_value(5100, 4900) == pytest.approx(math.erfc(z / math.sqrt(2)), rel=1e-2)
+
+
+def test_two_models_on_the_same_pairs():
+    random = np.random.default_rng(0)
+    first = (random.random(400) < 0.6).astype(float)
+    second = np.where(random.random(400) < 0.3, 1.0, first)
+    found = compare(first, second)
+    assert found.difference == pytest.approx(second.mean() - first.mean())
+    assert (found.first_only, found.second_only) == (0, int(((first == 0) & (second == 1)).sum()))
+    error = statistics.stdev(second - first) / 20
+    assert found.low == pytest.approx(found.difference - 1.96 * error, abs=0.005)
+    assert found.high == pytest.approx(found.difference + 1.96 * error, abs=0.005)
+    assert compare(first, first).p_value == 1
+    with pytest.raises(ValueError, match="same pairs"):
+        compare(first, second[1:])
+
+
+def test_averages_of_salmon():
+    made = [clip for i, task in enumerate(SALMON.tasks) for clip in clips(task, 3 + i, i)]
+    results = judge(samples_table(made, Q, {}), Rule())
+    found = averages(results)
+    assert [found[group]["tasks"] for group in ("all", "consistency", "alignment")] == [8, 6, 2]
+    mean = statistics.mean(results[task].accuracy for task in SALMON.tasks[:6])
+    assert found["consistency"]["mean"] == pytest.approx(mean)
+    right = [results[task].accuracy * results[task].pairs for task in SALMON.tasks[6:]]
+    assert found["alignment"]["pairs"] == 9 + 10
+    assert found["alignment"]["pooled"] == pytest.approx(sum(right) / 19)
+    errors = [results[task].standard_error for task in SALMON.tasks[6:]]
+    assert found["alignment"]["standard_error"] == pytest.approx(math.hypot(*errors) / 2)
+    assert found["alignment"]["pooled_standard_error"] == pytest.approx(math.hypot(9 * errors[0], 10 * errors[1]) / 19)
+
+
+# --- ZeroSpeech's rules
+
+
+def of_points(points: list[float], **columns: list):
+    """A samples table whose pairs count these points."""
+    made = []
+    for pair, point in enumerate(points):
+        plain = {name: values[pair] for name, values in columns.items()}
+        item = str(plain.pop("id"))
+        for side, value in (("positive", 1.0), ("negative", 0.5 + point)):
+            made.append(Clip("t", pair, side, item, torch.zeros(1, 1), torch.full((3,), value), columns=dict(plain)))
+    return samples_table(made, 1, {})
+
+
+def test_voices_are_averaged_before_items():
+    table = of_points([1, 1, 0, 0.5, 0], id=["a", "a", "a", "b", "c"], voice=["x", "y", "z", "x", "x"])
+    found = zerospeech(table, Rule())["t"]
+    assert found["accuracy"] == pytest.approx((2 / 3 + 0.5 + 0) / 3)
+    assert found["items"] == 3
+    assert found["standard_error"] == pytest.approx(statistics.stdev([2 / 3, 0.5, 0]) / math.sqrt(3))
+    assert set(found) == {"accuracy", "standard_error", "items"}
+    assert judge(table, Rule())["t"].zerospeech == found
+
+
+def test_words_by_frequency_and_length():
+    table = of_points(
+        [1, 0, 1, 0, 1, 0, 1],
+        id=list("abcdefg"),
+        voice=["x"] * 7,
+        frequency=[0, 1, 4, 5, 20, 99, 100],
+        length=[3, 3, 4, 4, 4, 5, 5],
+    )
+    found = zerospeech(table, Rule())["t"]
+    # The bands of the challenge's program: [0, 1), [1, 5), [5, 20), [20, 100), [100, inf).
+    by_band = {name: (share["accuracy"], share["items"]) for name, share in found["by_frequency"].items()}
+    assert by_band == {"oov": (1, 1), "1-5": (0.5, 2), "6-20": (0, 1), "21-100": (0.5, 2), ">100": (1, 1)}
+    assert list(found["by_frequency"]) == ["oov", "1-5", "6-20", "21-100", ">100"]
+    assert (found["in_vocabulary"]["accuracy"], found["in_vocabulary"]["items"]) == (0.5, 6)
+    assert {name: share["items"] for name, share in found["by_length"].items()} == {"3": 2, "4": 3, "5": 2}
+
+
+def test_frequencies_may_be_texts_or_missing():
+    table = of_points([1, 0, 1, 0], id=list("abcd"), voice=["x"] * 4, frequency=["oov", "7", "", None])
+    found = zerospeech(table, Rule())["t"]
+    assert {name: share["items"] for name, share in found["by_frequency"].items()} == {"oov": 1, "6-20": 1}
+    assert found["in_vocabulary"]["items"] == 1
+    assert found["items"] == 4
+
+
+def test_sentences_by_type_and_subtype():
+    table = of_points(
+        [1, 0, 0, 1],
+        id=["0", "0", "0", "1"],
+        voice=["x", "y", "x", "x"],
+        type=["agreement", "agreement", "binding", "binding"],
+        subtype=["a1", "a1", "b1", "b2"],
+    )
+    found = zerospeech(table, Rule())["t"]
+    # The same number in another type is another sentence.
+    assert found["items"] == 3
+    assert {name: share["accuracy"] for name, share in found["by_type"].items()} == {"agreement": 0.5, "binding": 0.5}
+    assert {name: share["items"] for name, share in found["by_subtype"].items()} == {"a1": 1, "b1": 1, "b2": 1}
+
+
+def test_pairs_that_are_left_out_are_in_no_item():
+    table = of_points([1, math.nan, 0], id=["a", "a", "b"], voice=["x", "y", "x"])
+    assert zerospeech(table, Rule())["t"]["accuracy"] == 0.5
+
+
+def test_without_voices_there_are_no_such_figures():
+    assert zerospeech(of_points([1], id=["a"]), Rule()) == {}
+
+
+# --- reports
+
+
+def write(folder: Path, seed: int, name: str = "owner/model", benchmark: str = "sLM21", tasks=("sWUGGY", "sBLIMP")):
+    folder.mkdir(parents=True)
+    made = [clip for i, task in enumerate(tasks) for clip in clips(task, 12, seed + i)]
+    table = samples_table(made, Q, {"benchmark": benchmark, "model": {"name": name}})
+    pq.write_table(table, folder / "samples.parquet")
+    return table
+
+
+def run(*arguments: object) -> int:
+    return report.command(report.Options([Path(str(a)) for a in arguments]))
+
+
+def test_a_report_of_one_model(tmp_path, capsys):
+    table = write(tmp_path / "sLM21" / "owner" / "model", 0)
+    assert run(tmp_path / "sLM21") == 0
+    printed = capsys.readouterr().out
+    folder = tmp_path / "sLM21" / "owner" / "model"
+    assert (folder / "report.md").read_text() in printed
+    data = json.loads((folder / "report.json").read_text())["benchmarks"]["sLM21"]
+    expected = judge(table, Rule("semantic"))
+    tasks = data["models"]["owner/model"]["tasks"]
+    assert {name: task["accuracy"] for name, task in tasks.items()} == {n: r.accuracy for n, r in expected.items()}
+    assert f"{expected['sWUGGY'].accuracy:.4f} ± {expected['sWUGGY'].standard_error:.4f} (12)" in printed
+    assert data["rule"]["targets"] == "semantic"
+    assert (folder / "sLM21.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_several_models_are_compared_on_the_pairs_of_both(tmp_path, capsys):
+    tables = [write(tmp_path / name, 10 * i, name) for i, name in enumerate(("first", "second"))]
+    assert run(tmp_path / "first", tmp_path / "second") == 0
+    data = json.loads((tmp_path / "report.json").read_text())["benchmarks"]["sLM21"]
+    points = [[p.point for p in pair_points(table, Rule("semantic"))["sBLIMP"]] for table in tables]
+    found = data["comparisons"]["second"]["sBLIMP"]
+    assert found["difference"] == pytest.approx(statistics.mean(points[1]) - statistics.mean(points[0]))
+    assert found["pairs"] == 12
+    printed = capsys.readouterr().out
+    assert "second against first" in printed
+    assert "McNemar p" in printed
+
+
+def test_rules_and_variants(tmp_path, capsys):
+    table = write(tmp_path / "a", 3)
+    options = report.Options([tmp_path], targets="q1", reduction="sum", audio_end=False, window_ms=160, variants=True)
+    assert report.command(options) == 0
+    data = json.loads((tmp_path / "a" / "report.json").read_text())["benchmarks"]["sLM21"]
+    rule = Rule("q1", False, "sum", "half", 160)
+    assert data["models"]["owner/model"]["tasks"]["sWUGGY"]["accuracy"] == judge(table, rule)["sWUGGY"].accuracy
+    found = data["variants"]["owner/model"]
+    assert len(found) == 6 * 2 * 2
+    variant = Rule("acoustic", True, "mean", "half", 160)
+    assert found["acoustic, mean, with </audio>"]["sBLIMP"] == judge(table, variant)["sBLIMP"].accuracy
+    assert "acoustic, mean, with </audio>" in capsys.readouterr().out
+
+
+def test_samples_without_codes_are_enough_where_codes_are_not_needed(tmp_path):
+    table = write(tmp_path / "a", 0)
+    pq.write_table(table.drop_columns(["codes", "error", "context_cut"]), tmp_path / "a" / "samples.parquet")
+    assert run(tmp_path) == 0
+    data = json.loads((tmp_path / "a" / "report.json").read_text())["benchmarks"]["sLM21"]
+    found = data["models"]["owner/model"]["tasks"]["sWUGGY"]["accuracy"]
+    assert found == judge(table, Rule("semantic"))["sWUGGY"].accuracy
+    with pytest.raises(UserError, match="no codes"):
+        report.command(report.Options([tmp_path], window_ms=80))
+
+
+def test_a_chart_of_salmon_has_the_published_points(tmp_path):
+    from torchtitan.eval import charts
+
+    write(tmp_path / "a", 0, benchmark="SALMON", tasks=SALMON.tasks)
+    assert run(tmp_path) == 0
+    assert (tmp_path / "a" / "SALMON.png").stat().st_size > 10_000
+    source, published = charts.references("SALMON")
+    assert "slp-rl/salmon" in source
+    assert published["humans"]["gender_consistency"] == 98.6
+    assert published["pGSLM"]["speaker_consistency"] == 82.5
+    assert all(set(figures) == set(SALMON.tasks) for figures in published.values())
+    assert charts.references("sLM21") == ("", {})
+
+
+def test_wrong_input_is_one_sentence(tmp_path, monkeypatch, capsys):
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "samples.parquet").write_bytes(b"PAR1 and no more")
+    (tmp_path / "other").mkdir()
+    pq.write_table(samples_table([], 1, {}).drop_columns("nll"), tmp_path / "other" / "samples.parquet")
+    for folder, said in (("nowhere", "no samples.parquet"), ("broken", "cannot be read"), ("other", "lacks nll")):
+        monkeypatch.setattr(sys, "argv", ["report", str(tmp_path / folder)])
+        with pytest.raises(SystemExit) as stopped:
+            runpy.run_path(report.__file__, run_name="__main__")
+        assert stopped.value.code == 2
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert len(lines) == 1
+        assert said in lines[0]
+
+
+def test_the_same_name_twice_is_told_apart(tmp_path):
+    write(tmp_path / "a", 0)
+    write(tmp_path / "b", 1)
+    names = [run.name for run in report.find_runs([tmp_path])]
+    assert len(set(names)) == 2
+    assert all(name.startswith("owner/model (") for name in names)
