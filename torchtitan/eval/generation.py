@@ -1,0 +1,364 @@
+"""Evaluation of generated speech: continuations of a folder of prompts, and scores of them.
+
+Written to ``<output_dir>/generation/<model_name>/``: ``audio/`` with prompt and continuation of each sample,
+``samples.jsonl`` with a line a prompt, ``scores.jsonl`` with a line a score, each as soon as it is there, and at the
+end ``results.json``. The same command goes on where one was interrupted.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import soundfile
+import torch
+
+from torchtitan.audio.codec import FRAME_SIZE
+from torchtitan.audio.waveform import SAMPLE_RATE, AudioError, load_audio
+from torchtitan.eval.results import make_folder, results_folder
+from torchtitan.eval.scorers import (
+    Judge,
+    Naturalness,
+    Repetition,
+    Sample,
+    ScoreError,
+    SpeakerSimilarity,
+    TextLikelihood,
+    Transcriber,
+    generative_perplexity,
+)
+from torchtitan.eval.statistics import standard_error
+from torchtitan.generation import Sampling, continue_codes, frame_bound
+from torchtitan.models.speech_lm import SpeechLM, choose_device
+from torchtitan.tools.errors import UserError
+
+ENDINGS = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif")
+Metric = Literal["speaker_similarity", "utmos", "perplexity", "auto_bleu", "judge"]
+TRANSCRIBED = ("perplexity", "auto_bleu", "judge")
+
+
+@dataclass
+class Options:
+    """The command line."""
+
+    prompts: Path
+    """Folder of audio files to continue; folders in it count too."""
+    model_name: str = "llm-jp/Llama-Mimi-1.3B"
+    """Hub name or folder of a model in Hugging Face format, or a training checkpoint."""
+    audio_tokenizer: str | None = None
+    """Hub name or folder of the Mimi codec; the one that the model names by default."""
+    output_dir: str = "results"
+    """Results go to <output_dir>/generation/<model_name>/."""
+    metrics: list[Metric] = field(default_factory=lambda: ["speaker_similarity", "auto_bleu", "perplexity"])
+    """What is computed; nothing with --metrics alone: the continuations are made all the same."""
+    limit: int | None = None
+    """Only the first prompts, by name."""
+    prompt_seconds: float | None = None
+    """Only the beginning of each prompt; all of it by default."""
+    max_seconds: float | None = None
+    """What prompt and continuation may last together. Default: what fits into 1,024 ids."""
+    num_samples: int = 1
+    """Continuations of each prompt."""
+    temperature: float = 0.8
+    """Divides the logits; 0 takes the most likely unit each time."""
+    top_k: int | None = 30
+    """Draw from the k most likely units only; None from all."""
+    top_p: float = 1.0
+    """Draw from the most likely units that together reach this probability."""
+    seed: int = 0
+    """Of the draws."""
+    speaker_model: str = "microsoft/wavlm-base-plus-sv"
+    """speaker_similarity: a speaker verification model of transformers."""
+    utmos: str = "tarepan/SpeechMOS:v1.2.0"
+    """utmos: repository of torch.hub with utmos22_strong, or a local copy of it."""
+    recognizer: str = "openai/whisper-large-v3-turbo"
+    """perplexity, auto_bleu, judge: the speech recogniser of transformers that writes the transcripts."""
+    text_model: str = "openai-community/gpt2-large"
+    """perplexity: the language model of text."""
+    judge_url: str = "http://localhost:8000/v1"
+    """judge: an OpenAI-compatible endpoint."""
+    judge_model: str = ""
+    """judge: the model that it is asked for."""
+    judge_prompt: str = str(Path(__file__).with_name("judge_prompt.txt"))
+    """judge: file with what it is asked, with {prompt} and {continuation} for the two transcripts."""
+    device: str | None = None
+    """cpu, cuda, cuda:1, mps, ...; the best one there is by default."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Precision of the model; bfloat16 on cuda and float32 elsewhere by default."""
+
+    def sampling(self) -> Sampling:
+        return Sampling(self.temperature, self.top_k, self.top_p, self.seed)
+
+    def check(self) -> None:
+        """Raise UserError for a value that cannot work."""
+        self.sampling()
+        choose_device(self.device)
+        for name in ("limit", "num_samples"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise UserError(f"--{name} must be at least 1, not {value}.")
+        if self.prompt_seconds is not None and not FRAME_SIZE / SAMPLE_RATE <= self.prompt_seconds < float("inf"):
+            raise UserError(f"--prompt_seconds must be at least {FRAME_SIZE / SAMPLE_RATE}, not {self.prompt_seconds}.")
+        if "judge" in self.metrics and not self.judge_model:
+            raise UserError("--judge_model must say which model the judge's endpoint is asked for.")
+
+    # What the continuations depend on, besides the prompts.
+    MADE_BY = (
+        *("model_name", "audio_tokenizer", "prompt_seconds", "max_seconds", "num_samples"),
+        *("temperature", "top_k", "top_p", "seed", "dtype"),
+    )
+
+    def made_by(self) -> dict[str, Any]:
+        """The settings that make the continuations."""
+        return {name: getattr(self, name) for name in self.MADE_BY}
+
+    def source_of(self, metric: str) -> str:
+        """The models behind a metric, so that scores of other ones are not taken for these."""
+        own = {
+            "transcript": self.recognizer,
+            "prompt_transcript": self.recognizer,
+            "speaker_similarity": self.speaker_model,
+            "utmos": self.utmos,
+            "perplexity": self.text_model,
+            "judge": f"{self.judge_model}, {self.judge_prompt}",
+        }.get(metric, "")
+        return f"{own}, {self.recognizer}" if metric in TRANSCRIBED else own
+
+
+def find_prompts(folder: Path, limit: int | None = None) -> list[Path]:
+    """The audio files in a folder, by name.
+
+    Raises:
+        UserError: there is no such folder, or no audio in it.
+    """
+    folder = folder.expanduser()
+    if not folder.is_dir():
+        raise UserError(f"{folder}: there is no such folder of prompts.")
+    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in ENDINGS and file.is_file())
+    if not files:
+        raise UserError(f"{folder}: there are no audio files ({', '.join(ENDINGS)}) in this folder.")
+    return files[:limit]
+
+
+class Lines:
+    """A file of JSON lines that grows; a last line that was cut off is dropped."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.entries: list[dict[str, Any]] = []
+        if path.is_file():
+            whole = [line for line in path.read_text("utf-8").splitlines(keepends=True) if line.endswith("\n")]
+            self.entries = [json.loads(line) for line in whole]
+            path.write_text("".join(whole), "utf-8")
+
+    def append(self, entry: dict[str, Any]) -> None:
+        """Add a line, at once."""
+        self.entries.append(entry)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+
+
+def command(options: Options) -> int:
+    """Make the continuations, score them, write and print the results.
+
+    Returns:
+        the exit code: 0, or 1 if a prompt could not be used (everything is written first).
+
+    Raises:
+        UserError: wrong options, or something is not where it was said to be, or the folder has other continuations.
+    """
+    start = time.monotonic()
+    options.check()
+    prompts = find_prompts(options.prompts, options.limit)
+    folder = results_folder(options.output_dir, "generation", options.model_name)
+    make_folder(folder / "audio")
+    _require_same(folder / "settings.json", options.made_by())
+    samples = Lines(folder / "samples.jsonl")
+    names = {path: path.relative_to(options.prompts.expanduser()).as_posix() for path in prompts}
+    generate(prompts, names, options, samples, folder)
+    wanted = set(names.values())
+    entries = [entry for entry in samples.entries if entry["prompt"] in wanted]
+    scores = Lines(folder / "scores.jsonl")
+    for metric in options.metrics:
+        score(metric, entries, options, folder, scores)
+    results = summarize(entries, scores.entries, options)
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(options).items()}
+    report = {**results, "settings": settings, "seconds": round(time.monotonic() - start, 1)}
+    (folder / "results.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", "utf-8")
+    print(format_results(results))
+    print(f"Written to {folder}.")
+    return 1 if results["unusable_prompts"] else 0
+
+
+def _require_same(path: Path, settings: dict[str, Any]) -> None:
+    """Refuse to mix continuations of different settings in one folder."""
+    if path.is_file():
+        before = json.loads(path.read_text("utf-8"))
+        changed = [name for name in settings if before.get(name) != settings[name]]
+        if changed:
+            raise UserError(
+                f"{path.parent}: there are continuations with {changed[0]} = {before.get(changed[0])}, not "
+                f"{settings[changed[0]]}; choose another --output_dir or remove the folder."
+            )
+    path.write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
+
+
+def generate(prompts: list[Path], names: dict[Path, str], options: Options, samples: Lines, folder: Path) -> None:
+    """Continue the prompts that have no continuations yet; an entry in ``samples`` and a file each."""
+    from tqdm import tqdm
+
+    done = {entry["prompt"] for entry in samples.entries}
+    missing = [path for path in prompts if names[path] not in done]
+    if not missing:
+        return
+    lm = SpeechLM.load(options.model_name, options.audio_tokenizer, options.device, options.dtype)
+    max_frames = frame_bound(lm, options.max_seconds)
+    for path in tqdm(missing, desc="continuations", unit="prompt"):
+        name = names[path]
+        try:
+            waveform = load_audio(path, options.prompt_seconds)
+            (codes,) = lm.codec.encode([waveform])
+            if codes.shape[1] >= max_frames:
+                raise AudioError(f"{path}: {codes.shape[1]} frames leave no room for a continuation in {max_frames}.")
+        except AudioError as error:
+            samples.append({"prompt": name, "error": str(error)})
+            continue
+        found = continue_codes(lm, codes, max_frames, options.sampling(), options.num_samples)
+        entry: dict[str, Any] = {"prompt": name, "prompt_samples": waveform.numel(), "samples": []}
+        for number, continuation in enumerate(found):
+            audio = lm.codec.decode(torch.cat((codes, continuation.codes), dim=1)).clamp(-1, 1)
+            file = folder / "audio" / f"{name}.{number}.wav"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            soundfile.write(file, audio.numpy(), SAMPLE_RATE)
+            entry["samples"].append(
+                {
+                    "file": file.relative_to(folder).as_posix(),
+                    "prompt_frames": codes.shape[1],
+                    "frames": continuation.codes.shape[1],
+                    "ended": continuation.ended,
+                }
+            )
+        samples.append(entry)
+
+
+def _cases(entries: Iterable[dict[str, Any]]) -> list[tuple[str, int, dict[str, Any]]]:
+    """(prompt, number, sample) of all samples."""
+    return [
+        (entry["prompt"], number, sample) for entry in entries for number, sample in enumerate(entry.get("samples", []))
+    ]
+
+
+def score(metric: str, entries: list[dict[str, Any]], options: Options, folder: Path, scores: Lines) -> None:
+    """Give the samples that have no score yet one, or the reason why they get none; a line in ``scores`` each."""
+    from tqdm import tqdm
+
+    if metric in TRANSCRIBED:
+        score("transcript", entries, options, folder, scores)
+    if metric == "judge":
+        score("prompt_transcript", entries, options, folder, scores)
+    known = _found(scores.entries, metric, options)
+    cases = [case for case in _cases(entries) if (case[0], case[1]) not in known]
+    if metric == "prompt_transcript":
+        cases = [case for case in cases if case[1] == 0]
+    if not cases:
+        return
+    device = choose_device(options.device)
+    scorer = _scorer(metric, options, device)
+    transcripts = _found(scores.entries, "transcript", options)
+    of_prompts = _found(scores.entries, "prompt_transcript", options)
+    for prompt, number, sample in tqdm(cases, desc=metric, unit="sample"):
+        entry: dict[str, Any] = {"metric": metric, "source": options.source_of(metric)}
+        entry |= {"prompt": prompt, "sample": number}
+        try:
+            audio = load_audio(folder / sample["file"])
+            cut = sample["prompt_frames"] * FRAME_SIZE
+            prompt_audio = load_audio(options.prompts.expanduser() / prompt, options.prompt_seconds)
+            heard = transcripts.get((prompt, number), {})
+            if metric in TRANSCRIBED and "error" in heard:
+                raise ScoreError(heard["error"])
+            said_before = of_prompts.get((prompt, 0), {}).get("value")
+            given = Sample(prompt_audio, audio[cut:], heard.get("value"), said_before)
+            if isinstance(scorer, Transcriber):
+                entry["value"] = scorer(given.prompt if metric == "prompt_transcript" else given.continuation)
+            else:
+                entry["value"] = scorer(given)
+        except (ScoreError, AudioError) as error:
+            entry["error"] = str(error)
+        scores.append(entry)
+
+
+def _scorer(metric: str, options: Options, device: torch.device) -> Callable[[Any], Any]:
+    if metric == "speaker_similarity":
+        return SpeakerSimilarity(options.speaker_model, device)
+    if metric == "utmos":
+        return Naturalness(options.utmos, device)
+    if metric in ("transcript", "prompt_transcript"):
+        return Transcriber(options.recognizer, device)
+    if metric == "perplexity":
+        return TextLikelihood(options.text_model, device)
+    if metric == "judge":
+        return Judge(options.judge_url, options.judge_model, options.judge_prompt)
+    return Repetition()
+
+
+def _found(entries: list[dict[str, Any]], metric: str, options: Options) -> dict[tuple[str, int], dict[str, Any]]:
+    """The scores of a metric by the models at hand; a later line takes the place of an earlier one."""
+    source = options.source_of(metric)
+    return {
+        (entry["prompt"], entry["sample"]): entry
+        for entry in entries
+        if (entry["metric"], entry["source"]) == (metric, source)
+    }
+
+
+def summarize(entries: list[dict[str, Any]], scores: list[dict[str, Any]], options: Options) -> dict[str, Any]:
+    """The figures: each metric's mean over the samples that have a score, and how many have none, by reason.
+
+    The perplexity is :func:`torchtitan.eval.scorers.generative_perplexity`, its standard error by the delta method.
+    """
+    cases = _cases(entries)
+    metrics: dict[str, Any] = {}
+    for metric in options.metrics:
+        found = _found(scores, metric, options)
+        mine = [found[prompt, number] for prompt, number, _ in cases if (prompt, number) in found]
+        values = [entry["value"] for entry in mine if "value" in entry]
+        reasons: dict[str, int] = {}
+        for entry in mine:
+            if "error" in entry:
+                reasons[entry["error"]] = reasons.get(entry["error"], 0) + 1
+        value = error = None
+        if values:
+            value, error = sum(values) / len(values), standard_error(values)
+            if metric == "perplexity":
+                value = generative_perplexity(values)
+                error = None if error is None else value * error
+        metrics[metric] = {
+            "value": value,
+            "standard_error": error,
+            "samples": len(values),
+            "failed": len(mine) - len(values),
+            "reasons": reasons,
+        }
+    frames = [sample["frames"] for _, _, sample in cases]
+    return {
+        "metrics": metrics,
+        "samples": len(cases),
+        "ended": sum(sample["ended"] for _, _, sample in cases),
+        "seconds_of_speech": round(sum(frames) * FRAME_SIZE / SAMPLE_RATE, 2),
+        "unusable_prompts": [entry for entry in entries if "error" in entry],
+    }
+
+
+def format_results(results: dict[str, Any]) -> str:
+    """The figures as lines of text."""
+    lines = [f"{'metric':<20}{'value':>10}{'std. error':>12}{'samples':>9}{'failed':>8}"]
+    for name, figures in results["metrics"].items():
+        shown = ["nan" if figures[key] is None else f"{figures[key]:.4f}" for key in ("value", "standard_error")]
+        lines.append(f"{name:<20}{shown[0]:>10}{shown[1]:>12}{figures['samples']:>9}{figures['failed']:>8}")
+    count, ended = results["samples"], results["ended"]
+    lines.append(f"{count} continuations, {results['seconds_of_speech']:g} s of speech, {ended} ended by themselves")
+    for entry in results["unusable_prompts"]:
+        print(f"warning: {entry['prompt']} could not be used: {entry['error']}", file=sys.stderr)
+    return "\n".join(lines)
