@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +18,7 @@ import soundfile
 import torch
 
 from torchtitan.audio.token_stream import TokenStream
+from torchtitan.eval import scoring
 from torchtitan.eval.benchmark import SALMON, SLM21, Benchmark, Options, command, score_task
 from torchtitan.eval.data import DataError, open_tasks
 from torchtitan.eval.metrics import Rule, clip_scores, judge
@@ -120,17 +122,22 @@ def test_scores_stay_with_their_sequence_when_these_are_permuted(lm):
         torch.testing.assert_close(nll, scores[i], rtol=0, atol=1e-5)
 
 
-def test_the_output_head_is_applied_to_bounded_blocks(lm, monkeypatch):
-    monkeypatch.setattr("torchtitan.eval.scoring.LOGITS_BLOCK", 16)
+@pytest.mark.parametrize("columns", [1000, 1 << 20])
+def test_logits_are_computed_in_bounded_blocks(lm, monkeypatch, columns):
+    monkeypatch.setattr(scoring, "LOGITS_BLOCK", 16)
+    monkeypatch.setattr(scoring, "CPU_COLUMNS", columns)
     sequences = random_samples(lm, [9, 9, 9, 5])
-    rows = []
-    handle = lm.model.lm_head.register_forward_hook(lambda *call: rows.append(call[2].shape[:-1].numel()))
-    try:
-        scores = score(lm.model, sequences, 4)
-    finally:
-        handle.remove()
-    assert max(rows) <= 16
-    assert sum(rows) >= sum(len(ids) - 1 for ids in sequences)
+    shapes = []
+
+    def linear(hidden, weight, bias):
+        shapes.append((len(hidden), len(weight)))
+        return torch.nn.functional.linear(hidden, weight, bias)
+
+    monkeypatch.setattr(scoring, "F", SimpleNamespace(linear=linear))
+    scores = score(lm.model, sequences, 4)
+    assert all(rows <= 16 and width <= columns for rows, width in shapes)
+    vocabulary = lm.model.config.vocab_size
+    assert sum(rows * width for rows, width in shapes) == vocabulary * sum(len(ids) - 1 for ids in sequences)
     for nll, ids in zip(scores, sequences, strict=True):
         torch.testing.assert_close(nll, plain_nll(lm, ids), rtol=0, atol=1e-5)
 

@@ -31,6 +31,7 @@ from torchtitan.eval.scoring import score
 from torchtitan.eval.store import ArrayStore, default_cache_folder, digest
 from torchtitan.models.speech_lm import SpeechLM, choose_device
 from torchtitan.tools.errors import UserError
+from torchtitan.tools.memory import tune_malloc
 
 # Clips decoded before the codec is called: bounds the memory and lets it batch clips of similar length.
 _CLIPS_PER_ENCODE = 64
@@ -149,6 +150,7 @@ def command(benchmark: Benchmark, options: Options) -> int:
         UserError: wrong options, or no data set, model or codec where they were said to be.
     """
     start = time.monotonic()
+    tune_malloc()
     options.check()
     share = rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     tasks, missing = open_tasks(options.dataset, benchmark.tasks, benchmark.columns, benchmark.as_configurations)

@@ -5,15 +5,18 @@ sequence changes nothing in it and no mask is needed. Only the hidden states of 
 a block of :data:`LOGITS_BLOCK` at a time: with 136,450 columns the fp32 logits of a batch would not fit into memory.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from torchtitan.eval.store import ArrayStore, digest
 from torchtitan.tools.errors import UserError
 
 LOGITS_BLOCK = 512
+CPU_COLUMNS = 8192
 
 
 @torch.inference_mode()
@@ -85,12 +88,29 @@ def _score_batch(model: Any, sequences: list[torch.Tensor]) -> list[torch.Tensor
     hidden = model.base_model(input_ids=padded[:, :-1], use_cache=False).last_hidden_state[valid]  # [targets, D]
     targets = padded[:, 1:][valid]
     head = model.get_output_embeddings()
-    nll = torch.empty(len(targets), dtype=torch.float32, device=device)
-    for start in range(0, len(targets), LOGITS_BLOCK):
-        block = slice(start, start + LOGITS_BLOCK)
-        logits = head(hidden[block]).float()  # [<= LOGITS_BLOCK, V]
-        nll[block] = logits.logsumexp(dim=-1) - logits.gather(1, targets[block, None])[:, 0]
+    blocks = zip(hidden.split(LOGITS_BLOCK), targets.split(LOGITS_BLOCK), strict=True)
+    nll = torch.cat([_block_nll(rows, head.weight, head.bias, ids) for rows, ids in blocks])
     return list(nll.cpu().split(lengths))
+
+
+def _block_nll(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor
+) -> torch.Tensor:
+    """The negative log-likelihoods, fp32 [N], of targets [N] after hidden states [N, D], under a head [V, D].
+
+    On a CPU the columns are taken some at a time, so that their logits stay in its caches.
+    """
+    width = CPU_COLUMNS if hidden.device.type == "cpu" else weight.shape[0]
+    total = torch.full(targets.shape, -math.inf, device=hidden.device)
+    picked = torch.zeros_like(total)
+    for first in range(0, weight.shape[0], width):
+        columns = slice(first, first + width)
+        logits = F.linear(hidden, weight[columns], None if bias is None else bias[columns]).float()
+        total = torch.logaddexp(total, logits.logsumexp(dim=1))
+        own = targets - first
+        here = (own >= 0) & (own < logits.shape[1])
+        picked = torch.where(here, logits.gather(1, own.clamp(0, logits.shape[1] - 1)[:, None])[:, 0], picked)
+    return total - picked
 
 
 def _require_plain_head(model: Any, ids: torch.Tensor) -> None:

@@ -1,0 +1,170 @@
+"""Pairs of clips a second here, side by side with the plain way: ``uv run python benchmarks/evaluation.py``.
+
+Plain: one clip at a time through transformers' MimiModel.encode and LlamaForCausalLM, whole logits, log-softmax and
+gather. Ours: eval/salmon.py's score_task, with no codes kept before, and again with the codes of the first time. All
+read the same parquet file in fp32 on a CPU, in bf16 (the codec in fp32) on a GPU, and how far their scores are apart is
+printed. The codec has kyutai/mimi's size, the language model that of --size, both with random weights; clips are 2 to
+12 s of the repository's prompt, repeated. Loading models is not counted. Both have the allocator that eval/*.py set.
+"""
+
+import io
+import json
+import random
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+QUANTIZERS = 4
+SIZES: dict[str, dict[str, int]] = {
+    "small": {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 1024},
+    "mid": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 2048},
+    "1.3B": {"hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 32, "intermediate_size": 8192},
+}
+
+
+@dataclass
+class Options:
+    """What is measured."""
+
+    size: Literal["small", "mid", "1.3B"] = "small"
+    """Of the language model."""
+    vocabulary: int = 136_450
+    """Its ids; the last 8,194 are those of audio."""
+    pairs: int = 12
+    """Pairs of clips."""
+    batch_size: int = 16
+    """Ours: clips in one forward pass."""
+    turns: int = 2
+    """How often the ways are run in turn."""
+
+
+def make_task(folder: Path, pairs: int) -> Path:
+    """A task of SALMon's layout; the clips of a pair share their beginning."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    import soundfile
+
+    speech, rate = soundfile.read(ROOT / "assets" / "prompt.flac", dtype="float32")
+    lengths = random.Random(0)
+
+    def clip(start: int, samples: int) -> dict[str, Any]:
+        repeated = torch.from_numpy(speech).repeat((start + samples) // len(speech) + 1)[start : start + samples]
+        file = io.BytesIO()
+        soundfile.write(file, repeated.numpy(), rate, format="FLAC")
+        return {"bytes": file.getvalue(), "path": None}
+
+    columns: dict[str, list[Any]] = {"positive_audio": [], "negative_audio": []}
+    for number in range(pairs):
+        for i, name in enumerate(columns):
+            columns[name].append(clip(1000 * number + 500 * i, round(lengths.uniform(2, 12) * rate)))
+    folder.mkdir()
+    audio = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    pq.write_table(pa.table({k: pa.array(v, audio) for k, v in columns.items()}), folder / "train.parquet")
+    return folder
+
+
+def make_model(options: Options, device: torch.device) -> Any:
+    """The language model and the codec, with random weights, as eval/*.py loads them."""
+    from transformers import LlamaConfig, LlamaForCausalLM, MimiConfig, MimiModel
+
+    from torchtitan.audio.codec import Codec
+    from torchtitan.audio.token_stream import TokenStream
+    from torchtitan.models.speech_lm import SpeechLM
+
+    torch.manual_seed(0)
+    mimi = MimiModel(MimiConfig())
+    for module in mimi.modules():
+        if hasattr(module, "embed_sum"):
+            module.embed_sum.normal_()  # type: ignore[operator]
+    size = SIZES[options.size]
+    config = LlamaConfig(
+        vocab_size=options.vocabulary,
+        num_key_value_heads=max(1, size["num_attention_heads"] // 4),
+        tie_word_embeddings=True,
+        **size,  # type: ignore[arg-type]
+    )
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    model: Any = LlamaForCausalLM(config).to(dtype)
+    stream = TokenStream(options.vocabulary - 2048 * QUANTIZERS - 2, QUANTIZERS, options.vocabulary - 8_450)
+    codec = Codec(mimi, QUANTIZERS).to(device)
+    return SpeechLM("random", model.to(device).eval().requires_grad_(False), None, stream, codec)
+
+
+@torch.no_grad()
+def plain(lm: Any, task: Any) -> list[torch.Tensor]:
+    """The NLLs of each clip, one clip at a time."""
+    from torchtitan.audio.waveform import load_audio
+
+    found = []
+    for row in task.pairs():
+        for column in task.columns:
+            waveform = load_audio(row[column]["bytes"])
+            encoded: Any = lm.codec.model.encode(waveform[None, None].to(lm.device), num_quantizers=QUANTIZERS)
+            ids = lm.stream.sample(encoded.audio_codes[0].cpu()).to(lm.device)
+            logits = lm.model(input_ids=ids[None]).logits[0].float()
+            nll = -torch.log_softmax(logits[:-1], dim=-1).gather(1, ids[1:, None])[:, 0]
+            found.append(nll.cpu())
+    return found
+
+
+def main(options: Options) -> None:
+    """Run the ways in turn and print medians and ratios as JSON."""
+    from torchtitan.eval.benchmark import SALMON, score_task
+    from torchtitan.eval.data import open_tasks
+    from torchtitan.eval.store import ArrayStore
+    from torchtitan.models.speech_lm import choose_device
+    from torchtitan.tools.memory import tune_malloc
+
+    tune_malloc()
+    device = choose_device()
+    lm = make_model(options, device)
+    seconds: dict[str, list[float]] = {"plain": [], "ours": [], "ours, codes kept": []}
+    furthest = 0.0
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = make_task(Path(temporary) / SALMON.tasks[0], options.pairs)
+        (task,), _ = open_tasks(str(folder), SALMON.tasks, SALMON.columns, True)
+        for turn in range(options.turns + 1):  # the first one warms up
+            cache = ArrayStore(Path(temporary) / f"cache-{turn}")
+            results: dict[str, list[torch.Tensor]] = {}
+            for name in seconds:
+                begin = time.perf_counter()
+                if name == "plain":
+                    results[name] = plain(lm, task)
+                else:
+                    clips = score_task(SALMON, task, lm, options.batch_size, cache=cache)
+                    results[name] = [clip.nll for clip in clips if clip.nll is not None]
+                if turn:
+                    seconds[name].append(time.perf_counter() - begin)
+                    print(f"{name}: {options.pairs / seconds[name][-1]:.2f} pairs/s", file=sys.stderr, flush=True)
+            for name in list(seconds)[1:]:
+                for one, other in zip(results["plain"], results[name], strict=True):
+                    furthest = max(furthest, float((one - other).abs().max()))
+    speed = {name: options.pairs / statistics.median(times) for name, times in seconds.items()}
+    report = {
+        "pairs_per_second": speed,
+        "ratios": {name: speed[name] / speed["plain"] for name in list(speed)[1:]},
+        "furthest_scores": furthest,
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "torch": torch.__version__,
+        "options": vars(options),
+    }
+    print(json.dumps(report, indent=1))
+
+
+if __name__ == "__main__":
+    try:
+        import tyro
+
+        main(tyro.cli(Options, description=__doc__, use_underscores=True))
+    except ModuleNotFoundError as error:
+        if error.name != "tyro":
+            raise
+        main(Options())
