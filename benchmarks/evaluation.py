@@ -4,11 +4,12 @@ Plain: one clip at a time through transformers' MimiModel.encode and LlamaForCau
 gather. Ours: eval/salmon.py's score_task, with no codes kept before, and again with the codes of the first time. All
 read the same parquet file in fp32 on a CPU, in bf16 (the codec in fp32) on a GPU, and how far their scores are apart is
 printed. The codec has kyutai/mimi's size, the language model that of --size, both with random weights; clips are 2 to
-12 s of the repository's prompt, repeated. Loading models is not counted. Both have the allocator that eval/*.py set.
+12 s of the repository's prompt, repeated. The two run in turn in processes of their own; loading is not counted.
 """
 
 import io
 import json
+import multiprocessing
 import random
 import statistics
 import sys
@@ -114,45 +115,67 @@ def plain(lm: Any, task: Any) -> list[torch.Tensor]:
     return found
 
 
-def main(options: Options) -> None:
-    """Run the ways in turn and print medians and ratios as JSON."""
+def measure(way: str, options: Options, folder: str, results: Any) -> None:
+    """Time one way in a process of its own: puts the seconds by name, and the NLLs of each clip."""
     from torchtitan.eval.benchmark import SALMON, score_task
     from torchtitan.eval.data import open_tasks
     from torchtitan.eval.store import ArrayStore
     from torchtitan.models.speech_lm import choose_device
     from torchtitan.tools.memory import tune_malloc
 
-    tune_malloc()
-    device = choose_device()
-    lm = make_model(options, device)
-    seconds: dict[str, list[float]] = {"plain": [], "ours": [], "ours, codes kept": []}
-    furthest = 0.0
+    if way == "ours":
+        tune_malloc()  # as eval/*.py do
+    lm = make_model(options, choose_device())
+    (task,), _ = open_tasks(folder, SALMON.tasks, SALMON.columns, True)
+    seconds: dict[str, float] = {}
+    found: dict[str, list[Any]] = {}
     with tempfile.TemporaryDirectory() as temporary:
-        folder = make_task(Path(temporary) / SALMON.tasks[0], options.pairs)
-        (task,), _ = open_tasks(str(folder), SALMON.tasks, SALMON.columns, True)
-        for turn in range(options.turns + 1):  # the first one warms up
-            cache = ArrayStore(Path(temporary) / f"cache-{turn}")
-            results: dict[str, list[torch.Tensor]] = {}
-            for name in seconds:
+        for warm in (False, True):
+            cache = ArrayStore(Path(temporary) / str(warm))
+            for name in ("plain",) if way == "plain" else ("ours", "ours, codes kept"):
                 begin = time.perf_counter()
-                if name == "plain":
-                    results[name] = plain(lm, task)
+                if way == "plain":
+                    nlls = plain(lm, task)
                 else:
                     clips = score_task(SALMON, task, lm, options.batch_size, cache=cache)
-                    results[name] = [clip.nll for clip in clips if clip.nll is not None]
-                if turn:
-                    seconds[name].append(time.perf_counter() - begin)
-                    print(f"{name}: {options.pairs / seconds[name][-1]:.2f} pairs/s", file=sys.stderr, flush=True)
-            for name in list(seconds)[1:]:
-                for one, other in zip(results["plain"], results[name], strict=True):
-                    furthest = max(furthest, float((one - other).abs().max()))
+                    nlls = [clip.nll for clip in clips if clip.nll is not None]
+                seconds[name] = time.perf_counter() - begin  # of the second time
+                found[name] = [nll.numpy() for nll in nlls]
+    results.put((seconds, found))
+
+
+def main(options: Options) -> None:
+    """Run the ways in turn and print medians and ratios as JSON."""
+    from torchtitan.eval.benchmark import SALMON
+
+    context = multiprocessing.get_context("spawn")
+    seconds: dict[str, list[float]] = {}
+    scores: dict[str, list[Any]] = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = make_task(Path(temporary) / SALMON.tasks[0], options.pairs)
+        for _ in range(options.turns):
+            for way in ("plain", "ours"):
+                results = context.Queue()
+                process = context.Process(target=measure, args=(way, options, str(folder), results))
+                process.start()
+                times, found = results.get()
+                process.join()
+                scores |= found
+                for name, took in times.items():
+                    seconds.setdefault(name, []).append(took)
+                    print(f"{name}: {options.pairs / took:.2f} pairs/s", file=sys.stderr, flush=True)
     speed = {name: options.pairs / statistics.median(times) for name, times in seconds.items()}
+    others = [name for name in speed if name != "plain"]
     report = {
         "pairs_per_second": speed,
-        "ratios": {name: speed[name] / speed["plain"] for name in list(speed)[1:]},
-        "furthest_scores": furthest,
+        "ratios": {name: speed[name] / speed["plain"] for name in others},
+        "furthest_scores": max(
+            float(abs(one - other).max())
+            for name in others
+            for one, other in zip(scores["plain"], scores[name], strict=True)
+        ),
         "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "torch": torch.__version__,
         "options": vars(options),
     }

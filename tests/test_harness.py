@@ -212,17 +212,11 @@ def test_the_order_of_pairs_and_the_batch_size_change_nothing(model, tmp_path):
         np.testing.assert_allclose(row["nll"], found["b"][key]["nll"], rtol=0, atol=1e-5)
 
 
-def test_threads_and_ranks_encode_the_same(model, data):
+def test_ranks_encode_their_shares(model, data):
     lm = SpeechLM.load(str(model), device="cpu")
     task = open_task(data / "sWUGGY", SLM21)
-    threads = torch.get_num_threads()
     whole = encode_pairs(SLM21, task, lm.codec, lm.stream, 2048)
-    try:
-        torch.set_num_threads(3)
-        parts = [encode_pairs(SLM21, task, lm.codec, lm.stream, 2048, share=(rank, 3)) for rank in range(3)]
-        assert torch.get_num_threads() == 3
-    finally:
-        torch.set_num_threads(threads)
+    parts = [encode_pairs(SLM21, task, lm.codec, lm.stream, 2048, share=(rank, 3)) for rank in range(3)]
     assert [clip.pair for clip in parts[1]] == [1, 1, 4, 4, 7, 7]
     merged = sorted((clip for part in parts for clip in part), key=lambda clip: clip.pair)
     for one, other in zip(merged, whole, strict=True):

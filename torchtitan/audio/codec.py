@@ -23,7 +23,7 @@ import json
 import math
 import threading
 from collections.abc import Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -182,7 +182,7 @@ class Codec:
             if waveform.dim() != 1 or waveform.numel() == 0:
                 raise CodecError(f"a waveform must be [n] with n >= 1, not {list(waveform.shape)}")
         codes: dict[int, torch.Tensor] = {}
-        with _no_tf32():
+        with _no_tf32() if self.device.type == "cuda" else nullcontext():
             for batch in self._batches([waveform.numel() for waveform in waveforms]):
                 clips = [waveforms[i] for i in batch]
                 if len(clips) == 1 and self._num_chunks(clips[0].numel()) > 1:

@@ -216,6 +216,9 @@ class CheckpointManager:
         settings: dict[str, Any] = {"checkpoint_id": partial, "process_group": self._group}
         if self.async_mode == "async":
             return cast("Future[Any]", dcp.async_save(tensors, **settings))
+        if self._stager is not None and not getattr(self._stager._state_dict_stager, "_deepcopy_dispatch", True):
+            self._stager.close()  # one of torch 2.11 serves once
+            self._stager = None
         if self._stager is None:
             cuda = torch.cuda.is_available()
             options = StagingOptions(

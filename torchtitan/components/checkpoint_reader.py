@@ -92,7 +92,9 @@ def read_tensors(tensors: dict[str, torch.Tensor], checkpoint: Path, no_dist: bo
     try:
         with warnings.catch_warnings():  # of loading without a process group, which is meant
             warnings.simplefilter("ignore", UserWarning)
-            dcp.load(tensors, storage_reader=CheckpointReader(checkpoint), no_dist=no_dist)
+            reader = CheckpointReader(checkpoint)
+            reader.read_metadata()  # what it refuses is passed over in dcp.load of torch 2.11
+            dcp.load(tensors, storage_reader=reader, no_dist=no_dist)
     except UserError:
         raise
     except (Exception, CheckpointException) as error:  # the latter, with what any rank met, is no Exception

@@ -10,9 +10,7 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -295,8 +293,6 @@ def encode_pairs(
 ) -> list[Clip]:
     """Read and encode the clips of a task, without scores.
 
-    On a CPU clips are decoded and encoded in as many threads as torch has.
-
     Args:
         max_length: ids that the model can take.
         limit: only so many pairs, from the task's start.
@@ -308,7 +304,7 @@ def encode_pairs(
     """
     max_frames, max_samples = stream.max_frames(max_length), round(max_seconds * SAMPLE_RATE)
     clips: list[Clip] = []
-    waiting: list[tuple[Clip, bytes | Path, str, bytes | None]] = []  # with its source, its name in messages, its key
+    waiting: list[tuple[Clip, torch.Tensor, bytes | None]] = []  # with its waveform [n], and its key in the cache
 
     def finish(clip: Clip, codes: torch.Tensor, num_samples: int) -> None:
         """Cut the codes [Q, T] of a clip of so many samples at the context."""
@@ -320,24 +316,11 @@ def encode_pairs(
         clip.codes = codes[:, :max_frames].to(torch.int16)
 
     def encode_waiting() -> None:
-        with _threads() as pool:
-            loaded = list(pool.map(lambda entry: _load(entry[1], entry[2]), waiting))
-            readable = []
-            for (clip, *_), result in zip(waiting, loaded, strict=True):
-                if isinstance(result, AudioError):
-                    clip.error = str(result)
-                else:
-                    readable.append(result)
-            kept = [waveform[:max_samples] for waveform in readable]
-            if codec.device.type == "cpu":
-                codes = [one for (one,) in pool.map(lambda waveform: codec.encode([waveform]), kept)]
-            else:
-                codes = codec.encode(kept)
-        entries = [entry for entry in waiting if entry[0].error is None]
-        for (clip, _, _, key), waveform, found in zip(entries, readable, codes, strict=True):
-            finish(clip, found, waveform.numel())
+        encoded = codec.encode([waveform[:max_samples] for _, waveform, _ in waiting])
+        for (clip, waveform, key), codes in zip(waiting, encoded, strict=True):
+            finish(clip, codes, waveform.numel())
             if cache is not None and key is not None:
-                cache.put(key, found.T.reshape(-1).to(torch.int16).numpy(), waveform.numel())
+                cache.put(key, codes.T.reshape(-1).to(torch.int16).numpy(), waveform.numel())
         on_progress(len(waiting))
         waiting.clear()
 
@@ -354,19 +337,20 @@ def encode_pairs(
         for side, column in zip(SIDES, task.columns, strict=True):
             clip = Clip(task.name, index, side, str(index if item is None else item), columns=plain)
             clips.append(clip)
-            name = f"{task.name} pair {index}, {side} clip"
-            source, key, known = task.audio(row, column), None, None
-            if source is None:
-                clip.error = f"{name}: the row holds no audio."
-                on_progress(1)
-                continue
+            source, key = task.audio(row, column), None
             if cache is not None and (data := _bytes_of(source)) is not None:
                 key = digest(data, max_samples)
-                known = cache.get(key)
-            if known is None:
-                waiting.append((clip, source, name, key))
-            else:
-                finish(clip, torch.from_numpy(known[0].reshape(-1, stream.num_quantizers).T.copy()), known[1])
+                if (known := cache.get(key)) is not None:
+                    finish(clip, torch.from_numpy(known[0].reshape(-1, stream.num_quantizers).T.copy()), known[1])
+                    on_progress(1)
+                    continue
+            name = f"{task.name} pair {index}, {side} clip"
+            try:
+                if source is None:
+                    raise AudioError(f"{name}: the row holds no audio.")
+                waiting.append((clip, load_audio(source, name=name), key))
+            except AudioError as error:
+                clip.error = str(error)
                 on_progress(1)
         if len(waiting) >= _CLIPS_PER_ENCODE:
             encode_waiting()
@@ -376,34 +360,14 @@ def encode_pairs(
     return clips
 
 
-@contextmanager
-def _threads() -> Iterator[ThreadPoolExecutor]:
-    """As many threads as torch uses, each of which computes alone: several clips at a time use a CPU better."""
-    count = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(count) as pool:
-            yield pool
-    finally:
-        torch.set_num_threads(count)
-
-
-def _bytes_of(source: bytes | Path) -> bytes | None:
+def _bytes_of(source: bytes | Path | None) -> bytes | None:
     """The bytes of a file; None if it cannot be read, which is then said where it is decoded."""
-    if isinstance(source, bytes):
+    if source is None or isinstance(source, bytes):
         return source
     try:
         return source.read_bytes()
     except OSError:
         return None
-
-
-def _load(source: bytes | Path, name: str) -> torch.Tensor | AudioError:
-    """The waveform [n] of a clip, or why it is unreadable."""
-    try:
-        return load_audio(source, name=name)
-    except AudioError as error:
-        return error
 
 
 def _settings(benchmark: Benchmark, options: Options, tasks: list[Task], lm: SpeechLM) -> dict[str, Any]:

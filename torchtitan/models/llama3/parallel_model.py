@@ -5,10 +5,11 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import nn
+from torch.torch_version import TorchVersion
 
 from torchtitan.components.float8 import convert_to_float8, precompute_scales
 from torchtitan.components.loss import IGNORE_INDEX
-from torchtitan.config_manager import ConfigError, JobConfig
+from torchtitan.config_manager import SPLIT_BACKWARD, ConfigError, JobConfig
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.models.llama3.activation_checkpoint import checkpoint_activations
 from torchtitan.models.llama3.args import Llama3Args
@@ -52,6 +53,11 @@ def check_split(config: JobConfig, args: Llama3Args) -> None:
         )
     if part.pipeline_parallel_degree > 1:
         split_blocks(args.n_layers, part)
+        if part.pipeline_parallel_schedule.lower() in SPLIT_BACKWARD and TorchVersion(torch.__version__) < "2.14":
+            raise ConfigError(
+                f'parallelism.pipeline_parallel_schedule = "{part.pipeline_parallel_schedule}": it computes gradients '
+                f"of inputs and of weights apart, which torch {torch.__version__} cannot through the loss; 2.14 can."
+            )
     if part.enable_async_tensor_parallel and not torch.cuda.is_available():
         raise ConfigError(
             "parallelism.enable_async_tensor_parallel = true: it needs GPUs with symmetric memory (NVLink)."

@@ -158,7 +158,7 @@ class Pipeline:
             hidden = torch.empty(hidden_shape, dtype=dtype, device="meta")
             ids = torch.empty(hidden_shape[0], 1, dtype=torch.int64, device="meta")
             given = ids if model.first else hidden.requires_grad_()
-            result = torch.empty(1, device="meta") if model.last else torch.empty_like(hidden)
+            result = torch.empty((), device="meta") if model.last else torch.empty_like(hidden)
             shapes = {"input_args": given, "output_args": result.requires_grad_()}
             made.append(PipelineStage(model, number, num_stages, device, group=self.group, **shapes))
         kind = schedule_class(config)
