@@ -89,6 +89,24 @@ def test_handlers_are_put_back(arguments, tmp_path):  # noqa: F811
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+@pytest.mark.slow
+def test_a_rank_that_hangs_is_noticed_after_the_short_timeout(arguments, tmp_path, monkeypatch):  # noqa: F811
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules" / "hang.py").write_text(
+        "import os, time\nfrom torchtitan.models.llama3.parallel_model import ParallelModel\n\n"
+        "whole, calls = ParallelModel.backward, []\n\n\ndef backward(self, *batch):\n    calls.append(1)\n"
+        '    time.sleep(60 if len(calls) == 3 and os.environ["RANK"] == "1" else 0)\n'
+        "    return whole(self, *batch)\n\n\n"
+        "ParallelModel.backward = backward\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(tmp_path / "modules"), *filter(None, sys.path))))
+    log = tmp_path / "log"
+    options = ("--experimental.custom_import", "hang", "--comm.train_timeout_seconds", "2")
+    process = start(arguments(tmp_path, 2, "--training.steps", "1000", *options), 2, log)
+    assert process.wait(timeout=90) != 0
+    assert "Timed out waiting 2000ms" in log.read_text()
+
+
 # --- gradients that are no numbers
 
 

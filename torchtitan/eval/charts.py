@@ -28,6 +28,7 @@ SALMON_REFERENCES: dict[str, tuple[float, ...]] = {
     "pGSLM": (40.5, 82.5, 88.5, 57.5, 66.0, 53.5, 55.5, 53.0),
     "LAST 1.3B": (65.0, 64.6, 68.5, 56.0, 61.0, 62.5, 53.5, 52.5),
 }
+_BESIDE = 0.44  # where the published points of a task are, right of its bars
 _MARKERS = ("*", "v", "s", "D")
 # Okabe and Ito's colours, which can be told apart by readers who do not see all colours.
 _COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
@@ -51,7 +52,7 @@ def draw(path: Path, benchmark: str, models: Mapping[str, Mapping[str, TaskResul
     tasks = list(dict.fromkeys(task for results in models.values() for task in results))
     source, published = references(benchmark)
     figure, axes = pyplot.subplots(figsize=(max(6.0, 1.5 * len(tasks) + 2.5), 4.8), layout="constrained")
-    width = 0.8 / max(1, len(models))
+    width = 0.72 / max(1, len(models))
     for number, (name, results) in enumerate(models.items()):
         left = (number - (len(models) - 1) / 2) * width
         places, heights, below, above = [], [], [], []
@@ -67,14 +68,14 @@ def draw(path: Path, benchmark: str, models: Mapping[str, Mapping[str, TaskResul
         axes.bar(places, heights, 0.92 * width, color=color, label=name)
         axes.errorbar(places, heights, (below, above), fmt="none", ecolor="black", capsize=3, linewidth=1)
     for marker, (system, figures) in zip(_MARKERS, published.items(), strict=False):
-        there = [(place, figures[task]) for place, task in enumerate(tasks) if task in figures]
+        there = [(place + _BESIDE, figures[task]) for place, task in enumerate(tasks) if task in figures]
         if there:
-            axes.plot(*zip(*there, strict=True), marker, color="black", fillstyle="none", label=system, zorder=3)
+            axes.plot(*zip(*there, strict=True), marker, color="black", markerfacecolor="white", label=system)
     axes.axhline(50, color="gray", linestyle="--", linewidth=1, label="chance")
     axes.set_xticks(range(len(tasks)), [task.replace("_", "\n") for task in tasks])
     axes.set_ylim(0, 105)
     axes.set_ylabel("pairs right, % (bars: 95 % interval of Wilson)")
     axes.set_title(benchmark + (f" (points: {source})" if published else ""))
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=4, frameon=False)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(path, dpi=120, facecolor="white")
     pyplot.close(figure)
