@@ -252,6 +252,29 @@ def test_folder_without_tasks_is_refused(tmp_path):
         open_tasks(str(tmp_path), SLM21.tasks, SLM21.columns, False)
 
 
+def test_splits_have_tasks_of_their_own(model_folder, tmp_path):
+    for split, count in (("train", 1), ("dev", 2), ("test", 3)):
+        pairs = [(wav(0.1, i), wav(0.2, 10 * count + i)) for i in range(count)]
+        folder = write_task(tmp_path / split, pairs, SLM21.columns)
+        (tmp_path / "d" / "sWUGGY").mkdir(parents=True, exist_ok=True)
+        (folder / "train-00000-of-00001.parquet").rename(tmp_path / "d" / "sWUGGY" / f"{split}-0.parquet")
+    (tmp_path / "d" / "sBLIMP" / "dev").mkdir(parents=True)
+    write_task(tmp_path / "other", [(wav(0.1, 1), wav(0.2, 2))], SLM21.columns)
+    (tmp_path / "other" / "train-00000-of-00001.parquet").rename(tmp_path / "d" / "sBLIMP" / "dev" / "0.parquet")
+    _, folder = run(SLM21, tmp_path / "d", model_folder, tmp_path / "out", splits=["dev", "test"])
+    results = json.loads((folder / "results.json").read_text())
+    assert {name: task["pairs"] for name, task in results["tasks"].items()} == {
+        "sWUGGY_dev": 2,
+        "sBLIMP_dev": 1,
+        "sWUGGY_test": 3,
+    }
+    assert results["missing_tasks"] == ["sBLIMP_test"]
+    tasks, _ = open_tasks(str(tmp_path / "d"), SLM21.tasks, SLM21.columns, False)
+    assert [(task.name, task.num_pairs) for task in tasks] == [("sWUGGY", 1), ("sBLIMP", 1)]
+    with pytest.raises(DataError, match=r"\(split valid\)"):
+        open_tasks(str(tmp_path / "d"), SLM21.tasks, SLM21.columns, False, "valid")
+
+
 def test_audio_may_be_a_path_beside_the_parquet_file(lm, tmp_path):
     folder = write_task(tmp_path / "sWUGGY", [(wav(0.2, 1), wav(0.3, 2))], SLM21.columns)
     audio = pa.array([{"bytes": None, "path": "clip.wav"}], pa.struct([("bytes", pa.binary()), ("path", pa.string())]))

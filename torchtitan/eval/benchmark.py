@@ -87,7 +87,7 @@ class Options:
     dataset: str
     """Hub id, or a local folder of that layout: the parent of the tasks' folders, or one task's own."""
     model_name: str = "llm-jp/Llama-Mimi-1.3B"
-    """Hub name or folder of a model in Hugging Face format."""
+    """Hub name or folder of a model in Hugging Face format, or a training checkpoint."""
     audio_tokenizer: str | None = None
     """Hub name or folder of the Mimi codec; the one that the model names by default."""
     output_dir: str = "results"
@@ -98,6 +98,12 @@ class Options:
     """Clips in one forward pass of the model."""
     max_seconds: float = 20.0
     """Clips are cut at this length."""
+    splits: list[str] = field(default_factory=lambda: ["train"])
+    """Splits of the data sets. Tasks of others than train are called after them: sWUGGY_dev, sWUGGY_test."""
+    dataset_revision: str | None = None
+    """Commit, branch or tag of the hub's data sets; the newest by default. Which one it was is written down."""
+    model_revision: str | None = None
+    """Commit, branch or tag of the hub's model; the newest by default. Which one it was is written down."""
     targets: str | None = None
     """Targets that count: all, semantic, acoustic, or q0, q1, ... for one quantizer; the benchmark's own by default."""
     reduction: Literal["mean", "sum"] = "mean"
@@ -117,6 +123,8 @@ class Options:
 
     def check(self) -> None:
         """Raise UserError for a value that cannot work."""
+        if not self.splits or len(set(self.splits)) < len(self.splits):
+            raise UserError(f"--splits must name each split once, not {', '.join(self.splits) or 'none'}.")
         if self.limit is not None and self.limit < 1:
             raise UserError(f"--limit must be at least 1, not {self.limit}.")
         if self.batch_size < 1:
@@ -151,13 +159,26 @@ def command(benchmark: Benchmark, options: Options) -> int:
     tune_malloc()
     options.check()
     share = rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    tasks, missing = open_tasks(options.dataset, benchmark.tasks, benchmark.columns, benchmark.as_configurations)
+    tasks: list[Task] = []
+    missing: list[str] = []
+    for split in options.splits:
+        found = open_tasks(
+            options.dataset,
+            benchmark.tasks,
+            benchmark.columns,
+            benchmark.as_configurations,
+            split,
+            options.dataset_revision,
+        )
+        tasks, missing = tasks + found[0], missing + found[1]
     if missing and rank == 0:
         print(f"warning: {options.dataset} lacks {', '.join(missing)}; only the rest is evaluated.", file=sys.stderr)
     device = options.device
     if device is None and ranks > 1 and torch.cuda.is_available():
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-    lm = SpeechLM.load(options.model_name, options.audio_tokenizer, device, options.dtype)
+    lm = SpeechLM.load(
+        options.model_name, options.audio_tokenizer, device, options.dtype, revision=options.model_revision
+    )
     options.rule(benchmark.rule).check(lm.stream.num_quantizers)
     folder = results_folder(options.output_dir, benchmark.name, options.model_name)
     make_folder(folder)
@@ -378,7 +399,10 @@ def _settings(benchmark: Benchmark, options: Options, tasks: list[Task], lm: Spe
     device = lm.device
     return {
         "benchmark": benchmark.name,
-        "model": {"name": lm.name, "revision": getattr(lm.model.config, "_commit_hash", None)},
+        "model": {
+            "name": lm.name,
+            "revision": getattr(lm.model.config, "_commit_hash", None) or options.model_revision,
+        },
         "codec": {
             **lm.codec.conventions(),
             "num_quantizers": lm.stream.num_quantizers,

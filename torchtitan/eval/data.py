@@ -26,7 +26,7 @@ class Task:
     """One task's pairs, opened and checked but not read.
 
     Attributes:
-        name: ``sWUGGY``, ``bg_alignment``, ...
+        name: ``sWUGGY``, ``bg_alignment``, ..., of another split than train ``sWUGGY_dev``, ``sWUGGY_test``, ...
         source: the folder or hub id, for messages and records.
         revision: the hub commit the rows are from; None for a folder, or where it is not known.
         columns: names of the columns with the positive and the negative clip.
@@ -64,7 +64,12 @@ class Task:
 
 
 def open_tasks(
-    dataset: str, names: Sequence[str], columns: tuple[str, str], as_configurations: bool
+    dataset: str,
+    names: Sequence[str],
+    columns: tuple[str, str],
+    as_configurations: bool,
+    split: str = "train",
+    revision: str | None = None,
 ) -> tuple[list[Task], list[str]]:
     """Open a benchmark's tasks.
 
@@ -74,6 +79,8 @@ def open_tasks(
         columns: the columns with the positive and the negative clip.
         as_configurations: on the hub the tasks are configurations of the data set ``dataset``; otherwise they are data
             sets of the owner ``dataset``, or ``dataset`` is one of them (``owner/task``).
+        split: of the hub's data sets; in a local folder files whose names, or folders, begin with it.
+        revision: commit, branch or tag of the hub's data sets; the newest by default.
 
     Returns:
         the tasks that are there, in the order of ``names``, and the names of those that should be and are not.
@@ -83,27 +90,35 @@ def open_tasks(
     """
     path = Path(os.path.abspath(Path(dataset).expanduser()))
     if path.is_dir():
-        if path.name in names and _parquet_files(path):
-            return [_open_folder(path.name, path, columns)], []
-        found = [_open_folder(name, path / name, columns) for name in names if _parquet_files(path / name)]
+        if path.name in names and _parquet_files(path, split):
+            return [_open_folder(path.name, path, columns, split)], []
+        there = [name for name in names if _parquet_files(path / name, split)]
+        found = [_open_folder(name, path / name, columns, split) for name in there]
         where = f"the folder {dataset} holds none of the task folders {', '.join(names)} and is none of them itself"
     elif path.exists() or dataset.startswith((".", "/", "~")):
         raise DataError(f"{dataset}: there is no such folder.")
     elif as_configurations:
         if dataset.count("/") != 1:
             raise DataError(f"{dataset}: there is no such folder, and a hub id has the form owner/name.")
-        found = [task for name in names if (task := _open_hub(name, dataset, name, columns))]
+        found = [task for name in names if (task := _open_hub(name, dataset, name, columns, split, revision))]
         where = f"{dataset} is no folder, and the hub has no data set of that name with one of {', '.join(names)}"
     else:
         owner, _, name = dataset.partition("/")
         if name and name not in names:
             raise DataError(f"{dataset}: there is no such folder, and a hub id must end in {' or '.join(names)}.")
         names = [name] if name else names
-        found = [task for name in names if (task := _open_hub(name, f"{owner}/{name}", None, columns))]
+        hub_ids = {name: f"{owner}/{name}" for name in names}
+        found = [task for name in names if (task := _open_hub(name, hub_ids[name], None, columns, split, revision))]
         where = f"{dataset} is no folder, and the hub has none of {', '.join(f'{owner}/{name}' for name in names)}"
     if not found:
-        raise DataError(f"There is nothing to evaluate: {where}.")
-    return found, [name for name in names if name not in {task.name for task in found}]
+        of_split = "" if split == "train" else f" (split {split})"
+        raise DataError(f"There is nothing to evaluate: {where}{of_split}.")
+    named = [_task_name(name, split) for name in names]
+    return found, [name for name in named if name not in {task.name for task in found}]
+
+
+def _task_name(name: str, split: str) -> str:
+    return name if split == "train" else f"{name}_{split}"
 
 
 def task_folders(dataset: str) -> list[str]:
@@ -116,21 +131,22 @@ def task_folders(dataset: str) -> list[str]:
     return sorted(child.name for child in path.iterdir() if child.is_dir() and _parquet_files(child))
 
 
-def _parquet_files(folder: Path) -> list[Path]:
-    """A task folder's parquet files: those of the split train where files are named after splits, otherwise all."""
+def _parquet_files(folder: Path, split: str = "train") -> list[Path]:
+    """A task folder's parquet files of a split; all of them as train, if none has its name."""
     files = [
         file
         for file in sorted(folder.rglob("*.parquet"))
         if not any(part.startswith(".") for part in file.relative_to(folder).parts)
     ]
-    return [file for file in files if file.name.startswith("train")] or files
+    named = [file for file in files if any(part.startswith(split) for part in file.relative_to(folder).parts)]
+    return named or (files if split == "train" else [])
 
 
-def _open_folder(name: str, folder: Path, columns: tuple[str, str]) -> Task:
+def _open_folder(name: str, folder: Path, columns: tuple[str, str], split: str) -> Task:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    files = _parquet_files(folder)
+    files = _parquet_files(folder, split)
     num_pairs = 0
     for file in files:
         try:
@@ -146,7 +162,7 @@ def _open_folder(name: str, folder: Path, columns: tuple[str, str]) -> Task:
         _require_columns(name, str(file), columns, schema.names, audio)
         num_pairs += parquet.metadata.num_rows
     _require_pairs(name, str(folder), num_pairs)
-    return Task(name, str(folder), None, columns, num_pairs, files)
+    return Task(_task_name(name, split), str(folder), None, columns, num_pairs, files)
 
 
 def _parquet_rows(files: list[Path]) -> Iterator[dict[str, Any]]:
@@ -161,13 +177,16 @@ def _parquet_rows(files: list[Path]) -> Iterator[dict[str, Any]]:
             raise DataError(f"{file}: the parquet file is damaged ({_first_line(error)}).") from None
 
 
-def _open_hub(name: str, repository: str, configuration: str | None, columns: tuple[str, str]) -> Task | None:
+def _open_hub(
+    name: str, repository: str, configuration: str | None, columns: tuple[str, str], split: str, revision: str | None
+) -> Task | None:
     """A task from the hub; None if the hub has no such data set or configuration."""
     import datasets
     from datasets.exceptions import DatasetNotFoundError
 
     try:
-        rows = datasets.load_dataset(repository, configuration, split="train")
+        pinned: dict[str, Any] = {} if revision is None else {"revision": revision}
+        rows = datasets.load_dataset(repository, configuration, split=split, **pinned)
     except DatasetNotFoundError:
         return None
     except (ValueError, OSError) as error:
@@ -179,7 +198,7 @@ def _open_hub(name: str, repository: str, configuration: str | None, columns: tu
     _require_pairs(name, repository, rows.num_rows)
     for column in columns:
         rows = rows.cast_column(column, datasets.Audio(decode=False))
-    return Task(name, repository, _revision(rows), columns, rows.num_rows, rows)
+    return Task(_task_name(name, split), repository, _revision(rows) or revision, columns, rows.num_rows, rows)
 
 
 def _revision(rows: Any) -> str | None:
