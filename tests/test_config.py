@@ -240,6 +240,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
         ("training.global_batch_size", "-2"),
         ("training.seq_len", "6"),
         ("training.max_seconds", "0"),
+        ("training.max_norm", "0"),
         ("training.max_norm", "-1"),
         ("training.num_workers", "-1"),
         ("training.packing_window", "0"),

@@ -48,7 +48,7 @@ def degrees(replicate: int = 1, tensor: int = 1, pipeline: int = 1, context: int
 
 # What changes the losses, with the options that do.
 UNCLIPPED = "--training.max_norm"
-KINDS = {"": [], AUDIO: [AUDIO], UNCLIPPED: [UNCLIPPED, "0"]}
+KINDS = {"": [], AUDIO: [AUDIO], UNCLIPPED: [UNCLIPPED, "1e30"]}
 
 
 def kind(options: list[str]) -> str:

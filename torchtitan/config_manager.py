@@ -378,7 +378,10 @@ class Training:
     """Tokens in a row. 20 s of speech with 4 quantizers are 1,003."""
 
     max_norm: float = 1.0
-    """Gradients with a larger norm than this are scaled down to it. 0: they stay as they are."""
+    """
+    Gradients with a larger norm than this are scaled down to it. 0, only with optimizer.early_step_in_backward, leaves
+    them as they are.
+    """
 
     steps: int = 10000
     """Number of steps (updates of the weights) in the run."""
@@ -975,6 +978,8 @@ def check_values(config: JobConfig, origins: dict[str, str] | None = None) -> No
     if config.training.audio_head and config.training.task != "a2a":
         refuse("training.audio_head", f"the transcription of task {config.training.task} is not made of audio tokens")
 
+    if config.training.max_norm == 0 and not config.optimizer.early_step_in_backward:
+        refuse("training.max_norm", "it must be above 0 but with optimizer.early_step_in_backward")
     if config.optimizer.early_step_in_backward:
         for key, no in (
             ("training.max_norm", 0),

@@ -8,20 +8,11 @@ import matplotlib
 matplotlib.use("Agg")  # no screen
 from matplotlib import pyplot
 
+from torchtitan.eval.benchmark import SALMON
 from torchtitan.eval.metrics import TaskResult
 
-# Percent, from the leaderboard of the benchmark's repository, slp-rl/salmon (the paper is arXiv 2409.07437).
+# Percent, in the order of the tasks, from the leaderboard of the benchmark's repository (paper: arXiv 2409.07437).
 SALMON_SOURCE = "leaderboard of slp-rl/salmon"
-SALMON_TASKS = (
-    "sentiment_consistency",
-    "speaker_consistency",
-    "gender_consistency",
-    "bg_domain_consistency",
-    "bg_all_consistency",
-    "rir_consistency",
-    "sentiment_alignment",
-    "bg_alignment",
-)
 SALMON_REFERENCES: dict[str, tuple[float, ...]] = {
     "humans": (97.2, 91.2, 98.6, 83.1, 88.7, 94.4, 93.3, 95.7),
     "TWIST 7B": (61.5, 71.0, 70.0, 55.0, 60.5, 62.0, 51.5, 54.0),
@@ -36,10 +27,10 @@ _COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 
 def references(benchmark: str) -> tuple[str, dict[str, dict[str, float]]]:
     """Published accuracies in percent, by system and task, and where they are from; none for most benchmarks."""
-    if benchmark != "SALMON":
+    if benchmark != SALMON.name:
         return "", {}
     return SALMON_SOURCE, {
-        system: dict(zip(SALMON_TASKS, figures, strict=True)) for system, figures in SALMON_REFERENCES.items()
+        system: dict(zip(SALMON.tasks, figures, strict=True)) for system, figures in SALMON_REFERENCES.items()
     }
 
 

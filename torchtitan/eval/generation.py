@@ -18,7 +18,7 @@ import torch
 
 from torchtitan.audio.codec import FRAME_SIZE
 from torchtitan.audio.waveform import SAMPLE_RATE, AudioError, load_audio
-from torchtitan.eval.results import make_folder, results_folder
+from torchtitan.eval.results import Replacing, make_folder, results_folder
 from torchtitan.eval.scorers import (
     Judge,
     Naturalness,
@@ -186,7 +186,8 @@ def command(options: Options) -> int:
     results = summarize(entries, scores.entries, options)
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(options).items()}
     report = {**results, "settings": settings, "seconds": round(time.monotonic() - start, 1)}
-    (folder / "results.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", "utf-8")
+    with Replacing(folder / "results.json") as path:
+        path.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", "utf-8")
     print(format_results(results))
     print(f"Written to {folder}.")
     return 1 if results["unusable_prompts"] else 0

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from torchtitan.eval.benchmark import BENCHMARKS, Benchmark
 from torchtitan.eval.metrics import Rule, TaskResult, averages, judge, num_quantizers, pair_points
-from torchtitan.eval.results import format_share, make_folder
+from torchtitan.eval.results import Replacing, format_share, make_folder
 from torchtitan.eval.statistics import Comparison, compare
 from torchtitan.tools.errors import UserError, run_command
 
@@ -285,8 +285,9 @@ def command(options: Options) -> int:
         folder = Path(os.path.commonpath([run.folder for run in runs]))
     make_folder(folder)
     written = [folder / "report.md", folder / "report.json"]
-    written[0].write_text(text, encoding="utf-8")
-    written[1].write_text(json.dumps(data, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    for path, content in zip(written, (text, json.dumps(data, indent=2, allow_nan=False) + "\n"), strict=True):
+        with Replacing(path) as partial:
+            partial.write_text(content, encoding="utf-8")
     if options.plot:
         try:
             from torchtitan.eval.charts import draw

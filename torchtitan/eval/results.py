@@ -148,11 +148,11 @@ def write_results(
             for window, found in localized.items()
         },
     }
-    with _Replacing(folder / "samples.parquet") as path:
+    with Replacing(folder / "samples.parquet") as path:
         pq.write_table(samples, path)
-    with _Replacing(folder / "results.json") as path:
+    with Replacing(folder / "results.json") as path:
         path.write_text(json.dumps({**figures, **report}, indent=2, allow_nan=False) + "\n")
-    with _Replacing(folder / "accuracy.json") as path:
+    with Replacing(folder / "accuracy.json") as path:
         accuracies = {name: result.accuracy for name, result in results.items()}
         path.write_text(json.dumps(accuracies, indent=4, allow_nan=False) + "\n")
 
@@ -163,7 +163,7 @@ def _short(result: TaskResult) -> dict[str, Any]:
     return {**{name: getattr(result, name) for name in names}, "left_out": len(result.left_out)}
 
 
-class _Replacing:
+class Replacing:
     """Gives a path to write to that takes the place of the real one when all went well."""
 
     def __init__(self, path: Path):
