@@ -547,8 +547,10 @@ def test_corrupt_file_is_counted_and_the_others_are_read(make_loader, speech_fol
 # --- state, ranks and threads
 
 
-@pytest.mark.parametrize("window", [1, 7])
-@pytest.mark.parametrize("split", [True, False])
+@pytest.mark.parametrize(
+    ("split", "window"),
+    [(True, 7), (False, 1), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((True, 1), (False, 7)))],
+)
 def test_state_of_a_batch_resumes_with_the_following_batches(
     make_loader, bad_file, speech_folder, shards, small_windows, split, window
 ):

@@ -117,7 +117,7 @@ SLOW = [("recordings", 1), ("recordings", 20), ("codes", 1), ("codes", 20)]
     ("kind", "packing_window", "legs"),
     [
         ("recordings", 20, [(2, 1), (1, 2)]),
-        ("codes", 1, [(1, 0), (2, 1)]),
+        pytest.param("codes", 1, [(1, 0), (2, 1)], marks=pytest.mark.slow),
         *(pytest.param(*case, [(2, 1), (1, 2), (4, 0), (2, 3)], marks=pytest.mark.slow) for case in SLOW),
     ],
 )

@@ -156,6 +156,9 @@ def compiled(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) 
     return chunked_nll_sum(hidden, weight, targets, compiled=True)
 
 
+SLOWLY_COMPILED = pytest.param(compiled, marks=pytest.mark.slow)
+
+
 def with_alignment_rows(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """The loss over a head of more rows than there are ids."""
     rows = torch.cat((weight, torch.full((19, weight.shape[1]), 3.0)))
@@ -163,7 +166,7 @@ def with_alignment_rows(hidden: torch.Tensor, weight: torch.Tensor, targets: tor
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 50, 1024])
-@pytest.mark.parametrize("chunked", [chunked_nll_sum, without_choosing_rows, with_alignment_rows, compiled])
+@pytest.mark.parametrize("chunked", [chunked_nll_sum, without_choosing_rows, with_alignment_rows, SLOWLY_COMPILED])
 def test_chunked_loss_equals_the_whole(head, monkeypatch, chunked, chunk):
     monkeypatch.setattr(loss_module, "CHUNK_TOKENS", chunk)
     hidden, weight, targets = head

@@ -71,6 +71,7 @@ def test_a_job_that_is_preempted_saves_and_goes_back_into_the_queue(arguments, e
     assert "by slurm" in log.read_text()
 
 
+@pytest.mark.slow
 def test_a_job_that_fails_is_not_queued_again(arguments, environment, tmp_path):  # noqa: F811
     config = tmp_path / "run.toml"
     config.write_text("[training]\nnothing = 1\n")

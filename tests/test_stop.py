@@ -45,10 +45,10 @@ def wait_for_step(process: subprocess.Popen, log: Path, step: int) -> None:
         time.sleep(0.01)
 
 
-TWO = pytest.param(2, signal.SIGUSR1, marks=pytest.mark.slow)
+MORE = [pytest.param(ranks, signal.SIGUSR1, marks=pytest.mark.slow) for ranks in (1, 2)]
 
 
-@pytest.mark.parametrize(("ranks", "number"), [(1, signal.SIGTERM), (1, signal.SIGUSR1), TWO])
+@pytest.mark.parametrize(("ranks", "number"), [(1, signal.SIGTERM), *MORE])
 def test_a_signal_ends_a_run_in_order_and_it_goes_on(arguments, tmp_path, ranks, number):  # noqa: F811
     options = ("--training.steps", str(STEPS), "--checkpoint.interval", "1000", "--validation.no-enabled")
     whole, cut, log = tmp_path / "whole", tmp_path / "cut", tmp_path / "log"
@@ -74,6 +74,7 @@ def test_torchrun_passes_a_signal_on(arguments, tmp_path):  # noqa: F811
     assert len(find_steps(tmp_path / "run" / "checkpoint")) == 1
 
 
+@pytest.mark.slow
 def test_without_checkpoints_a_signal_only_stops(arguments, tmp_path):  # noqa: F811
     log = tmp_path / "log"
     process = start(arguments(tmp_path, 1, "--training.steps", "1000", "--checkpoint.no-enable_checkpoint"), 1, log)
@@ -201,7 +202,7 @@ def test_a_step_is_looked_at_before_it_is_reported(one_rank):
         run.guard.settle()
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_run_that_diverges_ends_with_one_sentence(arguments, tmp_path, ranks):  # noqa: F811
     """The rate is so large that weights leave what numbers can hold after a step or two."""
     options = ("--optimizer.lr", "1e30", "--checkpoint.interval", "1", "--optimizer.weight_decay", "0")

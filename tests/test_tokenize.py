@@ -347,6 +347,7 @@ def test_killed_at_random_moments_two_processes_continue_to_the_same_bytes(refer
     assert files_of(output) == reference
 
 
+@pytest.mark.slow
 def test_two_processes_killed_at_a_random_moment_one_continues_to_the_same_bytes(reference, options, tmp_path):
     output = tmp_path / "codes"
     process = run_in_fork(lambda: tokenize(replace(options, output=str(output), num_processes=2)))
