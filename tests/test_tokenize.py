@@ -383,7 +383,8 @@ def test_dead_worker_is_reported_and_the_others_end(long_options, capfd):
     assert os.waitstatus_to_exitcode(status_of(process)) == 2
     assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
     told = capfd.readouterr().err
-    assert f"(pid {workers[1]}) was ended by SIGKILL, perhaps for lack of memory, at codes-0000" in told
+    assert f"(pid {workers[1]}) was ended by SIGKILL, perhaps for lack of memory, " in told
+    assert "at codes-0000" in told or "before its first shard" in told  # the other worker may have been faster
     assert "run the same command again to continue" in told
     assert has_parts(output)
 
