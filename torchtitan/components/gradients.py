@@ -30,10 +30,7 @@ class GradNorm:
 
 @torch.no_grad()
 def clip_grad_norm(model: ParallelModel, max_norm: float) -> GradNorm:
-    """Finish the gradients of a step, and scale them so that their norm over all ranks is at most ``max_norm``.
-
-    With a ``max_norm`` of 0 they stay as they are.
-    """
+    """Finish the gradients of a step, and scale them so that their norm over all ranks is at most ``max_norm``."""
     if model.pipeline is not None:
         model.pipeline.sum_tied_gradients()
     # The head of a pipeline's last stage, if tied, is the first stage's embedding over again.
@@ -45,8 +42,7 @@ def clip_grad_norm(model: ParallelModel, max_norm: float) -> GradNorm:
     }
     norms = torch._foreach_norm(list(gradients.values()))
     norm = total_norm(model, dict(zip(gradients, norms, strict=True)))
-    if max_norm:
-        torch.nn.utils.clip_grads_with_norm_([p for _, p in model.weights()], max_norm, norm.total, foreach=True)
+    torch.nn.utils.clip_grads_with_norm_([p for _, p in model.weights()], max_norm, norm.total, foreach=True)
     return norm
 
 
