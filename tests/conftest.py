@@ -1,5 +1,6 @@
 """Small real parts that the tests share: a Mimi codec, Llama base models and speech data sets, made once a run."""
 
+import functools
 import io
 import json
 import os
@@ -211,6 +212,40 @@ def save_speech_model(make_tokenizer) -> Callable[..., Path]:
         return folder
 
     return save
+
+
+@pytest.fixture(scope="session")
+def speech_model(tmp_path_factory, mimi_folder, save_speech_model) -> Callable[[int], Path]:
+    """A function: number of quantizers to the folder of a small random Llama with that many, made once."""
+
+    @functools.cache
+    def make(num_quantizers: int) -> Path:
+        return save_speech_model(tmp_path_factory.mktemp("llama") / f"q{num_quantizers}", mimi_folder, num_quantizers)
+
+    return make
+
+
+@pytest.fixture
+def load(speech_model) -> Callable[[int], Any]:
+    """A function: number of quantizers to a freshly loaded SpeechLM, which the test may change."""
+    from torchtitan.models.speech_lm import SpeechLM
+
+    return lambda num_quantizers: SpeechLM.load(str(speech_model(num_quantizers)), device="cpu")
+
+
+@pytest.fixture
+def lm(load) -> Any:
+    return load(4)
+
+
+@pytest.fixture(scope="session")
+def random_codes() -> Callable[..., torch.Tensor]:
+    """A function that draws codes [Q, frames]."""
+
+    def make(num_quantizers: int, frames: int, seed: int = 1) -> torch.Tensor:
+        return torch.randint(2048, (num_quantizers, frames), generator=torch.Generator().manual_seed(seed))
+
+    return make
 
 
 @pytest.fixture(scope="session")

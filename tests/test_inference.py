@@ -14,22 +14,14 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from transformers import (
-    LogitsProcessor,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
 
 from torchtitan.audio.codec import FRAME_SIZE
-from torchtitan.audio.token_stream import CODEBOOK_SIZE
 from torchtitan.audio.waveform import SAMPLE_RATE, load_audio
-from torchtitan.generation import Sampling, continue_codes, draw, frame_bound
-from torchtitan.models.speech_lm import SpeechLM
+from torchtitan.generation import Sampling, continue_codes, frame_bound
 from torchtitan.tools.errors import UserError, run_command
 
 ROOT = Path(__file__).resolve().parent.parent
 HOT = Sampling(temperature=2.0, top_k=None)
-GREEDY = Sampling(temperature=0.0)
 
 
 def import_script(name: str):
@@ -44,185 +36,11 @@ inference = import_script("inference")
 
 
 @pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory, mimi_folder, save_speech_model):
-    """A function: number of quantizers to the folder of a small random Llama with that many, made once."""
-
-    @functools.cache
-    def make(num_quantizers: int) -> Path:
-        return save_speech_model(tmp_path_factory.mktemp("llama") / f"q{num_quantizers}", mimi_folder, num_quantizers)
-
-    return make
-
-
-@pytest.fixture
-def load(checkpoint):
-    """A function: number of quantizers to a freshly loaded SpeechLM, which the test may change."""
-    return lambda num_quantizers: SpeechLM.load(str(checkpoint(num_quantizers)), device="cpu")
-
-
-@pytest.fixture
-def lm(load) -> SpeechLM:
-    return load(4)
-
-
-@pytest.fixture(scope="session")
 def prompt_file(tmp_path_factory) -> Path:
     """0.9 s of noise at 16 kHz."""
     path = tmp_path_factory.mktemp("prompt") / "prompt.wav"
     soundfile.write(path, 0.1 * np.random.default_rng(0).standard_normal(14_400), 16_000)
     return path
-
-
-def make_prompt(num_quantizers: int, frames: int) -> torch.Tensor:
-    return torch.randint(CODEBOOK_SIZE, (num_quantizers, frames), generator=torch.Generator().manual_seed(1))
-
-
-def make_stops_likely(lm: SpeechLM) -> None:
-    """Give ``</audio>`` a row whose logit is high in some states and low in others."""
-    weight = lm.model.get_output_embeddings().weight
-    row = torch.randn(weight.shape[1], generator=torch.Generator().manual_seed(2))
-    weight[lm.stream.audio_end_id] = row * 2
-
-
-class Constraint(LogitsProcessor):
-    """The rule of the token stream on whole rows of logits, for a prompt that is BOS, <audio> and frames."""
-
-    def __init__(self, stream):
-        self.stream = stream
-
-    def __call__(self, input_ids, scores):
-        stream = self.stream
-        quantizer = (input_ids.shape[1] - 2) % stream.num_quantizers
-        allowed = list(range(stream.base_size + quantizer, stream.audio_start_id, stream.num_quantizers))
-        if quantizer == 0:
-            allowed.append(stream.audio_end_id)
-        masked = torch.full_like(scores, -math.inf)
-        masked[:, allowed] = scores[:, allowed]
-        return masked
-
-
-# What can be drawn
-
-
-@pytest.mark.parametrize("num_quantizers", [1, 4, 8])
-def test_frames_are_whole_and_in_order(load, num_quantizers):
-    lm = load(num_quantizers)
-    fed = []
-    lm.model.model.register_forward_pre_hook(lambda _, args, kwargs: fed.append(kwargs["input_ids"]), with_kwargs=True)
-    prompt = make_prompt(num_quantizers, 5)
-    results = continue_codes(lm, prompt, 65, HOT, num_samples=3)
-    first, rest = fed[0], torch.cat(fed[1:], dim=1)
-    assert first.tolist() == [[lm.stream.bos_id, lm.stream.audio_start_id, *lm.stream.encode(prompt).tolist()]]
-    for row, result in zip(rest, results, strict=True):
-        assert result.codes.shape[0] == num_quantizers
-        assert result.codes.shape[1] <= 60
-        assert result.codes.min() >= 0
-        assert result.codes.max() < CODEBOOK_SIZE
-        assert result.codes.unique().numel() > 20
-        ids = lm.stream.encode(result.codes)
-        read = min(ids.numel(), row.numel())  # the very last unit is drawn, not fed
-        assert torch.equal(row[:read], ids[:read])
-
-
-@pytest.mark.parametrize("num_quantizers", [1, 4])
-@pytest.mark.parametrize("prompt_frames", [0, 7])
-def test_greedy_equals_generate(load, num_quantizers, prompt_frames):
-    lm = load(num_quantizers)
-    prompt = make_prompt(num_quantizers, prompt_frames)
-    (result,) = continue_codes(lm, prompt, prompt_frames + 25, GREEDY)
-    ids = lm.stream.sample(prompt, end=False)[None]
-    expected = lm.model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        do_sample=False,
-        max_new_tokens=25 * num_quantizers,
-        logits_processor=[Constraint(lm.stream)],
-        eos_token_id=lm.stream.audio_end_id,
-        pad_token_id=lm.stream.audio_end_id,
-    )[0, ids.shape[1] :]
-    got = lm.stream.sample(result.codes, end=result.ended)[2:]
-    assert got.tolist() == expected.tolist()
-
-
-def test_greedy_stops_where_generate_stops(lm):
-    make_stops_likely(lm)
-    prompt = make_prompt(4, 3)
-    (result,) = continue_codes(lm, prompt, 200, GREEDY)
-    ids = lm.stream.sample(prompt, end=False)[None]
-    expected = lm.model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        do_sample=False,
-        max_new_tokens=197 * 4,
-        logits_processor=[Constraint(lm.stream)],
-        eos_token_id=lm.stream.audio_end_id,
-        pad_token_id=lm.stream.audio_end_id,
-    )[0, ids.shape[1] :]
-    assert result.ended
-    assert expected[-1] == lm.stream.audio_end_id
-    assert lm.stream.encode(result.codes).tolist() == expected[:-1].tolist()
-
-
-def test_each_row_stops_on_its_own(lm):
-    make_stops_likely(lm)
-    prompt = make_prompt(4, 3)
-    together = continue_codes(lm, prompt, 30, HOT, num_samples=8)
-    lengths = [result.codes.shape[1] for result in together]
-    assert len(set(lengths)) > 2
-    assert any(result.ended for result in together)
-    assert all(result.ended or length == 27 for result, length in zip(together, lengths, strict=True))
-    for number in (1, 4):
-        for alone, shared in zip(continue_codes(lm, prompt, 30, HOT, num_samples=number), together, strict=False):
-            assert torch.equal(alone.codes, shared.codes)
-            assert alone.ended == shared.ended
-
-
-def test_end_right_after_the_prompt(lm):
-    hidden = lm.model.model(lm.stream.sample(make_prompt(4, 2), end=False)[None]).last_hidden_state[0, -1]
-    lm.model.lm_head.weight.zero_()
-    lm.model.lm_head.weight[lm.stream.audio_end_id] = hidden
-    (result,) = continue_codes(lm, make_prompt(4, 2), 10, GREEDY)
-    assert result.codes.shape == (4, 0)
-    assert result.ended
-
-
-# How it is drawn
-
-
-@pytest.mark.parametrize(("top_k", "top_p"), [(None, 1.0), (30, 1.0), (None, 0.7), (40, 0.5)])
-def test_draw_follows_the_distribution(top_k, top_p):
-    logits = 2 * torch.randn(1, 2049, generator=torch.Generator().manual_seed(0))
-    draws = 4_000
-    uniform = (torch.arange(draws) + 0.5) / draws
-    chosen = draw(logits.expand(draws, -1), uniform, Sampling(temperature=0.8, top_k=top_k, top_p=top_p))
-    scores = logits / 0.8
-    if top_k is not None:
-        scores = TopKLogitsWarper(top_k)(None, scores)
-    if top_p < 1:
-        scores = TopPLogitsWarper(top_p)(None, scores)
-    expected = scores.softmax(dim=1)[0]
-    frequency = chosen.bincount(minlength=2049) / draws
-    assert (frequency - expected).abs().max() < 1.5 / draws + 1e-5
-    assert not frequency[expected == 0].any()
-
-
-def test_draw_survives_extreme_temperatures():
-    logits = torch.tensor([[1.0, 3.0, 2.0]]) * 1e4
-    uniform = torch.tensor([0.999])
-    assert draw(logits, uniform, Sampling(temperature=1e-30, top_k=None)).item() == 1
-    assert draw(logits, uniform, Sampling(temperature=1e30, top_k=None)).item() == 2
-
-
-def test_seed_decides(lm):
-    prompt = make_prompt(4, 4)
-
-    def sample(seed: int, max_frames: int = 20) -> torch.Tensor:
-        return continue_codes(lm, prompt, max_frames, Sampling(seed=seed))[0].codes
-
-    assert torch.equal(sample(3), sample(3))
-    assert not torch.equal(sample(3), sample(4))
-    assert not torch.equal(sample(3), sample(3 + (1 << 32)))
-    assert torch.equal(sample(3, 12), sample(3)[:, :8])
 
 
 # Bounds
@@ -243,28 +61,28 @@ def test_bound_in_seconds(lm):
         frame_bound(lm, 60.0)
 
 
-def test_a_short_context_bounds_too(lm):
+def test_a_short_context_bounds_too(lm, random_codes):
     lm.model.config.max_position_embeddings = 100
     assert frame_bound(lm) == 24
-    (result,) = continue_codes(lm, make_prompt(4, 4), sampling=HOT)
+    (result,) = continue_codes(lm, random_codes(4, 4), sampling=HOT)
     assert result.codes.shape[1] == 20 or result.ended
     with pytest.raises(UserError, match="context"):
-        continue_codes(lm, make_prompt(4, 4), max_frames=25)
+        continue_codes(lm, random_codes(4, 4), max_frames=25)
 
 
 @pytest.mark.parametrize("new_frames", [1, 2, 9])
-def test_bound_is_met_exactly(lm, new_frames):
+def test_bound_is_met_exactly(lm, random_codes, new_frames):
     ticks = []
-    (result,) = continue_codes(lm, make_prompt(4, 3), 3 + new_frames, HOT, on_frame=lambda: ticks.append(1))
+    (result,) = continue_codes(lm, random_codes(4, 3), 3 + new_frames, HOT, on_frame=lambda: ticks.append(1))
     assert result.codes.shape == (4, new_frames)
     assert not result.ended
     assert len(ticks) == new_frames
 
 
-def test_prompt_without_room_is_refused(lm):
+def test_prompt_without_room_is_refused(lm, random_codes):
     for frames in (10, 11):
         with pytest.raises(UserError, match=rf"prompt has {frames} frames .* shorten"):
-            continue_codes(lm, make_prompt(4, frames), 10)
+            continue_codes(lm, random_codes(4, frames), 10)
 
 
 # Errors
@@ -287,16 +105,16 @@ def test_sampling_out_of_range(values, word):
         Sampling(**values)
 
 
-def test_no_samples(lm):
+def test_no_samples(lm, random_codes):
     with pytest.raises(UserError, match="num_samples"):
-        continue_codes(lm, make_prompt(4, 1), num_samples=0)
+        continue_codes(lm, random_codes(4, 1), num_samples=0)
 
 
 @pytest.mark.parametrize("quantizer", [0, 3])
-def test_logits_that_are_not_finite(lm, quantizer):
+def test_logits_that_are_not_finite(lm, random_codes, quantizer):
     lm.model.lm_head.weight[lm.stream.base_size + 4 * 7 + quantizer] = math.nan
     with pytest.raises(UserError, match="not finite"):
-        continue_codes(lm, make_prompt(4, 1), 2, HOT)
+        continue_codes(lm, random_codes(4, 1), 2, HOT)
 
 
 def test_codes_out_of_range_are_a_bug(lm):
@@ -307,13 +125,13 @@ def test_codes_out_of_range_are_a_bug(lm):
 # The command line
 
 
-def options(checkpoint, prompt_file, tmp_path, **changes):
-    given = {"model_name": str(checkpoint(4)), "prompt": str(prompt_file), "output": str(tmp_path / "out.wav")}
+def options(speech_model, prompt_file, tmp_path, **changes):
+    given = {"model_name": str(speech_model(4)), "prompt": (str(prompt_file),), "output": str(tmp_path / "out.wav")}
     return inference.Options(**{**given, "device": "cpu", "max_seconds": 2.0, **changes})
 
 
-def test_command_line(checkpoint, prompt_file, tmp_path, lm):
-    command = [sys.executable, "inference.py", "--model_name", str(checkpoint(4)), "--prompt", str(prompt_file)]
+def test_command_line(speech_model, prompt_file, tmp_path, lm):
+    command = [sys.executable, "inference.py", "--model_name", str(speech_model(4)), "--prompt", str(prompt_file)]
     command += ["--output", str(tmp_path / "out.wav"), "--max_seconds", "2", "--seed", "5", "--device", "cpu"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
@@ -339,8 +157,10 @@ def test_command_line_error_is_one_sentence(tmp_path, monkeypatch, capsys):
     assert "does not exist" in line
 
 
-def test_several_samples_are_numbered(checkpoint, prompt_file, tmp_path):
-    written = inference.run(options(checkpoint, prompt_file, tmp_path, num_samples=3, output=str(tmp_path / "a.flac")))
+def test_several_samples_are_numbered(speech_model, prompt_file, tmp_path):
+    written = inference.run(
+        options(speech_model, prompt_file, tmp_path, num_samples=3, output=str(tmp_path / "a.flac"))
+    )
     assert [path.name for path in written] == ["a-0.flac", "a-1.flac", "a-2.flac"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a-0.flac", "a-1.flac", "a-2.flac"]
     assert not np.array_equal(soundfile.read(written[0])[0], soundfile.read(written[1])[0])
@@ -371,10 +191,10 @@ def test_samples_that_are_not_finite_are_not_written(tmp_path):
         ({"output": "{tmp}/out.sd2"}, "can be written"),
         ({"output": "{tmp}/nowhere/out.wav"}, "does not exist"),
         ({"output": "{tmp}/folder.wav"}, "a folder"),
-        ({"output": "{tmp}/copy.wav", "prompt": "{tmp}/copy.wav"}, "the prompt's own file"),
-        ({"prompt": "{tmp}/missing.wav"}, "no such file"),
-        ({"prompt": "{tmp}/text.wav"}, "not a readable audio file"),
-        ({"prompt": "http://127.0.0.1:9/x.wav"}, "could not be downloaded"),
+        ({"output": "{tmp}/copy.wav", "prompt": ("{tmp}/copy.wav",)}, "the prompt's own file"),
+        ({"prompt": ("{tmp}/missing.wav",)}, "no such file"),
+        ({"prompt": ("{tmp}/text.wav",)}, "not a readable audio file"),
+        ({"prompt": ("http://127.0.0.1:9/x.wav",)}, "could not be downloaded"),
         ({"max_seconds": 0.5}, "lasts 0.90 s and --max_seconds allows 0.5 s"),
         ({"num_samples": 0}, "num_samples"),
         ({"temperature": -1.0}, "temperature"),
@@ -386,20 +206,26 @@ def test_mistakes_are_found_before_the_model_is_loaded(tmp_path, prompt_file, ch
     (tmp_path / "folder.wav").mkdir()
     (tmp_path / "copy.wav").write_bytes(prompt_file.read_bytes())
     (tmp_path / "text.wav").write_text("not audio")
-    changes = {key: value.format(tmp=tmp_path) if isinstance(value, str) else value for key, value in changes.items()}
-    given = {"model_name": "/no/such/model", "prompt": str(prompt_file), "output": str(tmp_path / "out.wav")}
+
+    def fill(value):
+        if isinstance(value, tuple):
+            return tuple(fill(part) for part in value)
+        return value.format(tmp=tmp_path) if isinstance(value, str) else value
+
+    changes = {key: fill(value) for key, value in changes.items()}
+    given = {"model_name": "/no/such/model", "prompt": (str(prompt_file),), "output": str(tmp_path / "out.wav")}
     with pytest.raises(UserError) as caught:
         inference.run(inference.Options(**{**given, **changes}))
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_prompt_over_the_default_bound(checkpoint, tmp_path):
+def test_prompt_over_the_default_bound(speech_model, tmp_path):
     for seconds, words in ((20.4, r"255 frames \(20.40 s\)"), (100.0, r"lasts 100.00 s")):
         path = tmp_path / f"{seconds}.mp3"
         soundfile.write(path, np.zeros(round(seconds * 8_000)), 8_000)
         with pytest.raises(UserError, match=words):
-            inference.run(options(checkpoint, path, tmp_path, max_seconds=None))
+            inference.run(options(speech_model, path, tmp_path, max_seconds=None))
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ import json
 import math
 import threading
 from collections.abc import Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -182,7 +182,7 @@ class Codec:
             if waveform.dim() != 1 or waveform.numel() == 0:
                 raise CodecError(f"a waveform must be [n] with n >= 1, not {list(waveform.shape)}")
         codes: dict[int, torch.Tensor] = {}
-        with _no_tf32() if self.device.type == "cuda" else nullcontext():
+        with no_tf32(self.device):
             for batch in self._batches([waveform.numel() for waveform in waveforms]):
                 clips = [waveforms[i] for i in batch]
                 if len(clips) == 1 and self._num_chunks(clips[0].numel()) > 1:
@@ -194,10 +194,20 @@ class Codec:
 
     @torch.inference_mode()
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
-        """Codes [Q, T], any Q up to the codec's, to a float32 waveform [1920 * T] on the CPU."""
+        """Codes [Q, T], any Q up to the codec's, to a float32 waveform [1920 * T] on the CPU.
+
+        What is longer than :data:`CHUNK_SECONDS` is decoded in chunks with carried state.
+        """
         if codes.shape[1] == 0:
             return torch.zeros(0)
-        audio = self.model.decode(codes.to(self.device)[None]).audio_values
+        chunk = round(CHUNK_SECONDS * FRAME_RATE)
+        if codes.shape[1] > chunk:
+            from torchtitan.audio.streaming import StreamingDecoder
+
+            decoder = StreamingDecoder(self)
+            return torch.cat([decoder.decode(part) for part in codes.split(chunk, dim=1)])
+        with no_tf32(self.device):
+            audio = self.model.decode(codes.to(self.device)[None]).audio_values
         return audio[0, 0].float().cpu()
 
     def fingerprint(self) -> str:
@@ -369,8 +379,11 @@ _TF32_LOCK = threading.Lock()
 
 
 @contextmanager
-def _no_tf32():
-    """Keep CUDA's matrix products and convolutions in full fp32, whatever the trainer allows elsewhere."""
+def no_tf32(device: torch.device):
+    """On CUDA, keep matrix products and convolutions in full fp32, whatever the trainer allows elsewhere."""
+    if device.type != "cuda":
+        yield
+        return
     with _TF32_LOCK:
         matmul, cudnn = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False

@@ -1,0 +1,210 @@
+"""Continuations of speech and text: bounds, prompts, and waveforms that leave while the model still speaks."""
+
+import functools
+import math
+import threading
+from collections.abc import Callable, Iterator
+
+import torch
+
+from torchtitan.audio.codec import FRAME_RATE
+from torchtitan.audio.streaming import StreamingDecoder
+from torchtitan.generation.engine import Continuation, Engine, Generation, Request
+from torchtitan.generation.sampling import Sampling
+from torchtitan.models.speech_lm import SpeechLM
+from torchtitan.tools.errors import UserError
+
+# The sequence length of the published recipe: BOS, <audio>, frames, </audio>.
+DEFAULT_MAX_IDS = 1024
+
+# Continuations of one call that are decoded together.
+BATCH_ROWS = {"cpu": 8, "cuda": 64, "mps": 8}
+
+
+def frame_bound(lm: SpeechLM, max_seconds: float | None = None, num_text: int = 0, slides: bool = False) -> int:
+    """The number of frames, prompt included, that a sequence may have.
+
+    Args:
+        max_seconds: what the frames may last together; None allows the frames that fit into 1,024 ids.
+        num_text: text ids before them.
+        slides: frames leave the context when it is full, so that it is no bound.
+
+    Raises:
+        UserError: ``max_seconds`` is under one frame or over the model's context.
+    """
+    context = lm.stream.max_frames(lm.max_length, num_text)
+    if max_seconds is None:
+        return min(context, lm.stream.max_frames(DEFAULT_MAX_IDS, num_text))
+    if not max_seconds * FRAME_RATE >= 1 or not math.isfinite(max_seconds):
+        raise UserError(f"max_seconds must be a number from {1 / FRAME_RATE:.2f} (one frame) on, not {max_seconds}.")
+    frames = math.floor(max_seconds * FRAME_RATE + 1e-6)
+    if frames > context and not slides:
+        raise UserError(
+            f"max_seconds {max_seconds:g} is over the context of {lm.name}: {lm.max_length:,} ids hold "
+            f"{context} frames, {context / FRAME_RATE:.2f} s; ask for at most that, or give "
+            f"context_seconds, which lets the beginning leave the context."
+        )
+    return frames
+
+
+def require_room(prompt_frames: int, max_frames: int) -> None:
+    """Refuse a prompt that leaves no frame to generate.
+
+    Raises:
+        UserError: with both lengths.
+    """
+    if prompt_frames >= max_frames:
+        raise UserError(
+            f"the prompt has {prompt_frames} frames ({prompt_frames / FRAME_RATE:.2f} s) and prompt and continuation "
+            f"together may have {max_frames} ({max_frames / FRAME_RATE:.2f} s): shorten the prompt or raise "
+            f"max_seconds, if the model's context allows it."
+        )
+
+
+def text_prompt(lm: SpeechLM, text: str) -> tuple[int, ...]:
+    """The ids of a text to be spoken, as training with task ``tts`` makes them.
+
+    Raises:
+        UserError: the text is empty, or contains the names of special or audio tokens.
+    """
+    ids = lm.tokenizer(text, add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise UserError("the text to speak is empty.")
+    special = set(lm.tokenizer.all_special_ids)
+    if any(i >= lm.stream.base_size or i in special for i in ids):
+        raise UserError(f"the text to speak contains the name of a special token: {text!r}.")
+    return tuple(ids)
+
+
+def continue_codes(
+    lm: SpeechLM,
+    prompt: torch.Tensor | None = None,
+    max_frames: int | None = None,
+    sampling: Sampling | None = None,
+    num_samples: int = 1,
+    on_frame: Callable[[], object] | None = None,
+) -> list[Continuation]:
+    """Draw ``num_samples`` continuations of one prompt.
+
+    For more than one prompt, make an :class:`Engine` once and give it all of them.
+
+    Args:
+        prompt: codes [Q, Tp]; None starts from ``<audio>``.
+        max_frames: bound of the prompt's and the new frames together; None is :func:`frame_bound`'s default.
+        sampling: None takes the defaults.
+        on_frame: called after each frame of the batch.
+
+    Raises:
+        UserError: no room beside the prompt, a bound over the model's context, fewer than one sample, a model that
+            is no Llama, or logits that are not finite.
+    """
+    if num_samples < 1:
+        raise UserError(f"num_samples must be 1 or more, not {num_samples}.")
+    if prompt is None:
+        prompt = torch.zeros(lm.stream.num_quantizers, 0, dtype=torch.int64)
+    context = lm.stream.max_frames(lm.max_length)
+    if max_frames is None:
+        max_frames = frame_bound(lm)
+    if max_frames > context:
+        raise UserError(f"{max_frames} frames are over the context of {lm.name}, which holds {context}.")
+    require_room(prompt.shape[1], max_frames)
+    rows = min(num_samples, BATCH_ROWS.get(lm.device.type, 8))
+    engine = Engine(lm, rows, lm.stream.sample_length(max_frames))
+    new_frames, sampling = max_frames - prompt.shape[1], sampling or Sampling()
+    requests = [Request(prompt, new_frames, sampling=sampling, sample=i) for i in range(num_samples)]
+    return engine.generate(requests, on_frame)
+
+
+class SpeechService:
+    """An engine for several listeners at once, each in a thread of its own.
+
+    One thread advances the batch; each listener decodes its own frames as they arrive. Use it in a ``with`` block, at
+    the end of which what still runs is given up.
+
+    Args:
+        engine: which nobody else may use meanwhile; constrained.
+    """
+
+    def __init__(self, engine: Engine):
+        self.engine = engine
+        self._changed = threading.Condition()
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> "SpeechService":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self._thread.join()
+
+    def submit(self, request: Request) -> Generation:
+        """Queue a request (see :meth:`Engine.submit`); its frames are kept until somebody listens."""
+        with self._changed:
+            generation = self.engine.submit(request)
+            self._changed.notify_all()
+            return generation
+
+    def cancel(self, generation: Generation) -> None:
+        """Give a request up."""
+        with self._changed:
+            self.engine.cancel(generation)
+            self._changed.notify_all()
+
+    def listen(self, generation: Generation, prompt: bool = True, chunk_frames: int = 1) -> Iterator[torch.Tensor]:
+        """The speech of a request while it is being made: float32 waveforms [n] at 24 kHz.
+
+        Put together they are the whole decode of prompt and continuation. Closing the iterator gives the request up.
+
+        Args:
+            prompt: begin with the prompt's own frames; without it they are decoded but not handed out.
+            chunk_frames: frames that are decoded at once, if no more have arrived; larger ones cost less.
+
+        Raises:
+            UserError: the request failed.
+        """
+        decoder = StreamingDecoder(self.engine.lm.codec)
+        done = 0
+        try:
+            start = decoder.decode(generation.request.prompt)
+            if prompt and start.numel():
+                yield start
+            while True:
+                with self._changed:
+                    self._changed.wait_for(functools.partial(self._has, generation, done + max(1, chunk_frames)))
+                    frames = generation.frames[done:]
+                    finished = generation.finished or self._closed
+                if frames:
+                    done += len(frames)
+                    yield decoder.decode(self.engine.stream.decode(torch.cat(frames)))
+                if finished:
+                    if generation.error is not None:
+                        raise generation.error
+                    return
+        finally:
+            self.cancel(generation)
+
+    def _has(self, generation: Generation, frames: int) -> bool:
+        """Whether a request has so many frames, or all that it will get."""
+        return self._closed or generation.finished or len(generation.frames) >= frames
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._closed or not self.engine.idle)
+                if self._closed:
+                    return
+                changed = self.engine.advance()
+                if changed:
+                    self._changed.notify_all()
+
+
+def stream_speech(
+    engine: Engine, request: Request, prompt: bool = True, chunk_frames: int = 1
+) -> Iterator[torch.Tensor]:
+    """The speech of one request while it is being made, see :meth:`SpeechService.listen`."""
+    with SpeechService(engine) as service:
+        yield from service.listen(service.submit(request), prompt, chunk_frames)
