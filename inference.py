@@ -39,6 +39,7 @@ from torchtitan.generation import (
     Sampling,
     frame_bound,
     require_room,
+    sample_requests,
     stream_speech,
     text_prompt,
 )
@@ -100,6 +101,8 @@ class Options:
     """How many continuations of each prompt to draw."""
     batch_size: int | None = None
     """How many continuations to make at once. Default: 64 on cuda, 8 elsewhere."""
+    skip_existing: bool = False
+    """Leave out what has its output already, so that a run that was stopped goes on."""
     spectrogram: bool = False
     """Draw a PNG beside each output: waveform and spectrogram, with the end of the prompt marked."""
     report: str | None = None
@@ -173,7 +176,8 @@ def run(options: Options) -> list[Path]:
     max_frames = frame_bound(lm, options.max_seconds, len(text_ids), options.context_seconds is not None)
     context_frames = max_frames
     if options.context_seconds is not None:
-        context_frames = min(max_frames, frame_bound(lm, options.context_seconds, len(text_ids)))
+        context = frame_bound(lm, options.context_seconds, len(text_ids), name="context_seconds")
+        context_frames = min(max_frames, context)
     num_requests = len(sources) * options.num_samples
     engine = Engine(
         lm,
@@ -188,6 +192,8 @@ def run(options: Options) -> list[Path]:
     def jobs() -> Iterator[Job]:
         """Read and encode the prompts, one after the other, as the batch has room."""
         for i, source in enumerate(sources):
+            if options.skip_existing and outputs and all(path.exists() for path in outputs[i]):
+                continue
             try:
                 prompt, num_samples = encode_prompt(lm, source, options.max_seconds)
                 require_room(prompt.shape[1], max_frames)
@@ -199,9 +205,12 @@ def run(options: Options) -> list[Path]:
                 failed[str(source)] = str(error)
                 tqdm.write(f"left out: {error}", file=sys.stderr)
                 continue
-            for sample in range(options.num_samples):
-                request = Request(prompt, max_frames - prompt.shape[1], text_ids, sampling, sample)
-                yield Job(source, sample, outputs[i][sample] if outputs else Path("-"), request, num_samples)
+            new_frames = max_frames - prompt.shape[1]
+            requests = sample_requests(prompt, new_frames, sampling, options.num_samples, text_ids)
+            for sample, request in enumerate(requests):
+                output = outputs[i][sample] if outputs else Path("-")
+                if not (options.skip_existing and output.exists()):
+                    yield Job(source, sample, output, request, num_samples)
 
     if streamed:
         stream_to_stdout(engine, next(jobs()))
@@ -220,6 +229,7 @@ def continue_all(engine: Engine, jobs: Iterator[Job], spectrogram: bool) -> dict
     """Continue, decode and write every job, and print what came out; returns the figures."""
     outputs: list[tuple[int, dict[str, Any]]] = []
     running: list[Job] = []
+    announced: list[str] = []
     elapsed = 0.0
     made = 0
     more = True
@@ -229,7 +239,8 @@ def continue_all(engine: Engine, jobs: Iterator[Job], spectrogram: bool) -> dict
                 job = next(jobs, None)
                 more = job is not None
                 if job is not None:
-                    if job.sample == 0 and job.source is not None:
+                    if job.source is not None and (not announced or announced[-1] != job.source):
+                        announced.append(job.source)
                         units, frames = job.request.prompt.shape
                         seconds = job.prompt_samples / SAMPLE_RATE
                         say(f"prompt: {seconds:.2f} s, {frames} frames of {units} units; {job.source}")
@@ -474,10 +485,12 @@ def write_audio(path: Path, waveform: torch.Tensor) -> None:
     if not torch.isfinite(waveform).all():
         raise UserError(f"{path}: not written, as the codec gave samples that are not finite numbers.")
     file_format, subtype = output_format(path)
+    part = path.with_name(f"{path.name}.part")  # a run that is killed leaves no half file under the real name
     try:
-        with soundfile.SoundFile(str(path), "w", SAMPLE_RATE, 1, subtype, format=file_format) as file:
+        with soundfile.SoundFile(str(part), "w", SAMPLE_RATE, 1, subtype, format=file_format) as file:
             for block in waveform.clamp(-1.0, 1.0).split(SAMPLE_RATE):  # libsndfile's Vorbis overflows on long blocks
                 file.write(block.numpy())
+        part.replace(path)
     except (OSError, soundfile.SoundFileError) as error:
         raise UserError(f"{path}: the file could not be written ({error}).") from None
 

@@ -3,8 +3,10 @@
 import functools
 import http.server
 import importlib.util
+import json
 import math
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -17,7 +19,7 @@ import torch
 
 from torchtitan.audio.codec import FRAME_SIZE
 from torchtitan.audio.waveform import SAMPLE_RATE, load_audio
-from torchtitan.generation import Sampling, continue_codes, frame_bound
+from torchtitan.generation import Sampling, continue_codes, frame_bound, sample_requests
 from torchtitan.tools.errors import UserError, run_command
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -197,6 +199,13 @@ def test_samples_that_are_not_finite_are_not_written(tmp_path):
         ({"prompt": ("http://127.0.0.1:9/x.wav",)}, "could not be downloaded"),
         ({"max_seconds": 0.5}, "lasts 0.90 s and --max_seconds allows 0.5 s"),
         ({"num_samples": 0}, "num_samples"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty"),
+        ({"repetition_window": 0}, "repetition_window"),
+        ({"unconditional": True}, "neither --prompt nor --text"),
+        ({"prompt": ("{tmp}/folder.wav",)}, "no audio file"),
+        ({"output": "-", "num_samples": 2}, "one prompt, one sample"),
+        ({"report": "{tmp}/nowhere/r.json"}, "does not exist"),
         ({"temperature": -1.0}, "temperature"),
         ({"device": "tpu"}, "device"),
         ({"device": "cuda:99"}, "not available"),
@@ -226,6 +235,88 @@ def test_prompt_over_the_default_bound(speech_model, tmp_path):
         soundfile.write(path, np.zeros(round(seconds * 8_000)), 8_000)
         with pytest.raises(UserError, match=words):
             inference.run(options(speech_model, path, tmp_path, max_seconds=None))
+
+
+def test_several_prompts_and_a_folder(speech_model, prompt_file, tmp_path, make_sound, capsys):
+    """Each prompt gets what it gets alone, and one that cannot be used costs only itself."""
+    folder = tmp_path / "prompts"
+    (folder / "deep").mkdir(parents=True)
+    (folder / "a.flac").write_bytes(make_sound(1, 0.5))
+    (folder / "deep" / "a.wav").write_bytes(make_sound(2, 0.7, file_format="WAV"))
+    (folder / "broken.wav").write_text("no audio")
+    (folder / "notes.txt").write_text("not searched for")
+    prompts = (str(prompt_file), str(folder))
+    given = {"prompt": prompts, "output": f"{tmp_path}/out/", "num_samples": 2, "report": str(tmp_path / "report.json")}
+    with pytest.raises(UserError, match="1 of 4 prompts"):
+        inference.run(options(speech_model, prompt_file, tmp_path, **given))
+    assert "broken.wav: not a readable audio file" in capsys.readouterr().err
+    names = ["a-0.wav", "a-1.wav", "a-2-0.wav", "a-2-1.wav", "prompt-0.wav", "prompt-1.wav"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [Path(entry["output"]).name for entry in report["outputs"]] == [*names[4:], *names[:4]]
+    assert list(report["failed"]) == [str(folder / "broken.wav")]
+    (alone, _) = inference.run(options(speech_model, prompt_file, tmp_path, num_samples=2, batch_size=1))
+    assert np.array_equal(soundfile.read(alone)[0], soundfile.read(tmp_path / "out" / "prompt-0.wav")[0])
+
+
+def test_prompts_have_random_numbers_of_their_own(lm, random_codes):
+    requests = [sample_requests(random_codes(4, 5, seed=seed), 9, HOT, 2) for seed in (1, 1, 2)]
+    numbers = [[request.sample for request in each] for each in requests]
+    assert numbers[0] == numbers[1]
+    assert len({*numbers[0], *numbers[2]}) == 4
+
+
+def test_a_run_that_was_stopped_goes_on(speech_model, prompt_file, tmp_path):
+    given = {"num_samples": 3, "output": str(tmp_path / "o.wav")}
+    written = inference.run(options(speech_model, prompt_file, tmp_path, **given))
+    contents = [path.read_bytes() for path in written]
+    written[1].unlink()
+    written[0].write_bytes(b"kept")
+    again = inference.run(options(speech_model, prompt_file, tmp_path, **given, skip_existing=True))
+    assert again == [written[1]]
+    assert [path.read_bytes() for path in written] == [b"kept", *contents[1:]]
+
+
+def test_speech_to_standard_output(speech_model, prompt_file, tmp_path):
+    command = [sys.executable, "inference.py", "--model_name", str(speech_model(4)), "--prompt", str(prompt_file)]
+    command += ["--output", "-", "--max_seconds", "2", "--device", "cpu"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    samples = np.frombuffer(done.stdout, "<i2") / 32767
+    (file,) = inference.run(options(speech_model, prompt_file, tmp_path, output=str(tmp_path / "o.flac")))
+    expected, _ = soundfile.read(file)
+    assert samples.shape == expected.shape
+    assert np.abs(samples - expected).max() < 2e-4
+    assert b"times real time" in done.stderr
+
+
+def test_speech_from_text_and_from_nothing(speech_model, prompt_file, tmp_path, capsys):
+    for changes in ({"text": "three four"}, {"unconditional": True}, {"unconditional": True, "unconstrained": True}):
+        (path,) = inference.run(options(speech_model, prompt_file, tmp_path, **{"prompt": None, **changes}))
+        frames = int(re.search(r"continuation: (\d+) frames", capsys.readouterr().out).group(1))
+        assert soundfile.info(path).frames == frames * FRAME_SIZE
+
+
+def test_longer_than_the_context(speech_model, prompt_file, tmp_path):
+    given = {"max_seconds": 8.0, "context_seconds": 2.0, "temperature": 2.0, "spectrogram": True}
+    (path,) = inference.run(options(speech_model, prompt_file, tmp_path, **given))
+    assert 0.96 < soundfile.info(path).duration <= 8.0
+    picture = path.with_suffix(".png").read_bytes()
+    assert picture.startswith(b"\x89PNG")
+    with pytest.raises(UserError, match="does not fit into --context_seconds"):
+        inference.run(options(speech_model, prompt_file, tmp_path, **{**given, "context_seconds": 0.5}))
+
+
+def test_eight_bit_weights(speech_model, prompt_file, tmp_path):
+    (path,) = inference.run(options(speech_model, prompt_file, tmp_path, dtype="int8"))
+    assert soundfile.info(path).duration > 0.9
+
+
+def test_output_names():
+    sources = ["x/a.wav", "y/a.mp3", "https://host/b.flac?size=1", None]
+    found = inference.output_paths("o.flac", sources, 1)
+    assert [path.name for (path,) in found] == ["o-a.flac", "o-a-2.flac", "o-b.flac", "o-speech.flac"]
+    assert [path.name for path in inference.output_paths("o.flac", ["x/a.wav"], 2)[0]] == ["o-0.flac", "o-1.flac"]
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from torchtitan.generation.speech import (
     continue_codes,
     frame_bound,
     require_room,
+    sample_requests,
     stream_speech,
     text_prompt,
 )
@@ -32,6 +33,7 @@ __all__ = [
     "continue_codes",
     "frame_bound",
     "require_room",
+    "sample_requests",
     "stream_speech",
     "text_prompt",
 ]

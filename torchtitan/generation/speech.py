@@ -1,6 +1,7 @@
 """Continuations of speech and text: bounds, prompts, and waveforms that leave while the model still speaks."""
 
 import functools
+import hashlib
 import math
 import threading
 from collections.abc import Callable, Iterator
@@ -21,13 +22,20 @@ DEFAULT_MAX_IDS = 1024
 BATCH_ROWS = {"cpu": 8, "cuda": 64, "mps": 8}
 
 
-def frame_bound(lm: SpeechLM, max_seconds: float | None = None, num_text: int = 0, slides: bool = False) -> int:
+def frame_bound(
+    lm: SpeechLM,
+    max_seconds: float | None = None,
+    num_text: int = 0,
+    slides: bool = False,
+    name: str = "max_seconds",
+) -> int:
     """The number of frames, prompt included, that a sequence may have.
 
     Args:
         max_seconds: what the frames may last together; None allows the frames that fit into 1,024 ids.
         num_text: text ids before them.
         slides: frames leave the context when it is full, so that it is no bound.
+        name: what messages call ``max_seconds``.
 
     Raises:
         UserError: ``max_seconds`` is under one frame or over the model's context.
@@ -36,13 +44,17 @@ def frame_bound(lm: SpeechLM, max_seconds: float | None = None, num_text: int = 
     if max_seconds is None:
         return min(context, lm.stream.max_frames(DEFAULT_MAX_IDS, num_text))
     if not max_seconds * FRAME_RATE >= 1 or not math.isfinite(max_seconds):
-        raise UserError(f"max_seconds must be a number from {1 / FRAME_RATE:.2f} (one frame) on, not {max_seconds}.")
+        raise UserError(f"{name} must be a number from {1 / FRAME_RATE:.2f} (one frame) on, not {max_seconds}.")
     frames = math.floor(max_seconds * FRAME_RATE + 1e-6)
     if frames > context and not slides:
         raise UserError(
-            f"max_seconds {max_seconds:g} is over the context of {lm.name}: {lm.max_length:,} ids hold "
-            f"{context} frames, {context / FRAME_RATE:.2f} s; ask for at most that, or give "
-            f"context_seconds, which lets the beginning leave the context."
+            f"{name} {max_seconds:g} is over the context of {lm.name}: {lm.max_length:,} ids hold "
+            f"{context} frames, {context / FRAME_RATE:.2f} s; ask for at most that"
+            + (
+                "."
+                if name != "max_seconds"
+                else ", or give context_seconds, which lets the beginning leave the context."
+            )
         )
     return frames
 
@@ -74,6 +86,28 @@ def text_prompt(lm: SpeechLM, text: str) -> tuple[int, ...]:
     if any(i >= lm.stream.base_size or i in special for i in ids):
         raise UserError(f"the text to speak contains the name of a special token: {text!r}.")
     return tuple(ids)
+
+
+def sample_requests(
+    prompt: torch.Tensor,
+    max_frames: int,
+    sampling: Sampling,
+    num_samples: int = 1,
+    text_ids: tuple[int, ...] = (),
+) -> list[Request]:
+    """Requests for several samples of one prompt.
+
+    A sample's number contains a digest of its prompt: with the same random numbers for all prompts, continuations of
+    different prompts would come out alike. So a sample depends on seed, prompt and its place among the prompt's
+    samples, and not on the other prompts of a run.
+
+    Args:
+        prompt: codes [Q, T]; T may be 0.
+        max_frames: bound of the new frames.
+    """
+    content = prompt.to(torch.int16).contiguous().numpy().tobytes() + repr(text_ids).encode()
+    digest = int.from_bytes(hashlib.sha256(content).digest()[:8], "little")
+    return [Request(prompt, max_frames, text_ids, sampling, digest << 32 | i) for i in range(num_samples)]
 
 
 def continue_codes(
@@ -110,8 +144,7 @@ def continue_codes(
     require_room(prompt.shape[1], max_frames)
     rows = min(num_samples, BATCH_ROWS.get(lm.device.type, 8))
     engine = Engine(lm, rows, lm.stream.sample_length(max_frames))
-    new_frames, sampling = max_frames - prompt.shape[1], sampling or Sampling()
-    requests = [Request(prompt, new_frames, sampling=sampling, sample=i) for i in range(num_samples)]
+    requests = sample_requests(prompt, max_frames - prompt.shape[1], sampling or Sampling(), num_samples)
     return engine.generate(requests, on_frame)
 
 
