@@ -19,11 +19,12 @@ from typing import Any
 import soundfile
 import torch
 
-from torchtitan.audio.codec import FRAME_RATE, Codec
+from torchtitan.audio.codec import FRAME_RATE, FRAME_SIZE, Codec
 from torchtitan.audio.token_stream import TokenStream
 from torchtitan.audio.waveform import SAMPLE_RATE, load_audio
 from torchtitan.models.speech_lm import conventions_of, require_model_folder
 from torchtitan.tools.errors import UserError, run_command
+from torchtitan.tools.logging import quiet_transformers
 
 STALL_SECONDS = 120.0  # between two chunks; the first waits for the server's queue
 
@@ -50,8 +51,8 @@ class Options:
     """Draw from the k most likely units only; None from all."""
     top_p: float = 1.0
     """Draw from the most likely units that together reach this probability; 1 is no limit."""
-    seed: int = 0
-    """Of the server's random numbers, which are not those of inference.py."""
+    seed: int | None = None
+    """Of the server's random numbers, which are not those of inference.py; None draws anew each time."""
 
 
 def run(options: Options) -> None:
@@ -77,20 +78,23 @@ def run(options: Options) -> None:
         "return_token_ids": True,
         "stream": True,
     }
-    times = [time.perf_counter()]
+    start = time.perf_counter()
+    received, times = [], []
 
-    def timed(frames: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
-        for frame in frames:
-            times.append(time.perf_counter())
-            yield frame
+    def arriving() -> Iterator[int]:
+        for token in send(options.server, request):
+            received.append(token)
+            times.append(time.perf_counter() - start)
+            yield token
 
-    audio = to_audio(codec, prompt, timed(whole_frames(stream, send(options.server, request))))
+    audio = to_audio(codec, prompt, whole_frames(stream, arriving()))
     soundfile.write(options.output, audio.clamp(-1.0, 1.0).numpy(), SAMPLE_RATE)
-    frames = len(times) - 1
-    how = "stopped at the bound" if frames == room else "ended by itself"
+    frames = audio.numel() // FRAME_SIZE - prompt.shape[1]
+    how = "ended by itself" if stream.audio_end_id in received else "stopped at the bound"
     print(f"prompt: {prompt.shape[1]} frames; continuation: {frames} frames, {frames / FRAME_RATE:.2f} s, {how}")
     if frames:
-        print(f"first frame after {times[1] - times[0]:.2f} s, last after {times[-1] - times[0]:.2f} s")
+        first, last = times[stream.num_quantizers - 1], times[stream.num_quantizers * frames - 1]
+        print(f"first frame after {first:.2f} s, last after {last:.2f} s")
     print(f"{options.output} written")
 
 
@@ -102,6 +106,7 @@ def load_ends(model_name: str, audio_tokenizer: str | None) -> tuple[TokenStream
     """
     from transformers import AutoConfig, AutoTokenizer
 
+    quiet_transformers()
     require_model_folder(model_name)
     try:
         config = AutoConfig.from_pretrained(model_name)
@@ -138,10 +143,12 @@ def send(server: str, request: dict[str, Any]) -> Iterator[int]:
                     yield from choice["token_ids"] or ()
     except urllib.error.HTTPError as error:
         raise UserError(f"{address}: the server refused the request ({error.code}: {_reason(error)}).") from None
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{address}: no stream of ids came from there ({error or type(error).__name__}).") from None
+    except UserError:
+        raise
+    except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{address}: no stream of ids came from there ({str(error) or type(error).__name__})."
+        ) from None
     raise UserError(f"{address}: the stream of ids broke off.")
 
 

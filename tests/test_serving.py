@@ -247,6 +247,7 @@ def test_frames_end_at_the_end_mark_or_where_a_frame_is_cut():
         ((200, ['data: {"error": {"message": "out of memory"}}']), "gave up .out of memory"),
         ((200, events([BASE])[:1]), "broke off"),
         ((200, ["<html>"]), "no stream of ids"),
+        ((200, ['data: {"choices": [{"text": "a"}]}']), "no stream of ids came from there .'token_ids'"),
     ],
 )
 def test_a_server_that_does_not_answer_with_ids_is_one_clear_sentence(server, answer, message):
