@@ -8,7 +8,8 @@ the median of its turns.
 
 Also printed: the bound that memory sets, which is the bytes that a step must read (weights, the part of the head that
 can come next, keys and values) over the bandwidth measured by summing up a large tensor; the time to the first new
-audio; and what a frame costs the streaming decoder. On one H200, for the 1.3B:
+audio; what a frame costs the streaming decoder; and how many rows (of 8) differ from what they give alone. On one
+H200, for the 1.3B:
 
     python benchmarks/generation.py --size 1.3B --rows 1 8 64 --dtype bfloat16 --compile
 """
@@ -201,6 +202,14 @@ def main(options: Options) -> None:
             )
         if "plain" in median:
             print(f"{rows} rows, ratio: {median['plain'] / median['ours']:.2f}")
+        if rows > 1:
+            requests = [Request(prompt, frames, sample=i) for i, prompt in enumerate(prompts)]
+            together = engine.generate(requests)
+            differing = sum(
+                not torch.equal(engine.generate([request])[0].codes, result.codes)
+                for request, result in zip(requests[:8], together, strict=False)
+            )
+            print(f"{rows} rows, other codes than alone: {differing} of {min(rows, 8)}")
         positions = 2 + QUANTIZERS * (prompt_frames + frames / 2)
         bound = rows * speed / bytes_of_step(engine, rows, positions)
         share = tokens / median["ours, units alone"] / bound

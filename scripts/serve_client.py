@@ -3,7 +3,7 @@
     python scripts/serve_client.py --server http://127.0.0.1:8000 --model_name MODEL --prompt speech.wav
 
 The codec and the token stream are at this end: the prompt is encoded here, the server sees ids and nothing else, and
-the frames that arrive are decoded here. Of the model's folder only the configuration and the tokenizer are read.
+the frames are decoded here as they arrive. Of the model's folder only the configuration and the tokenizer are read.
 """
 
 import http.client
@@ -20,6 +20,7 @@ import soundfile
 import torch
 
 from torchtitan.audio.codec import FRAME_RATE, FRAME_SIZE, Codec
+from torchtitan.audio.streaming import StreamingDecoder
 from torchtitan.audio.token_stream import TokenStream
 from torchtitan.audio.waveform import SAMPLE_RATE, load_audio
 from torchtitan.models.speech_lm import conventions_of, require_model_folder
@@ -87,9 +88,17 @@ def run(options: Options) -> None:
             times.append(time.perf_counter() - start)
             yield token
 
-    audio = to_audio(codec, prompt, whole_frames(stream, arriving()))
-    soundfile.write(options.output, audio.clamp(-1.0, 1.0).numpy(), SAMPLE_RATE)
-    frames = audio.numel() // FRAME_SIZE - prompt.shape[1]
+    samples = 0
+    try:
+        with soundfile.SoundFile(options.output, "w", SAMPLE_RATE, 1) as file:
+            for piece in to_audio(codec, prompt, whole_frames(stream, arriving())):
+                file.write(piece.clamp(-1.0, 1.0).numpy())
+                samples += piece.numel()
+    except (OSError, TypeError, ValueError, soundfile.SoundFileError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{options.output}: the file cannot be written ({error}).") from None
+    frames = samples // FRAME_SIZE - prompt.shape[1]
     how = "ended by itself" if stream.audio_end_id in received else "stopped at the bound"
     print(f"prompt: {prompt.shape[1]} frames; continuation: {frames} frames, {frames / FRAME_RATE:.2f} s, {how}")
     if frames:
@@ -174,13 +183,12 @@ def whole_frames(stream: TokenStream, ids: Iterable[int]) -> Iterator[torch.Tens
             frame = []
 
 
-def to_audio(codec: Codec, prompt: torch.Tensor, frames: Iterable[torch.Tensor]) -> torch.Tensor:
-    """Prompt [Q, Tp] and arriving frames [Q, 1] to one waveform [n].
-
-    The one place where frames become audio: all at once, when the last has come. A decoder that takes a frame and
-    gives its 1,920 samples would play them from here.
-    """
-    return codec.decode(torch.cat([prompt, *frames], dim=1))
+def to_audio(codec: Codec, prompt: torch.Tensor, frames: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """Prompt [Q, Tp] and arriving frames [Q, 1] to waveforms [n], each as soon as its frames are there."""
+    decoder = StreamingDecoder(codec)
+    yield decoder.decode(prompt)
+    for frame in frames:
+        yield decoder.decode(frame)
 
 
 def _reason(error: urllib.error.HTTPError) -> str:

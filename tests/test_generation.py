@@ -15,6 +15,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from torchtitan.audio.token_stream import CODEBOOK_SIZE
 from torchtitan.generation import Engine, Request, Sampling, SpeechService, continue_codes, stream_speech, text_prompt
 from torchtitan.generation.engine import whole_frames
 from torchtitan.generation.linear import Int8
@@ -254,7 +255,7 @@ def test_extreme_temperatures():
 def test_each_draw_is_one_from_transformers_logits(lm, random_codes, sampling):
     """The whole path of a draw, with logits of a plain call over everything before it."""
     prompt = random_codes(4, 5)
-    results = continue_codes(lm, prompt, 25, sampling, num_samples=2)
+    results = Engine(lm, 2).generate([Request(prompt, 20, sampling=sampling, sample=i) for i in range(2)])
     rule = Constraint(lm.stream)
     for sample, result in enumerate(results):
         ids = lm.stream.sample(torch.cat([prompt, result.codes], dim=1), end=False)[None]
@@ -370,7 +371,7 @@ def check_whole(lm: SpeechLM, frames: int) -> None:
     empty = torch.zeros(lm.stream.num_quantizers, 0, dtype=torch.int64)
     lm.model.lm_head.weight[lm.stream.audio_end_id] = 0  # sampled long, but not for ever
     engine = Engine(lm, rows=8, context=512)
-    made = 0
+    made, seen = 0, set()
     for number, temperature in enumerate(itertools.cycle([0.5, 1.0, 2.0])):
         sampling = Sampling(temperature=temperature, top_k=None)
         requests = [Request(empty, 50, sampling=sampling, sample=8 * number + i) for i in range(8)]
@@ -378,14 +379,14 @@ def check_whole(lm: SpeechLM, frames: int) -> None:
         while not engine.idle:
             engine.advance()
         for generation in generations:
-            ids = torch.cat(generation.frames)
-            codes = lm.stream.decode(ids)  # raises on anything but whole frames in order
+            codes = engine.continuation(generation).codes  # decoding raises on anything but whole frames in order
             assert codes.shape[1] == len(generation.frames)
             assert generation.ended or codes.shape[1] == 50
             made += codes.shape[1]
-        assert codes.unique().numel() > 20
+            seen.update(codes.flatten().tolist())
         if made >= frames:
-            return
+            break
+    assert len(seen) > 200
 
 
 def test_end_right_after_the_prompt(lm, random_codes):
@@ -446,6 +447,29 @@ def test_memory_does_not_grow_with_the_speech(lm):
     assert len(generation.frames) == 500 or generation.ended
     assert engine.decoder.keys.shape == shape
     assert shape[3] == 128
+
+
+@pytest.mark.slow
+def test_ten_minutes_in_constant_memory(lm):
+    """Speech that does not end, drawn and decoded as it comes; the process may not grow by more than its codes."""
+    import resource
+
+    engine = Engine(lm, context=1024)
+    head = engine.heads[0]
+
+    def never_ending(hidden: torch.Tensor) -> torch.Tensor:
+        logits = head(hidden)[:, : CODEBOOK_SIZE + 1]
+        logits[:, CODEBOOK_SIZE] = -1e4
+        return logits
+
+    engine.heads[0] = never_ending
+    request = Request(torch.zeros(4, 0, dtype=torch.int64), 7_500, sampling=HOT)
+    samples, peaks = 0, []
+    for piece in stream_speech(engine, request):
+        samples += piece.numel()
+        peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    assert samples == 600 * 24_000
+    assert peaks[-1] - peaks[len(peaks) // 4] < 20_000  # KiB
 
 
 def test_alone_and_in_a_batch_with_a_full_context(lm, random_codes):
@@ -531,6 +555,29 @@ def test_who_stops_listening_frees_the_row(lm, random_codes):
         assert long.finished
         short = list(service.listen(service.submit(Request(random_codes(4, 3), 4, sampling=HOT)), prompt=False))
     assert sum(piece.numel() for piece in short) <= 4 * 1920
+
+
+def test_a_service_that_is_closed_tells_its_listener(lm, random_codes):
+    service = SpeechService(Engine(lm, context=1000))
+    stream = service.listen(service.submit(Request(random_codes(4, 3), 240, sampling=HOT)))
+    next(stream)
+    service.close()
+    with pytest.raises(UserError, match="given up"):
+        list(stream)
+    with pytest.raises(UserError, match="no more speech"):
+        service.submit(Request(random_codes(4, 3), 4))
+
+
+def test_an_engine_that_fails_tells_its_listeners(lm, random_codes, monkeypatch):
+    engine = Engine(lm, context=1000)
+    with SpeechService(engine) as service:
+        stream = service.listen(service.submit(Request(random_codes(4, 3), 240, sampling=HOT)))
+        next(stream)
+        monkeypatch.setattr(engine.decoder, "step", lambda *_: 1 / 0)
+        with pytest.raises(UserError, match=r"generation failed .ZeroDivisionError"):
+            list(stream)
+        with pytest.raises(UserError, match="no more speech"):
+            service.submit(Request(random_codes(4, 3), 4))
 
 
 def test_an_error_reaches_the_listener(lm, random_codes):

@@ -22,7 +22,7 @@ BLOCK = 128
 class Layer(nn.Module):
     """One block: pre-norm attention over the cache and SwiGLU, each with a residual connection."""
 
-    def __init__(self, layer: Any, config: Any, int8: bool):
+    def __init__(self, layer: Any, config: Any, **options: bool):
         super().__init__()
         attention, mlp = layer.self_attn, layer.mlp
         self.num_kv_heads = config.num_key_value_heads
@@ -31,10 +31,10 @@ class Layer(nn.Module):
         self.eps = config.rms_norm_eps
         self.attention_norm = layer.input_layernorm.weight
         self.mlp_norm = layer.post_attention_layernorm.weight
-        self.qkv = _merged([attention.q_proj, attention.k_proj, attention.v_proj], int8)
-        self.out = make_linear(attention.o_proj.weight, attention.o_proj.bias, int8)
-        self.gate_up = _merged([mlp.gate_proj, mlp.up_proj], int8)
-        self.down = make_linear(mlp.down_proj.weight, mlp.down_proj.bias, int8)
+        self.qkv = _merged([attention.q_proj, attention.k_proj, attention.v_proj], **options)
+        self.out = make_linear(attention.o_proj.weight, attention.o_proj.bias, **options)
+        self.gate_up = _merged([mlp.gate_proj, mlp.up_proj], **options)
+        self.down = make_linear(mlp.down_proj.weight, mlp.down_proj.bias, **options)
 
     def project(
         self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
@@ -97,6 +97,7 @@ class Decoder(nn.Module):
         rows: sequences that are decoded together at most.
         capacity: positions that a row can have; rounded up to a multiple of :data:`BLOCK`.
         int8: the weights of the blocks in 8 bits.
+        pack: see linear.py; not to be combined with torch.compile.
         consume: leave the model without the weights of its blocks, so that they are not in memory twice.
 
     Attributes:
@@ -112,7 +113,9 @@ class Decoder(nn.Module):
     row_places: torch.Tensor
     head_places: torch.Tensor
 
-    def __init__(self, model: Any, rows: int, capacity: int, int8: bool = False, consume: bool = False):
+    def __init__(
+        self, model: Any, rows: int, capacity: int, int8: bool = False, pack: bool = True, consume: bool = False
+    ):
         super().__init__()
         config = model.config
         weight = model.get_input_embeddings().weight
@@ -121,7 +124,7 @@ class Decoder(nn.Module):
         self.norm, self.eps = model.model.norm.weight, config.rms_norm_eps
         self.layers = nn.ModuleList()
         for layer in model.model.layers:
-            self.layers.append(Layer(layer, config, int8))
+            self.layers.append(Layer(layer, config, int8=int8, pack=pack))
             if consume:
                 for linear in (part for part in layer.modules() if isinstance(part, nn.Linear)):
                     linear.weight = nn.Parameter(torch.empty(0, device=device, dtype=dtype), requires_grad=False)
@@ -203,8 +206,8 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return weight * (wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)).to(x.dtype)
 
 
-def _merged(linears: list[Any], int8: bool) -> nn.Module:
+def _merged(linears: list[Any], **options: bool) -> nn.Module:
     """One layer that gives the outputs of several layers of one input side by side."""
     weight = torch.cat([linear.weight for linear in linears])
     biases = [linear.bias for linear in linears]
-    return make_linear(weight, None if biases[0] is None else torch.cat(biases), int8)
+    return make_linear(weight, None if biases[0] is None else torch.cat(biases), **options)

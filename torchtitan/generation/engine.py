@@ -86,14 +86,15 @@ class Generation:
         frames: the new frames so far, ids [Q] each.
         finished: nothing will be added.
         ended: the model drew ``</audio>``.
-        error: why it was given up, if it was.
+        cancelled: it was given up by :meth:`Engine.cancel`.
+        error: why it failed, if it did.
         started, first_frame: ``time.perf_counter()`` when its prompt was read, and when its first frame arrived.
     """
 
     def __init__(self, request: Request):
         self.request = request
         self.frames: list[torch.Tensor] = []
-        self.finished = self.ended = False
+        self.finished = self.ended = self.cancelled = False
         self.error: UserError | None = None
         self.started = self.first_frame = 0.0
         self.launched = 0  # frames that the device was asked for
@@ -150,7 +151,7 @@ class Engine:
         size = max(rows, MIN_ROWS if self.device.type == "cpu" else 1)
         with torch.inference_mode():
             self.heads = _heads(lm, constrained, int8)
-            self.decoder = Decoder(lm.model, size, context, int8, consume)
+            self.decoder = Decoder(lm.model, size, context, int8, not compile_layers, consume)
             if compile_layers:
                 for layer in self.decoder.layers:
                     layer.compile(fullgraph=True)
@@ -216,10 +217,33 @@ class Engine:
         return generation
 
     def cancel(self, generation: Generation) -> None:
-        """Give a request up; what it has got stays."""
+        """Give a request up, if it is not finished; what it has got stays."""
+        if generation.finished:
+            return
         if generation in self._queue:
             self._queue.remove(generation)
+        generation.cancelled = True
         self._finish(generation)
+
+    def cancel_all(self) -> None:
+        """Give up everything that is not finished."""
+        for generation in self._unfinished():
+            self.cancel(generation)
+
+    def fail(self, error: Exception) -> None:
+        """Give everything up after an error that the engine cannot go on from."""
+        for generation in self._unfinished():
+            generation.error = UserError(f"{self.lm.name}: generation failed ({type(error).__name__}: {error}).")
+            generation.finished = True
+        self._queue.clear()
+        self._active.clear()
+        self._pending.clear()
+        self._plan = None
+
+    def _unfinished(self) -> list[Generation]:
+        launched = [generation for generations, _, _ in self._pending for generation in generations]
+        found = dict.fromkeys([*self._queue, *self._active, *launched])
+        return [generation for generation in found if not generation.finished]
 
     @property
     def idle(self) -> bool:
@@ -429,7 +453,8 @@ class Engine:
                         tensor.copy_(before)
             torch.cuda.current_stream(self.device).wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool):
+            # Other threads may decode meanwhile, whose calls are none of the graph's business.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 self._frame(rows, length, plan)
             self._pool = self._pool or graph.pool()
             self._graphs[rows, length, plan] = graph

@@ -71,11 +71,17 @@ class Int8(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
-def make_linear(weight: torch.Tensor, bias: torch.Tensor | None = None, int8: bool = False) -> nn.Module:
-    """The layer of a weight [outputs, inputs] for the device and dtype that it has."""
+def make_linear(
+    weight: torch.Tensor, bias: torch.Tensor | None = None, int8: bool = False, pack: bool = True
+) -> nn.Module:
+    """The layer of a weight [outputs, inputs] for the device and dtype that it has.
+
+    Args:
+        pack: whether it may be :class:`Packed`, which torch.compile does not take.
+    """
     if int8:
         return Int8(weight, bias)
-    if weight.device.type == "cpu" and _can_pack(weight.dtype):
+    if pack and weight.device.type == "cpu" and _can_pack(weight.dtype):
         return Packed(weight, bias)
     return Dense(weight, bias)
 

@@ -5,6 +5,7 @@ import hashlib
 import math
 import threading
 from collections.abc import Callable, Iterator
+from collections.abc import Generator as PythonGenerator
 
 import torch
 
@@ -155,13 +156,15 @@ class SpeechService:
     the end of which what still runs is given up.
 
     Args:
-        engine: which nobody else may use meanwhile; constrained.
+        engine: constrained, and which nobody else uses meanwhile.
     """
 
     def __init__(self, engine: Engine):
         self.engine = engine
         self._changed = threading.Condition()
+        self._given_up: list[Generation] = []  # for the engine's thread to cancel
         self._closed = False
+        self._failure: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -169,35 +172,50 @@ class SpeechService:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the engine's thread; who still listens gets an error."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
         self._thread.join()
 
     def submit(self, request: Request) -> Generation:
-        """Queue a request (see :meth:`Engine.submit`); its frames are kept until somebody listens."""
+        """Queue a request (see :meth:`Engine.submit`); its frames are kept until somebody listens.
+
+        Raises:
+            UserError: the service is closed or has failed, or the request cannot be.
+        """
         with self._changed:
+            if self._closed or self._failure is not None:
+                raise UserError(f"{self.engine.lm.name}: no more speech is made ({self._failure or 'closed'}).")
             generation = self.engine.submit(request)
             self._changed.notify_all()
             return generation
 
     def cancel(self, generation: Generation) -> None:
-        """Give a request up."""
+        """Give a request up, if it is not finished, and wait until it is."""
         with self._changed:
-            self.engine.cancel(generation)
-            self._changed.notify_all()
+            if not generation.finished:
+                self._given_up.append(generation)
+                self._changed.notify_all()
+                self._changed.wait_for(lambda: generation.finished)
 
-    def listen(self, generation: Generation, prompt: bool = True, chunk_frames: int = 1) -> Iterator[torch.Tensor]:
+    def listen(
+        self, generation: Generation, prompt: bool = True, chunk_frames: int = 1
+    ) -> PythonGenerator[torch.Tensor, None, None]:
         """The speech of a request while it is being made: float32 waveforms [n] at 24 kHz.
 
-        Put together they are the whole decode of prompt and continuation. Closing the iterator gives the request up.
+        Put together they are the whole decode of prompt and continuation. Closing the iterator, once it has begun,
+        gives the request up.
 
         Args:
             prompt: begin with the prompt's own frames; without it they are decoded but not handed out.
             chunk_frames: frames that are decoded at once, if no more have arrived; larger ones cost less.
 
         Raises:
-            UserError: the request failed.
+            UserError: the request failed, or was given up elsewhere.
         """
         decoder = StreamingDecoder(self.engine.lm.codec)
         done = 0
@@ -205,34 +223,43 @@ class SpeechService:
             start = decoder.decode(generation.request.prompt)
             if prompt and start.numel():
                 yield start
-            while True:
+            finished = False
+            while not finished:
                 with self._changed:
-                    self._changed.wait_for(functools.partial(self._has, generation, done + max(1, chunk_frames)))
+                    self._changed.wait_for(functools.partial(_has, generation, done + max(1, chunk_frames)))
+                    finished = generation.finished
                     frames = generation.frames[done:]
-                    finished = generation.finished or self._closed
                 if frames:
                     done += len(frames)
                     yield decoder.decode(self.engine.stream.decode(torch.cat(frames)))
-                if finished:
-                    if generation.error is not None:
-                        raise generation.error
-                    return
+            if generation.error is not None:
+                raise generation.error
+            if generation.cancelled:
+                raise UserError("the continuation was given up before its end.")
         finally:
             self.cancel(generation)
 
-    def _has(self, generation: Generation, frames: int) -> bool:
-        """Whether a request has so many frames, or all that it will get."""
-        return self._closed or generation.finished or len(generation.frames) >= frames
-
     def _run(self) -> None:
+        """The engine's thread. It alone advances and cancels, so that nobody waits for it to hold a lock."""
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._closed or not self.engine.idle)
-                if self._closed:
-                    return
-                changed = self.engine.advance()
-                if changed:
-                    self._changed.notify_all()
+                self._changed.wait_for(lambda: self._closed or self._given_up or not self.engine.idle)
+                given_up, self._given_up = self._given_up, []
+                closed = self._closed
+            for generation in given_up:
+                self.engine.cancel(generation)
+            try:
+                if closed:
+                    self.engine.cancel_all()
+                else:
+                    self.engine.advance()
+            except Exception as error:  # listeners in other threads wait for it
+                self.engine.fail(error)
+                self._failure = error
+            with self._changed:
+                self._changed.notify_all()
+            if closed:
+                return
 
 
 def stream_speech(
@@ -241,3 +268,8 @@ def stream_speech(
     """The speech of one request while it is being made, see :meth:`SpeechService.listen`."""
     with SpeechService(engine) as service:
         yield from service.listen(service.submit(request), prompt, chunk_frames)
+
+
+def _has(generation: Generation, frames: int) -> bool:
+    """Whether a request has so many frames, or all that it will get."""
+    return generation.finished or len(generation.frames) >= frames
