@@ -1070,12 +1070,6 @@ def _check_parallelism(config: JobConfig, refuse: Callable[[str, str], None]) ->
             f"it must be a multiple of parallelism.pipeline_parallel_microbatch_size = "
             f"{part.pipeline_parallel_microbatch_size}",
         )
-    if pipeline > 1 and config.training.compile and part.pipeline_parallel_schedule.lower() in SPLIT_BACKWARD:
-        refuse(
-            "parallelism.pipeline_parallel_schedule",
-            "it computes gradients of inputs and of weights apart, which compiled blocks cannot, so it needs "
-            "training.compile = false",
-        )
     csv = part.pipeline_parallel_schedule_csv
     if csv is not None and not os.path.isfile(csv):
         refuse("parallelism.pipeline_parallel_schedule_csv", "there is no such file")
