@@ -170,7 +170,7 @@ class Model:
     """
 
     converters: list[str] = field(default_factory=list)
-    """Transformations of the model: "float8", see section float8."""
+    """Transformations of the model: "float8" or "mx", see the sections of these names."""
 
     print_after_conversion: bool = False
     """Log the structure of the model after model.converters were applied."""
@@ -651,7 +651,7 @@ class Float8:
     """Compute the scales of all weights at once after each step."""
 
     force_recompute_fp8_weight_in_bwd: bool = False
-    """Compute float8 weights again in the backward pass."""
+    """Compute float8 weights again in the backward pass. Since 2025 torchao does so in any case."""
 
     recipe_name: Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"] | None = None
     """
@@ -671,16 +671,22 @@ class Float8:
 
 @dataclass
 class MX:
-    """Matrix products in MX formats."""
+    """
+    Matrix products of the blocks in MXFP8, 8-bit floats with a scale for every 32 values, with model.converters =
+    ["mx"] (needs torchao).
+    """
 
     use_fp8_dim1_cast_triton_kernel: bool = True
-    """Cast with a Triton kernel."""
+    """Cast with Triton kernels. False: with plain torch, for torch.compile to fuse."""
 
     recipe_name: Literal["mxfp8"] = "mxfp8"
     """Which MX format."""
 
     filter_fqns: list[str] = field(default_factory=lambda: ["output"])
-    """Modules that stay as they are."""
+    """Parts of names of layers that stay as they are (attention.wk). Embedding and head always do."""
+
+    emulate: bool = False
+    """Compute the same on hardware that has no MX formats, slowly."""
 
 
 @dataclass
@@ -834,10 +840,6 @@ class Off:
 
 OFF_ONLY: dict[str, Off] = {
     "parallelism.expert_parallel_degree": Off("the model has no experts"),
-    # An exception from an empty rule chooses nothing; existing files set it anyway.
-    "mx.filter_fqns": Off("torchao has no MX training of linear layers any more", also=([],)),
-    "mx.*": Off("torchao has no MX training of linear layers any more"),
-    "float8.force_recompute_fp8_weight_in_bwd": Off("torchao no longer has it, its backward pass always does so"),
     "float8.moe_fqns_prototype": Off("the model has no experts"),
     "memory_estimation.*": Off("memory is estimated by scripts/estimate.py"),
     "fault_tolerance.*": Off("TorchFT is not used; a run that failed goes on from its last checkpoint"),
@@ -997,9 +999,9 @@ def check_values(config: JobConfig, origins: dict[str, str] | None = None) -> No
     ):
         refuse("parallelism.enable_compiled_autograd", "it needs training.compile = true")
 
-    unknown = [name for name in config.model.converters if name != "float8"]
-    if unknown:
-        refuse("model.converters", 'there is only "float8"')
+    unknown = [name for name in config.model.converters if name not in CONVERTERS]
+    if unknown or len(config.model.converters) > 1:
+        refuse("model.converters", 'there are "float8" and "mx", of which one can be chosen')
     for key in ("float8.enable_fsdp_float8_all_gather", "float8.precompute_float8_dynamic_scale_for_fsdp"):
         if values[key] and config.float8.recipe_name not in (None, "tensorwise"):
             refuse(key, 'it needs float8.recipe_name = "tensorwise"')
@@ -1032,6 +1034,8 @@ def check_values(config: JobConfig, origins: dict[str, str] | None = None) -> No
 
 # Parts of a checkpoint that checkpoint.exclude_from_loading can name.
 EXCLUDABLE = ("optimizer", "lr_scheduler", "dataloader", "random")
+# Converters of the model, each with the number of ids of which its products need a multiple.
+CONVERTERS = {"float8": 16, "mx": 32}
 # Schedules that compute the gradients of inputs first and those of weights later.
 SPLIT_BACKWARD = ("interleavedzerobubble", "zbvzerobubble", "dualpipev")
 
@@ -1049,6 +1053,12 @@ def _check_parallelism(config: JobConfig, refuse: Callable[[str, str], None]) ->
     for section in sections:
         if getattr(config, section).seq_len % multiple:
             refuse(f"{section}.seq_len", f"with these degrees of parallelism it must be a multiple of {multiple}")
+    for name in config.model.converters:
+        if config.training.seq_len % (CONVERTERS[name] * context):
+            refuse(
+                "training.seq_len",
+                f'with model.converters = ["{name}"] each rank needs a multiple of {CONVERTERS[name]} ids',
+            )
     for key, value, degree in (
         ("disable_loss_parallel", part.disable_loss_parallel, tensor),
         ("enable_async_tensor_parallel", part.enable_async_tensor_parallel, tensor),

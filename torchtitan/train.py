@@ -46,6 +46,7 @@ from torchtitan.components.hf_export import export_checkpoint, write_hf_files
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.lr_scheduler import lr_factor
 from torchtitan.components.metrics import MetricsLogger
+from torchtitan.components.mx import check_mx
 from torchtitan.components.optimizer import AnyOptimizer, OptimizerInBackward, build_optimizer
 from torchtitan.components.validate import ValidationResult, Validator
 from torchtitan.config_manager import (
@@ -167,6 +168,7 @@ def find_inputs(config: JobConfig) -> Inputs:
         base.require_same_sizes(initial)
     check_split(config, base.args)
     check_float8(config)
+    check_mx(config)
     used = {
         "training": True,
         "validation": config.validation.enabled,
@@ -368,7 +370,8 @@ def build_loader(
         group=group,
         read_retries=training.read_retries,
         share=(dims.data_rank, dims.data_degree),
-        length_multiple=dims.padded_multiple(LENGTH_MULTIPLE),
+        # Of which each rank of a row still has a multiple, as products in 8 bits need it.
+        length_multiple=dims.padded_multiple(LENGTH_MULTIPLE * (dims.context if config.model.converters else 1)),
     )
 
 

@@ -9,6 +9,7 @@ from torch.torch_version import TorchVersion
 
 from torchtitan.components.float8 import convert_to_float8, precompute_scales
 from torchtitan.components.loss import IGNORE_INDEX
+from torchtitan.components.mx import convert_to_mx
 from torchtitan.config_manager import ConfigError, JobConfig
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.models.llama3.activation_checkpoint import checkpoint_activations
@@ -70,9 +71,9 @@ def check_split(config: JobConfig, args: Llama3Args) -> None:
         saving = config.activation_checkpoint
         if splits_backward(part) and saving.mode == "selective" and saving.selective_ac_option == "op":
             raise ConfigError(
-                'activation_checkpoint.selective_ac_option = "op": the pipeline\'s schedule computes gradients of inputs '
-                'and of weights apart, and torch goes back only once through what "op" keeps; a number, or mode "full", '
-                "works."
+                'activation_checkpoint.selective_ac_option = "op": the pipeline\'s schedule computes gradients of '
+                'inputs and of weights apart, and torch goes back only once through what "op" keeps; a number, or mode '
+                '"full", works.'
             )
     if part.enable_async_tensor_parallel and not torch.cuda.is_available():
         raise ConfigError(
@@ -148,6 +149,8 @@ class ParallelModel:
             model.output.first_id = self.first_id
         if "float8" in config.model.converters:
             convert_to_float8(model, config)
+        if "mx" in config.model.converters:
+            convert_to_mx(model, config)
         if config.model.print_after_conversion:
             logger.info("%s", model)
         if dims.tensor > 1:

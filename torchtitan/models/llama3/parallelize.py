@@ -92,7 +92,8 @@ def compile_blocks(model: Llama3, splits_backward: bool = False) -> None:
 
         # The graph is kept between the two, so a compiled function must not reuse the memory of what it has saved.
         functorch_config.donated_buffer = False
-        rotate, gate = (torch.compile(function, fullgraph=True, dynamic=False) for function in (rotate_both, swiglu))
+        rotate = torch.compile(rotate_both, fullgraph=True, dynamic=False)
+        gate = torch.compile(swiglu, fullgraph=True, dynamic=False)
         for layer in model.layers.values():
             block = cast(TransformerBlock, layer)
             block.attention.rotate, block.feed_forward.gate = rotate, gate

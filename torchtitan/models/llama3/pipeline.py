@@ -33,7 +33,6 @@ from torchtitan.config_manager import SPLIT_BACKWARD, ConfigError, Parallelism
 from torchtitan.models.llama3.args import Llama3Args
 from torchtitan.models.llama3.model import Llama3
 
-
 SCHEDULES = ("1F1B", "GPipe", "Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
 
 
@@ -46,7 +45,7 @@ def schedule_class(config: Parallelism) -> type[Any]:
     if config.pipeline_parallel_schedule_csv is not None:
         return _PipelineScheduleRuntime
     name = config.pipeline_parallel_schedule
-    if name.lower() not in (known.lower() for known in SCHEDULES):  # torch's lookup also finds abstract classes
+    if name.lower() not in [known.lower() for known in SCHEDULES]:  # torch's lookup also finds abstract classes
         raise ConfigError(
             f'parallelism.pipeline_parallel_schedule = "{name}": there is no such schedule; there are '
             f"{', '.join(SCHEDULES)}."
@@ -71,7 +70,7 @@ def read_schedule(config: Parallelism) -> dict[int, list[Any]]:
         raise ConfigError(f"{key}: it cannot be read ({error}).") from None
     for rank, own in actions.items():
         if strange := [action for action in own if action is not None and not action.is_compute_op]:
-            raise ConfigError(f"{key}: {strange[0]} of rank {rank} is none of F, B, I and W, which are all it may hold.")
+            raise ConfigError(f"{key}: {strange[0]} of rank {rank} is none of F, B, I and W, and only these are read.")
     return actions
 
 
