@@ -302,6 +302,10 @@ def test_a_run_ends_and_another_starts_in_hugging_face_format(arguments, tmp_pat
     saved = load_full_parameters(find_checkpoint(tmp_path / "run"))["norm.weight"]
     assert torch.equal(theirs.model.norm.weight, saved.bfloat16())
 
+    shutil.rmtree(folder)  # as if the run had been killed before it was complete
+    launch(arguments(tmp_path, 1, *options), 1)
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(folder).model.norm.weight, saved.bfloat16())
+
     start = ("--checkpoint.initial_load_path", str(folder), "--optimizer.lr", "1e-20", "--training.steps", "1")
     launch(arguments(tmp_path / "new", 1, *start), 1)
     after = figures(tmp_path / "new")[(1, "validation/loss")]

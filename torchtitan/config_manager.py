@@ -708,7 +708,13 @@ class MemoryEstimation:
     """An estimate of a run's memory without running it."""
 
     enabled: bool = False
-    """Estimate only."""
+    """
+    Only print what the run will need on as many ranks as were started (memory of a GPU by component, a bound of the
+    speed, storage), and exit. scripts/estimate.py does the same for any number of GPUs, see docs/estimate.md.
+    """
+
+    gpu: str = ""
+    """Whose memory and speed are taken, such as H200. By default the GPU at hand, without one an H100."""
 
     disable_fake_mode: bool = False
     """Estimate with real tensors."""
@@ -841,7 +847,7 @@ class Off:
 OFF_ONLY: dict[str, Off] = {
     "parallelism.expert_parallel_degree": Off("the model has no experts"),
     "float8.moe_fqns_prototype": Off("the model has no experts"),
-    "memory_estimation.*": Off("memory is estimated by scripts/estimate.py"),
+    "memory_estimation.disable_fake_mode": Off("memory is computed from sizes, with no tensors at all"),
     "fault_tolerance.*": Off("TorchFT is not used; a run that failed goes on from its last checkpoint"),
 }
 

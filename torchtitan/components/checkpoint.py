@@ -24,6 +24,7 @@ from typing import Any, Literal, cast
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import _async_process_executor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
@@ -35,6 +36,7 @@ from torchtitan.models.llama3.args import Llama3Args
 from torchtitan.models.llama3.weights import Weighted
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.logging import logger
+from torchtitan.tools.signals import shielded
 
 STATE_FILE = "train_state.json"
 HF_FOLDER = "hf"
@@ -226,7 +228,8 @@ class CheckpointManager:
             )
             self._stager = DefaultStager(options)
         kind = AsyncCheckpointerType.PROCESS
-        response = dcp.async_save(tensors, async_checkpointer_type=kind, async_stager=self._stager, **settings)
+        with shielded():  # The first save starts the process.
+            response = dcp.async_save(tensors, async_checkpointer_type=kind, async_stager=self._stager, **settings)
         if isinstance(response, Future):  # staged already
             return response
         self._staging = response.staging_completion
@@ -310,6 +313,7 @@ class CheckpointManager:
             if self._stager is not None:
                 self._stager.close()
                 self._stager = None
+                _end_process()
 
     def newest_intact(self, group: Any = None) -> Path | None:
         """The newest complete checkpoint whose files are as they were written.
@@ -355,6 +359,14 @@ class CheckpointManager:
             path = self.folder / f"step-{later}"
             path.rename(path.with_name(f"{path.name}.set-aside-{time.time_ns()}"))
             logger.warning("going back to step %d: %s is set aside", step, path)
+
+
+def _end_process() -> None:
+    """End the process that torch keeps for saves: Python would send it a SIGTERM, which it never receives, and wait."""
+    saver, _async_process_executor._CHECKPOINT_PROCESS = _async_process_executor._CHECKPOINT_PROCESS, None
+    if saver is not None:
+        saver._save_process.kill()
+        saver._save_process.join()
 
 
 def load_checkpoint(
