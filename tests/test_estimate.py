@@ -65,7 +65,7 @@ def test_weights_and_states_are_counted_exactly(tied):
         model = ParallelModel(config, args, ParallelDims(), torch.device("cpu"))
         init_random(model, 0)
         optimizer = build_optimizer(model, config.optimizer)
-        states = optimizer_tensors(model, optimizer)
+        states = dict(optimizer_tensors(model, optimizer))
     finally:
         dist.destroy_process_group()
     own = rank_parameters(args, args.n_layers)

@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -130,9 +130,16 @@ def load_full_parameters(checkpoint: Path) -> dict[str, torch.Tensor]:
     return {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
 
 
-def model_tensors(model: Weighted) -> dict[str, torch.Tensor]:
-    """The weights as a checkpoint names them."""
-    return {f"model.{name}": parameter.detach() for name, parameter in model.weights()}
+def named_tensors(model: Weighted, optimizer: AnyOptimizer | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+    """The weights and, if there is one, the state of the optimizer, as a checkpoint names them.
+
+    A name can come twice: a pipeline shaped like a V has a tied weight at both of its ends on one rank.
+    """
+    for name, parameter in model.weights():
+        yield f"model.{name}", parameter.detach()
+    if optimizer is not None:
+        for name, tensor in optimizer_tensors(model, optimizer):
+            yield f"optimizer.{name}", tensor
 
 
 class CheckpointManager:
@@ -189,10 +196,8 @@ class CheckpointManager:
             except OSError as error:
                 raise self._failed(error) from error
         dist.barrier()
-        tensors = model_tensors(model)
-        if optimizer is not None:
-            tensors |= {f"optimizer.{name}": t for name, t in optimizer_tensors(model, optimizer).items()}
-        else:
+        tensors = dict(named_tensors(model, optimizer))
+        if optimizer is None:
             tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
         ranks: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size())]
         dist.all_gather_object(ranks, {"random": _random_state()})
@@ -391,10 +396,12 @@ def load_checkpoint(
             f"{checkpoint}: this checkpoint holds only weights, so a run cannot be resumed from it; "
             "start a new one from it with checkpoint.initial_load_path."
         )
-    tensors = model_tensors(model)
-    if optimizer is not None:
-        tensors |= {f"optimizer.{name}": t for name, t in optimizer_tensors(model, optimizer).items()}
+    named = list(named_tensors(model, optimizer))
+    tensors = dict(named)
     read_tensors(tensors, checkpoint)
+    for name, tensor in named:
+        if tensors[name] is not tensor:
+            tensor.copy_(tensors[name])
     return state
 
 
