@@ -135,6 +135,20 @@ def test_a_rank_that_hangs_is_noticed_after_the_short_timeout(arguments, tmp_pat
     assert "Timed out waiting 2000ms" in log.read_text()
 
 
+@pytest.mark.slow
+def test_a_rank_that_is_slow_to_save_is_waited_for(arguments, tmp_path, monkeypatch):  # noqa: F811
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules" / "slow.py").write_text(
+        "import os, time\nfrom torchtitan.components import checkpoint\n\nwhole = checkpoint.checksum\n\n\n"
+        'def checksum(path):\n    time.sleep(5 if os.environ["RANK"] == "1" else 0)\n    return whole(path)\n\n\n'
+        "checkpoint.checksum = checksum\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(tmp_path / "modules"), *filter(None, sys.path))))
+    options = ("--experimental.custom_import", "slow", "--comm.train_timeout_seconds", "2", "--training.steps", "3")
+    launch(arguments(tmp_path, 2, *options), 2)
+    assert find_steps(tmp_path / "run" / "checkpoint") == [3]
+
+
 # --- gradients that are no numbers
 
 

@@ -526,8 +526,10 @@ def fetch(trainer: Trainer, batches: Iterator[Batch], accumulation: int) -> list
         begin = time.perf_counter()
         batch = next(batches)
         waited = time.perf_counter() - begin
-        if trainer.dims.counts_rows:
-            trainer.metrics.add(batch.num_tokens, batch.tokens.numel(), batch.num_squares, waited)
+        counts = trainer.dims.counts_rows
+        trainer.metrics.add(
+            batch.num_tokens * counts, batch.tokens.numel() * counts, batch.num_squares * counts, waited
+        )
         if trainer.inputs.config.metrics.save_samples:
             save_samples(trainer, batch)
         trainer.data_state, trainer.counters = batch.state, batch.counters

@@ -18,6 +18,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -41,6 +42,8 @@ from torchtitan.tools.signals import shielded
 STATE_FILE = "train_state.json"
 HF_FOLDER = "hf"
 FORMAT = 2
+# How long a rank waits for the others to write their files, and for rank 0 to delete older checkpoints.
+SAVE_TIMEOUT = timedelta(hours=1)
 
 
 def find_steps(folder: Path) -> list[int]:
@@ -160,7 +163,8 @@ class CheckpointManager:
         async_mode: Literal["disabled", "async", "async_with_pinned_mem"] = "disabled",
     ):
         self.folder, self.keep_latest_k, self.async_mode = folder, keep_latest_k, async_mode
-        self._group: Any = None  # of the saves in the background, which must not mix with those of training
+        # Of saves: they must not mix with the collectives of training, nor end after their short timeout.
+        self._group: Any = None
         self._stager: Any = None
         self._staging: Future[Any] | None = None
         self._pending: Future[None] | None = None
@@ -186,6 +190,8 @@ class CheckpointManager:
             UserError: the save before this one failed.
         """
         self.wait()
+        if self._group is None:
+            self._group = cast(Any, dist.new_group(backend="gloo", timeout=SAVE_TIMEOUT))
         target, partial = self.folder / f"step-{step}", self.folder / f".step-{step}.partial"
         rank = dist.get_rank()
         if rank == 0:
@@ -195,25 +201,23 @@ class CheckpointManager:
                 partial.mkdir()
             except OSError as error:
                 raise self._failed(error) from error
-        dist.barrier()
+        dist.barrier(group=self._group)
         tensors = dict(named_tensors(model, optimizer))
         if optimizer is None:
             tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
         ranks: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size())]
-        dist.all_gather_object(ranks, {"random": _random_state()})
+        dist.all_gather_object(ranks, {"random": _random_state()}, group=self._group)
         whole = {"format": FORMAT, "step": step, "model_only": optimizer is None, **state, "ranks": ranks}
         if rank == 0:
             write_hf_files(partial / HF_FOLDER)
         if self.async_mode == "disabled":
             try:
-                dcp.save(tensors, checkpoint_id=partial)
-                self._complete(partial, target, whole, None)
+                dcp.save(tensors, checkpoint_id=partial, process_group=self._group)
+                self._complete(partial, target, whole)
             except (Exception, CheckpointException) as error:
                 raise self._failed(error) from error
-            dist.barrier()
+            dist.barrier(group=self._group)
             return target
-        if self._group is None:
-            self._group = dist.new_group(backend="gloo")
         written = self._write_in_background(tensors, partial)
         self._pending = self._thread.submit(self._complete_later, written, partial, target, whole)
         return target
@@ -242,14 +246,14 @@ class CheckpointManager:
 
     def _complete_later(self, written: "Future[Any]", partial: Path, target: Path, whole: dict[str, Any]) -> None:
         written.result()
-        self._complete(partial, target, whole, self._group)
+        self._complete(partial, target, whole)
 
-    def _complete(self, partial: Path, target: Path, whole: dict[str, Any], group: Any) -> None:
+    def _complete(self, partial: Path, target: Path, whole: dict[str, Any]) -> None:
         """Once all ranks have written their files: checksums, train_state.json, the name, and older steps deleted."""
         rank = dist.get_rank()
         own = {path.name: [path.stat().st_size, checksum(path)] for path in partial.glob(f"__{rank}_*.distcp")}
         gathered: list[dict[str, list[int]]] = [{} for _ in range(dist.get_world_size())]
-        dist.all_gather_object(gathered, own, group=group)
+        dist.all_gather_object(gathered, own, group=self._group)
         if rank != 0:
             return
         whole["files"] = {name: facts for files in gathered for name, facts in files.items()}

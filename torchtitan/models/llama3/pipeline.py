@@ -15,6 +15,8 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import (
+    BACKWARD_INPUT,
+    BACKWARD_WEIGHT,
     PipelineScheduleMulti,
     PipelineScheduleSingle,
     Schedule1F1B,
@@ -114,7 +116,7 @@ def splits_backward(config: Parallelism) -> bool:
     if config.pipeline_parallel_schedule_csv is None:
         return config.pipeline_parallel_schedule.lower() in SPLIT_BACKWARD
     every = [part for own in read_schedule(config).values() for a in own if a for part in (a.sub_actions or (a,))]
-    return any(action.computation_type.value in ("I", "W") for action in every)
+    return any(action.computation_type in (BACKWARD_INPUT, BACKWARD_WEIGHT) for action in every)
 
 
 def split_blocks(n_layers: int, config: Parallelism) -> list[range]:
