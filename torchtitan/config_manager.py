@@ -1000,6 +1000,8 @@ def check_values(config: JobConfig, origins: dict[str, str] | None = None) -> No
     unknown = [name for name in config.compile.components if name not in ("model", "loss")]
     if unknown:
         refuse("compile.components", "there are model and loss")
+    if config.training.compile and not config.compile.components:
+        refuse("compile.components", "with training.compile = true it must name something")
     if config.parallelism.enable_compiled_autograd and not (
         config.training.compile and "model" in config.compile.components
     ):

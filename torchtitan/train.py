@@ -654,12 +654,9 @@ def main(argv: list[str] | None = None) -> int:
                 save_hf(inputs, done)
             return 0
         trainer = build(inputs)
-        with stop_requests() as trainer.stop:  # until the last save is written
-            try:
-                train(trainer)
-            finally:
-                trainer.metrics.close()
-                inputs.checkpoints.close()
+        # Signals are noted until the last save is written.
+        with stop_requests() as trainer.stop, closing(inputs.checkpoints), closing(trainer.metrics):
+            train(trainer)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         if dist.is_initialized() and world_size() > 1:
