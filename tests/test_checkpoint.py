@@ -125,8 +125,8 @@ def test_nothing_older_is_deleted_when_the_new_one_is_damaged(one_rank, model, t
     save(CheckpointManager(tmp_path), 1, model)
     whole = dcp.save
 
-    def cut_off(tensors: Any, checkpoint_id: Path) -> None:
-        whole(tensors, checkpoint_id=checkpoint_id)
+    def cut_off(tensors: Any, checkpoint_id: Path, **more: Any) -> None:
+        whole(tensors, checkpoint_id=checkpoint_id, **more)
         for path in checkpoint_id.glob("*.distcp"):
             path.write_bytes(path.read_bytes()[:100])
 
