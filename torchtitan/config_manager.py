@@ -518,7 +518,7 @@ class Parallelism:
     """Order of the forward and backward passes in a pipeline."""
 
     pipeline_parallel_schedule_csv: str | None = None
-    """File with that order."""
+    """File with that order, instead of a named one: a line a rank, such as 0F0,0F1,0B0,0B1 (see docs/training.md)."""
 
     pipeline_parallel_microbatch_size: int = 1
     """Rows that go through a pipeline together."""
