@@ -125,8 +125,8 @@ def test_nothing_older_is_deleted_when_the_new_one_is_damaged(one_rank, model, t
     save(CheckpointManager(tmp_path), 1, model)
     whole = dcp.save
 
-    def cut_off(tensors: Any, checkpoint_id: Path) -> None:
-        whole(tensors, checkpoint_id=checkpoint_id)
+    def cut_off(tensors: Any, checkpoint_id: Path, **more: Any) -> None:
+        whole(tensors, checkpoint_id=checkpoint_id, **more)
         for path in checkpoint_id.glob("*.distcp"):
             path.write_bytes(path.read_bytes()[:100])
 
@@ -301,6 +301,10 @@ def test_a_run_ends_and_another_starts_in_hugging_face_format(arguments, tmp_pat
     assert theirs.config.vocab_size == len(AutoTokenizer.from_pretrained(folder))
     saved = load_full_parameters(find_checkpoint(tmp_path / "run"))["norm.weight"]
     assert torch.equal(theirs.model.norm.weight, saved.bfloat16())
+
+    shutil.rmtree(folder)  # as if the run had been killed before it was complete
+    launch(arguments(tmp_path, 1, *options), 1)
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(folder).model.norm.weight, saved.bfloat16())
 
     start = ("--checkpoint.initial_load_path", str(folder), "--optimizer.lr", "1e-20", "--training.steps", "1")
     launch(arguments(tmp_path / "new", 1, *start), 1)

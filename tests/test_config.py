@@ -331,6 +331,7 @@ def test_updates_in_the_backward_pass_exclude_what_needs_all_gradients():
 
 def test_what_can_be_compiled():
     assert "there are model and loss" in error("--compile.components=model,optimizer")
+    assert "it must name something" in error("--training.compile", "--compile.components=")
     assert parse("--training.compile", "--compile.components=loss").compile.components == ["loss"]
     backward = "--parallelism.enable_compiled_autograd"
     assert "needs training.compile" in error(backward)

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from scripts import estimate as script
 from tests.test_train import ROOT, arguments, launch  # noqa: F401 - a fixture
+from torchtitan import train
 from torchtitan.components.checkpoint import find_checkpoint, read_state
 from torchtitan.components.optimizer import build_optimizer, optimizer_tensors
 from torchtitan.config_manager import ActivationCheckpoint, ConfigError, JobConfig
@@ -64,7 +65,7 @@ def test_weights_and_states_are_counted_exactly(tied):
         model = ParallelModel(config, args, ParallelDims(), torch.device("cpu"))
         init_random(model, 0)
         optimizer = build_optimizer(model, config.optimizer)
-        states = optimizer_tensors(model, optimizer)
+        states = dict(optimizer_tensors(model, optimizer))
     finally:
         dist.destroy_process_group()
     own = rank_parameters(args, args.n_layers)
@@ -229,6 +230,37 @@ def test_the_script_takes_local_models(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["estimate.py", "config/debug.toml", "--gpus", "1"])
     script.main()
     assert "it fits" in capsys.readouterr().out
+
+
+def test_the_trainer_only_estimates_where_it_is_asked_to(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "32")
+    options = [
+        "--job.config_file",
+        str(ROOT / "config" / "llama3_2_1b.toml"),
+        "--job.dump_folder",
+        str(tmp_path / "no"),
+    ]
+    options += ["--memory_estimation.enabled", "--memory_estimation.gpu"]
+    assert train.main([*options, "NVIDIA A100-SXM4-40GB"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("32 x A100 40GB")
+    assert "of 39.4 GiB" in said
+    assert not (tmp_path / "no").exists()
+    assert train.main([*options, "Voodoo"]) == 2
+    assert capsys.readouterr().err.startswith("error: memory_estimation.gpu = Voodoo: its data sheet is not known")
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA H100 PCIe", "H100 PCIe"),
+        ("NVIDIA A100-SXM4-80GB", "A100 80GB"),
+        ("NVIDIA GeForce RTX 4090", "RTX 4090"),
+    ],
+)
+def test_gpus_by_the_names_that_cuda_gives_them(name, known):
+    assert find_gpu(name).name == known
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="measures the memory of a GPU")

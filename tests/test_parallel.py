@@ -30,12 +30,13 @@ from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.utils import sum_over_ranks
 from torchtitan.models.llama3.args import Llama3Args
 from torchtitan.models.llama3.parallel_model import ParallelModel, check_split
-from torchtitan.models.llama3.pipeline import own_stages, split_blocks
+from torchtitan.models.llama3.pipeline import own_stages, split_blocks, splits_backward
 from torchtitan.models.llama3.weights import init_random
 from torchtitan.tools.signals import StopRequest
 
 STEPS, ACCUMULATION, ROWS, SEQ_LEN, VOCAB_SIZE, FIRST_AUDIO = 20, 2, 4, 32, 301, 100
 AUDIO = "--training.audio_head"
+OWN_SCHEDULE = Path(__file__).parent / "schedule.csv"  # a V of four stages on two ranks, some backward passes split
 
 
 def degrees(replicate: int = 1, tensor: int = 1, pipeline: int = 1, context: int = 1, **more: Any) -> list[str]:
@@ -43,7 +44,7 @@ def degrees(replicate: int = 1, tensor: int = 1, pipeline: int = 1, context: int
     keys = {"data_parallel_replicate_degree": replicate, "tensor_parallel_degree": tensor}
     keys |= {"pipeline_parallel_degree": pipeline, "context_parallel_degree": context, **more}
     names = {key: key.replace("__", ".") if "__" in key else f"parallelism.{key}" for key in keys}
-    return [option for key, value in keys.items() for option in (f"--{names[key]}", str(value).lower())]
+    return [option for key, value in keys.items() for option in (f"--{names[key]}", str(value))]
 
 
 # What changes the losses, with the options that do.
@@ -86,7 +87,13 @@ TWO_RANKS: dict[str, tuple[list[str], bool, bool]] = {
     "PP, LoopedBFS": (schedule("LoopedBFS"), True, False),
     "PP, InterleavedZeroBubble": (schedule("InterleavedZeroBubble"), True, True),
     "PP, ZBVZeroBubble": (schedule("ZBVZeroBubble"), True, False),
+    "PP, ZBVZeroBubble, checkpointed": (schedule("ZBVZeroBubble", activation_checkpoint__mode="full"), True, False),
     "PP, DualPipeV": (schedule("DualPipeV"), False, False),
+    "PP, a schedule of one's own": (
+        degrees(pipeline=2, pipeline_parallel_schedule_csv=OWN_SCHEDULE, pipeline_parallel_schedule="zerobubble"),
+        True,
+        True,
+    ),
 }
 FOUR_RANKS: dict[str, tuple[list[str], bool, bool]] = {
     "HSDP": (degrees(replicate=2), True, True),
@@ -112,9 +119,10 @@ COMPILED: dict[str, tuple[list[str], bool, bool]] = {
         False,
         True,
     ),
+    "PP, ZBVZeroBubble, compiled": (schedule("ZBVZeroBubble", training__compile=True), True, True),
 }
 if TorchVersion(torch.__version__) < "2.14":  # which cannot run these schedules
-    for table in (TWO_RANKS, FOUR_RANKS):
+    for table in (TWO_RANKS, COMPILED, FOUR_RANKS):
         for name in [
             name for name in table if any(kind in " ".join(table[name][0]).lower() for kind in SPLIT_BACKWARD)
         ]:
@@ -136,7 +144,7 @@ FEW_OF_TWO = [
 ]
 FEW_OF_FOUR = ["HSDP", "TP x CP"]
 # Where a checkpoint of one split is taken up by another.
-SAVED, RESUMED = "PP, Interleaved1F1B", "TP"
+SAVED, RESUMED = "PP, Interleaved1F1B", [name for name in ("TP", "PP, ZBVZeroBubble") if name in TWO_RANKS]
 
 
 def rest(names: Iterable[str], few: list[str]) -> list[str]:
@@ -237,9 +245,10 @@ def run_rank(rank: int, world_size: int, folder: Path, names: list[str]) -> None
         run = make(TWO_RANKS[SAVED][0], True, rank, world_size)
         first = steps(run, 0, STEPS // 2, False)
         path = manager.save(STEPS // 2, run.model, run.optimizer, checkpoint_state(run), Path.mkdir)
-        run = make(TWO_RANKS[RESUMED][0], True, rank, world_size)
-        load_checkpoint(path, run.model, run.optimizer, run.model.args)
-        results["resumed"] = torch.tensor(first + steps(run, STEPS // 2, STEPS, False))
+        for name in RESUMED:
+            run = make(TWO_RANKS[name][0], True, rank, world_size)
+            load_checkpoint(path, run.model, run.optimizer, run.model.args)
+            results[f"{name}, resumed"] = torch.tensor(first + steps(run, STEPS // 2, STEPS, False))
     torch.save(results, folder / f"results-{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
@@ -394,9 +403,10 @@ def test_updates_in_the_backward_pass_go_on_from_a_checkpoint(expected, tmp_path
     torch.testing.assert_close(torch.tensor(curve), wanted, rtol=1e-5, atol=0)
 
 
-def test_a_run_goes_on_with_another_split(two_ranks, expected):
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_run_goes_on_with_another_split(two_ranks, expected, name):
     for rank in two_ranks[1]:
-        torch.testing.assert_close(rank["resumed"], expected([], True, False)["curve"], rtol=1e-5, atol=0)
+        torch.testing.assert_close(rank[f"{name}, resumed"], expected([], True, False)["curve"], rtol=1e-5, atol=0)
 
 
 def test_a_tied_weight_on_two_stages_is_saved_once(two_ranks):
@@ -469,6 +479,10 @@ def test_stages_that_do_not_fit_are_refused(config, sentence):
         ),
         (degrees(tensor=2, context=4, context_parallel_rotate_method="alltoall"), "2 key and value heads of each"),
         (degrees(pipeline=8), "8 stages are more than the model's 4 blocks"),
+        (degrees(pipeline=4, training__local_batch_size=2), "2 microbatches .* fewer than its 4 stages"),
+        (schedule("DualPipeV", training__local_batch_size=3), "3 microbatches .* fewer than its 4 stages"),
+        (schedule("Interleaved1F1B", training__local_batch_size=5), "5 microbatches .* 2 rounds of 2 ranks"),
+        (schedule("PipelineScheduleMulti"), "there is no such schedule"),
     ],
 )
 def test_degrees_that_do_not_fit_the_model_are_refused(options, sentence):
@@ -489,13 +503,50 @@ def test_degrees_that_do_not_fit_the_model_are_refused(options, sentence):
             ["--parallelism.tensor_parallel_degree", "2", "--parallelism.enable_async_tensor_parallel"],
             "training.compile",
         ),
-        (schedule("ZBVZeroBubble", training__compile=True), "training.compile = false"),
         (["--training.audio_head", "--training.task", "tts"], "not made of audio tokens"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(options, sentence):
     with pytest.raises(ConfigError, match=sentence):
         ConfigManager().parse_args(options)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("0F0,0B0\n1F0,go\n", "cannot be read"),
+        ("0F0,0SEND_F0,0B0\n1F0,1B0\n", "0SEND_F0 of rank 0 is none of"),
+        ("0F0,0F1,1F0,1F1,1B0,1B1,0B0,0B1\n", "on 2 ranks .*expected 2, actual 1"),
+        ("0F0,0B0\n1F0,1B0\n", "does not take 2 microbatches"),
+        ("0F0,0F1,0B0,0B1\n2F0,2F1,2B0,2B1\n", r"that makes 2 stages, but the schedule names \[0, 2\]"),
+        ("0F0,0F1,0B0,0B1\n1F0,1F1,1W0,1I0,1B1\n", "without first running Backward Input"),
+        ("", "schedule_csv: that makes 1 stages, which cannot be dealt out to 2 ranks"),
+    ],
+)
+def test_a_schedule_of_ones_own_that_does_not_fit_is_refused(tmp_path, text, sentence):
+    path = tmp_path / "schedule.csv"
+    path.write_text(text)
+    options = degrees(pipeline=2, pipeline_parallel_schedule_csv=path, training__local_batch_size=2)
+    config = ConfigManager().parse_args(options)
+    with pytest.raises(ConfigError, match=sentence):
+        check_split(config, Llama3Args(VOCAB_SIZE, 64, 4, n_heads=8, n_kv_heads=4, head_dim=8, hidden_dim=96))
+
+
+def test_a_schedule_of_ones_own_places_the_stages():
+    own = pipeline(2, pipeline_parallel_schedule_csv=str(OWN_SCHEDULE))
+    assert [own_stages(4, rank, 2, own) for rank in range(2)] == [[0, 3], [1, 2]]
+    assert len(split_blocks(4, own)) == 4
+    assert splits_backward(own)
+
+
+@pytest.mark.skipif(TorchVersion(torch.__version__) < "2.14", reason="it cannot run these schedules")
+def test_selective_checkpointing_of_operations_is_refused_where_the_backward_pass_is_split():
+    args = Llama3Args(VOCAB_SIZE, 64, 4, n_heads=8, n_kv_heads=4, head_dim=8, hidden_dim=96)
+    options = schedule("ZBVZeroBubble", activation_checkpoint__mode="selective")
+    with pytest.raises(ConfigError, match="selective_ac_option"):
+        check_split(ConfigManager().parse_args(options), args)
+    options += ["--activation_checkpoint.selective_ac_option", "2"]
+    check_split(ConfigManager().parse_args(options), args)
 
 
 def test_stages_of_a_rank():

@@ -1,6 +1,7 @@
 """How a run stops early: by a signal, in order, or by a gradient that is no number, before it harms the weights."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -22,6 +23,7 @@ from torchtitan.components.checkpoint import find_steps, load_full_parameters, r
 from torchtitan.components.dataloader import Batch
 from torchtitan.components.gradients import FiniteGuard, clip_grad_norm
 from torchtitan.tools.errors import UserError
+from torchtitan.tools.signals import shielded
 
 STEPS = 25
 
@@ -65,13 +67,38 @@ def test_a_signal_ends_a_run_in_order_and_it_goes_on(arguments, tmp_path, ranks,
     assert figures(cut) == figures(whole)
 
 
-def test_torchrun_passes_a_signal_on(arguments, tmp_path):  # noqa: F811
+IN_BACKGROUND = [pytest.param(mode, marks=pytest.mark.slow) for mode in ("async", "async_with_pinned_mem")]
+
+
+@pytest.mark.parametrize("mode", ["disabled", *IN_BACKGROUND])
+def test_torchrun_passes_a_signal_on(arguments, tmp_path, mode):  # noqa: F811
+    """To each rank and to all that it has started."""
+    options = ("--training.steps", "1000", "--checkpoint.interval", "2", "--checkpoint.async_mode", mode)
     log = tmp_path / "log"
-    process = start(arguments(tmp_path, 2, "--training.steps", "1000", "--checkpoint.interval", "1000"), 2, log)
-    wait_for_step(process, log, 3)
+    process = start(arguments(tmp_path, 2, *options, "--validation.no-enabled"), 2, log)
+    wait_for_step(process, log, 5)
     process.terminate()
     process.wait(timeout=60)
-    assert len(find_steps(tmp_path / "run" / "checkpoint")) == 1
+    assert "by SIGTERM; the same command goes on" in log.read_text()
+    (stopped,) = set(re.findall(r"stopped at step (\d+) of", log.read_text()))
+    assert find_steps(tmp_path / "run" / "checkpoint")[-1] == int(stopped)
+
+
+def test_what_is_started_under_a_shield_outlives_a_signal():
+    received = []
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: received.append(number))
+    try:
+        with shielded():
+            process = subprocess.Popen(["sleep", "60"])
+            os.kill(os.getpid(), signal.SIGUSR1)
+        assert received == [signal.SIGUSR1]
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    process.terminate()
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(timeout=0.3)
+    process.kill()
+    process.wait()
 
 
 @pytest.mark.slow
@@ -106,6 +133,20 @@ def test_a_rank_that_hangs_is_noticed_after_the_short_timeout(arguments, tmp_pat
     process = start(arguments(tmp_path, 2, "--training.steps", "1000", *options), 2, log)
     assert process.wait(timeout=90) != 0
     assert "Timed out waiting 2000ms" in log.read_text()
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_slow_to_save_is_waited_for(arguments, tmp_path, monkeypatch):  # noqa: F811
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules" / "slow.py").write_text(
+        "import os, time\nfrom torchtitan.components import checkpoint\n\nwhole = checkpoint.checksum\n\n\n"
+        'def checksum(path):\n    time.sleep(5 if os.environ["RANK"] == "1" else 0)\n    return whole(path)\n\n\n'
+        "checkpoint.checksum = checksum\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(tmp_path / "modules"), *filter(None, sys.path))))
+    options = ("--experimental.custom_import", "slow", "--comm.train_timeout_seconds", "2", "--training.steps", "3")
+    launch(arguments(tmp_path, 2, *options), 2)
+    assert find_steps(tmp_path / "run" / "checkpoint") == [3]
 
 
 # --- gradients that are no numbers

@@ -170,7 +170,7 @@ class Model:
     """
 
     converters: list[str] = field(default_factory=list)
-    """Transformations of the model: "float8", see section float8."""
+    """Transformations of the model: "float8" or "mx", see the sections of these names."""
 
     print_after_conversion: bool = False
     """Log the structure of the model after model.converters were applied."""
@@ -518,7 +518,7 @@ class Parallelism:
     """Order of the forward and backward passes in a pipeline."""
 
     pipeline_parallel_schedule_csv: str | None = None
-    """File with that order."""
+    """File with that order, instead of a named one: a line a rank, such as 0F0,0F1,0B0,0B1 (see docs/training.md)."""
 
     pipeline_parallel_microbatch_size: int = 1
     """Rows that go through a pipeline together."""
@@ -651,7 +651,7 @@ class Float8:
     """Compute the scales of all weights at once after each step."""
 
     force_recompute_fp8_weight_in_bwd: bool = False
-    """Compute float8 weights again in the backward pass."""
+    """Compute float8 weights again in the backward pass. Since 2025 torchao does so in any case."""
 
     recipe_name: Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"] | None = None
     """
@@ -671,16 +671,22 @@ class Float8:
 
 @dataclass
 class MX:
-    """Matrix products in MX formats."""
+    """
+    Matrix products of the blocks in MXFP8, 8-bit floats with a scale for every 32 values, with model.converters =
+    ["mx"] (needs torchao).
+    """
 
     use_fp8_dim1_cast_triton_kernel: bool = True
-    """Cast with a Triton kernel."""
+    """Cast with Triton kernels. False: with plain torch, for torch.compile to fuse."""
 
     recipe_name: Literal["mxfp8"] = "mxfp8"
     """Which MX format."""
 
     filter_fqns: list[str] = field(default_factory=lambda: ["output"])
-    """Modules that stay as they are."""
+    """Parts of names of layers that stay as they are (attention.wk). Embedding and head always do."""
+
+    emulate: bool = False
+    """Compute the same on hardware that has no MX formats, slowly."""
 
 
 @dataclass
@@ -702,7 +708,13 @@ class MemoryEstimation:
     """An estimate of a run's memory without running it."""
 
     enabled: bool = False
-    """Estimate only."""
+    """
+    Only print what the run will need on as many ranks as were started (memory of a GPU by component, a bound of the
+    speed, storage), and exit. scripts/estimate.py does the same for any number of GPUs, see docs/estimate.md.
+    """
+
+    gpu: str = ""
+    """Whose memory and speed are taken, such as H200. By default the GPU at hand, without one an H100."""
 
     disable_fake_mode: bool = False
     """Estimate with real tensors."""
@@ -834,12 +846,8 @@ class Off:
 
 OFF_ONLY: dict[str, Off] = {
     "parallelism.expert_parallel_degree": Off("the model has no experts"),
-    # An exception from an empty rule chooses nothing; existing files set it anyway.
-    "mx.filter_fqns": Off("torchao has no MX training of linear layers any more", also=([],)),
-    "mx.*": Off("torchao has no MX training of linear layers any more"),
-    "float8.force_recompute_fp8_weight_in_bwd": Off("torchao no longer has it, its backward pass always does so"),
     "float8.moe_fqns_prototype": Off("the model has no experts"),
-    "memory_estimation.*": Off("memory is estimated by scripts/estimate.py"),
+    "memory_estimation.disable_fake_mode": Off("memory is computed from sizes, with no tensors at all"),
     "fault_tolerance.*": Off("TorchFT is not used; a run that failed goes on from its last checkpoint"),
 }
 
@@ -992,14 +1000,16 @@ def check_values(config: JobConfig, origins: dict[str, str] | None = None) -> No
     unknown = [name for name in config.compile.components if name not in ("model", "loss")]
     if unknown:
         refuse("compile.components", "there are model and loss")
+    if config.training.compile and not config.compile.components:
+        refuse("compile.components", "with training.compile = true it must name something")
     if config.parallelism.enable_compiled_autograd and not (
         config.training.compile and "model" in config.compile.components
     ):
         refuse("parallelism.enable_compiled_autograd", "it needs training.compile = true")
 
-    unknown = [name for name in config.model.converters if name != "float8"]
-    if unknown:
-        refuse("model.converters", 'there is only "float8"')
+    unknown = [name for name in config.model.converters if name not in CONVERTERS]
+    if unknown or len(config.model.converters) > 1:
+        refuse("model.converters", 'there are "float8" and "mx", of which one can be chosen')
     for key in ("float8.enable_fsdp_float8_all_gather", "float8.precompute_float8_dynamic_scale_for_fsdp"):
         if values[key] and config.float8.recipe_name not in (None, "tensorwise"):
             refuse(key, 'it needs float8.recipe_name = "tensorwise"')
@@ -1032,6 +1042,8 @@ def check_values(config: JobConfig, origins: dict[str, str] | None = None) -> No
 
 # Parts of a checkpoint that checkpoint.exclude_from_loading can name.
 EXCLUDABLE = ("optimizer", "lr_scheduler", "dataloader", "random")
+# Converters of the model, each with the number of ids of which its products need a multiple.
+CONVERTERS = {"float8": 16, "mx": 32}
 # Schedules that compute the gradients of inputs first and those of weights later.
 SPLIT_BACKWARD = ("interleavedzerobubble", "zbvzerobubble", "dualpipev")
 
@@ -1049,6 +1061,12 @@ def _check_parallelism(config: JobConfig, refuse: Callable[[str, str], None]) ->
     for section in sections:
         if getattr(config, section).seq_len % multiple:
             refuse(f"{section}.seq_len", f"with these degrees of parallelism it must be a multiple of {multiple}")
+    for name in config.model.converters:
+        if config.training.seq_len % (CONVERTERS[name] * context):
+            refuse(
+                "training.seq_len",
+                f'with model.converters = ["{name}"] each rank needs a multiple of {CONVERTERS[name]} ids',
+            )
     for key, value, degree in (
         ("disable_loss_parallel", part.disable_loss_parallel, tensor),
         ("enable_async_tensor_parallel", part.enable_async_tensor_parallel, tensor),
@@ -1069,12 +1087,6 @@ def _check_parallelism(config: JobConfig, refuse: Callable[[str, str], None]) ->
             "training.local_batch_size",
             f"it must be a multiple of parallelism.pipeline_parallel_microbatch_size = "
             f"{part.pipeline_parallel_microbatch_size}",
-        )
-    if pipeline > 1 and config.training.compile and part.pipeline_parallel_schedule.lower() in SPLIT_BACKWARD:
-        refuse(
-            "parallelism.pipeline_parallel_schedule",
-            "it computes gradients of inputs and of weights apart, which compiled blocks cannot, so it needs "
-            "training.compile = false",
         )
     csv = part.pipeline_parallel_schedule_csv
     if csv is not None and not os.path.isfile(csv):

@@ -46,6 +46,7 @@ from torchtitan.components.hf_export import export_checkpoint, write_hf_files
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.lr_scheduler import lr_factor
 from torchtitan.components.metrics import MetricsLogger
+from torchtitan.components.mx import check_mx
 from torchtitan.components.optimizer import AnyOptimizer, OptimizerInBackward, build_optimizer
 from torchtitan.components.validate import ValidationResult, Validator
 from torchtitan.config_manager import (
@@ -73,6 +74,7 @@ from torchtitan.models.base import BaseModel
 from torchtitan.models.llama3.parallel_model import DTYPES, ParallelModel, check_split
 from torchtitan.models.llama3.weights import init_random, load_hf
 from torchtitan.tools.errors import UserError
+from torchtitan.tools.estimate import estimate_here
 from torchtitan.tools.logging import init_logger, logger, quiet_transformers
 from torchtitan.tools.profiling import memory_snapshots, profile
 from torchtitan.tools.signals import StopRequest, stop_requests
@@ -167,6 +169,7 @@ def find_inputs(config: JobConfig) -> Inputs:
         base.require_same_sizes(initial)
     check_split(config, base.args)
     check_float8(config)
+    check_mx(config)
     used = {
         "training": True,
         "validation": config.validation.enabled,
@@ -368,7 +371,8 @@ def build_loader(
         group=group,
         read_retries=training.read_retries,
         share=(dims.data_rank, dims.data_degree),
-        length_multiple=dims.padded_multiple(LENGTH_MULTIPLE),
+        # Of which each rank of a row still has a multiple, as products in 8 bits need it.
+        length_multiple=dims.padded_multiple(LENGTH_MULTIPLE * (dims.context if config.model.converters else 1)),
     )
 
 
@@ -430,19 +434,18 @@ def save(trainer: Trainer) -> None:
     logger.info("checkpoint %s to %s", "is being saved" if background else "saved", path)
 
 
-def save_hf(trainer: Trainer) -> None:
-    """Write the last checkpoint in Hugging Face format too; called by all ranks."""
-    checkpoints, config = trainer.inputs.checkpoints, trainer.inputs.config
-    checkpoints.wait()
-    dist.barrier()
-    if rank() != 0:
-        return
-    step = checkpoints.folder / f"step-{trainer.step}"
-    output = trainer.inputs.folder / "hf" / step.name
+def save_hf(inputs: Inputs, step: int) -> None:
+    """Write a checkpoint in Hugging Face format too; called by rank 0."""
+    output = hf_folder(inputs, step)
     output.parent.mkdir(exist_ok=True)
     shutil.rmtree(output, ignore_errors=True)
-    export_checkpoint(step, output, DTYPES[config.checkpoint.export_dtype])
+    export_checkpoint(inputs.checkpoints.folder / f"step-{step}", output, DTYPES[inputs.config.checkpoint.export_dtype])
     logger.info("model in Hugging Face format saved to %s", output)
+
+
+def hf_folder(inputs: Inputs, step: int) -> Path:
+    """Where checkpoint.last_save_in_hf writes the model."""
+    return inputs.folder / "hf" / f"step-{step}"
 
 
 def train(trainer: Trainer) -> None:
@@ -462,7 +465,6 @@ def train(trainer: Trainer) -> None:
     garbage = GarbageCollection(config.training.gc_freq, config.training.gc_debug)
     first_step = trainer.step + 1
     with (
-        stop_requests() as trainer.stop,
         closing(iter(trainer.loader)) as batches,
         profile(config.profiling, trainer.inputs.folder, rank(), trainer.step) as profiler,
         memory_snapshots(config.profiling, trainer.inputs.folder, rank()) as snapshot,
@@ -511,7 +513,10 @@ def train(trainer: Trainer) -> None:
             "the same command goes on from there" if saved else "checkpoint.enable_checkpoint is off: nothing is saved",
         )
     elif config.checkpoint.last_save_in_hf:
-        save_hf(trainer)
+        trainer.inputs.checkpoints.wait()
+        dist.barrier()
+        if rank() == 0:
+            save_hf(trainer.inputs, trainer.step)
 
 
 def fetch(trainer: Trainer, batches: Iterator[Batch], accumulation: int) -> list[Batch]:
@@ -521,8 +526,10 @@ def fetch(trainer: Trainer, batches: Iterator[Batch], accumulation: int) -> list
         begin = time.perf_counter()
         batch = next(batches)
         waited = time.perf_counter() - begin
-        if trainer.dims.counts_rows:
-            trainer.metrics.add(batch.num_tokens, batch.tokens.numel(), batch.num_squares, waited)
+        counts = trainer.dims.counts_rows
+        trainer.metrics.add(
+            batch.num_tokens * counts, batch.tokens.numel() * counts, batch.num_squares * counts, waited
+        )
         if trainer.inputs.config.metrics.save_samples:
             save_samples(trainer, batch)
         trainer.data_state, trainer.counters = batch.state, batch.counters
@@ -626,25 +633,30 @@ def main(argv: list[str] | None = None) -> int:
     quiet_transformers()
     try:
         config = ConfigManager().parse_args(argv)
+        if config.memory_estimation.enabled:
+            if rank() == 0:
+                print(estimate_here(config, world_size()))
+            return 0
         inputs = find_inputs(config)
     except UserError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # each node may lack another file
             print(f"error: {error}", file=sys.stderr)
         return 2
-    if inputs.latest and (done := read_state(inputs.latest)["step"]) >= config.training.steps:
-        logger.info("nothing to do: the run is at step %d of %d (%s)", done, config.training.steps, inputs.latest)
-        return 0
     init_logger(config.metrics.log_format == "json")
     if config.job.print_args:
         logger.info("%s", to_dict(config))
     logger.info("%s", config.job.description)
     try:
+        if inputs.latest and (done := read_state(inputs.latest)["step"]) >= config.training.steps:
+            logger.info("nothing to do: the run is at step %d of %d (%s)", done, config.training.steps, inputs.latest)
+            # The run may have been killed while it wrote the model.
+            if config.checkpoint.last_save_in_hf and rank() == 0 and not hf_folder(inputs, done).exists():
+                save_hf(inputs, done)
+            return 0
         trainer = build(inputs)
-        try:
+        # Signals are noted until the last save is written.
+        with stop_requests() as trainer.stop, closing(inputs.checkpoints), closing(trainer.metrics):
             train(trainer)
-        finally:
-            trainer.metrics.close()
-            inputs.checkpoints.close()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         if dist.is_initialized() and world_size() > 1:

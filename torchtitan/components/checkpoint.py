@@ -16,14 +16,16 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import _async_process_executor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
@@ -35,10 +37,13 @@ from torchtitan.models.llama3.args import Llama3Args
 from torchtitan.models.llama3.weights import Weighted
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.logging import logger
+from torchtitan.tools.signals import shielded
 
 STATE_FILE = "train_state.json"
 HF_FOLDER = "hf"
 FORMAT = 2
+# How long a rank waits for the others to write their files, and for rank 0 to delete older checkpoints.
+SAVE_TIMEOUT = timedelta(hours=1)
 
 
 def find_steps(folder: Path) -> list[int]:
@@ -128,9 +133,16 @@ def load_full_parameters(checkpoint: Path) -> dict[str, torch.Tensor]:
     return {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
 
 
-def model_tensors(model: Weighted) -> dict[str, torch.Tensor]:
-    """The weights as a checkpoint names them."""
-    return {f"model.{name}": parameter.detach() for name, parameter in model.weights()}
+def named_tensors(model: Weighted, optimizer: AnyOptimizer | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+    """The weights and, if there is one, the state of the optimizer, as a checkpoint names them.
+
+    A name can come twice: a pipeline shaped like a V has a tied weight at both of its ends on one rank.
+    """
+    for name, parameter in model.weights():
+        yield f"model.{name}", parameter.detach()
+    if optimizer is not None:
+        for name, tensor in optimizer_tensors(model, optimizer):
+            yield f"optimizer.{name}", tensor
 
 
 class CheckpointManager:
@@ -151,7 +163,8 @@ class CheckpointManager:
         async_mode: Literal["disabled", "async", "async_with_pinned_mem"] = "disabled",
     ):
         self.folder, self.keep_latest_k, self.async_mode = folder, keep_latest_k, async_mode
-        self._group: Any = None  # of the saves in the background, which must not mix with those of training
+        # Of saves: they must not mix with the collectives of training, nor end after their short timeout.
+        self._group: Any = None
         self._stager: Any = None
         self._staging: Future[Any] | None = None
         self._pending: Future[None] | None = None
@@ -177,6 +190,8 @@ class CheckpointManager:
             UserError: the save before this one failed.
         """
         self.wait()
+        if self._group is None:
+            self._group = cast(Any, dist.new_group(backend="gloo", timeout=SAVE_TIMEOUT))
         target, partial = self.folder / f"step-{step}", self.folder / f".step-{step}.partial"
         rank = dist.get_rank()
         if rank == 0:
@@ -186,27 +201,23 @@ class CheckpointManager:
                 partial.mkdir()
             except OSError as error:
                 raise self._failed(error) from error
-        dist.barrier()
-        tensors = model_tensors(model)
-        if optimizer is not None:
-            tensors |= {f"optimizer.{name}": t for name, t in optimizer_tensors(model, optimizer).items()}
-        else:
+        dist.barrier(group=self._group)
+        tensors = dict(named_tensors(model, optimizer))
+        if optimizer is None:
             tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
         ranks: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size())]
-        dist.all_gather_object(ranks, {"random": _random_state()})
+        dist.all_gather_object(ranks, {"random": _random_state()}, group=self._group)
         whole = {"format": FORMAT, "step": step, "model_only": optimizer is None, **state, "ranks": ranks}
         if rank == 0:
             write_hf_files(partial / HF_FOLDER)
         if self.async_mode == "disabled":
             try:
-                dcp.save(tensors, checkpoint_id=partial)
-                self._complete(partial, target, whole, None)
+                dcp.save(tensors, checkpoint_id=partial, process_group=self._group)
+                self._complete(partial, target, whole)
             except (Exception, CheckpointException) as error:
                 raise self._failed(error) from error
-            dist.barrier()
+            dist.barrier(group=self._group)
             return target
-        if self._group is None:
-            self._group = dist.new_group(backend="gloo")
         written = self._write_in_background(tensors, partial)
         self._pending = self._thread.submit(self._complete_later, written, partial, target, whole)
         return target
@@ -226,7 +237,8 @@ class CheckpointManager:
             )
             self._stager = DefaultStager(options)
         kind = AsyncCheckpointerType.PROCESS
-        response = dcp.async_save(tensors, async_checkpointer_type=kind, async_stager=self._stager, **settings)
+        with shielded():  # The first save starts the process.
+            response = dcp.async_save(tensors, async_checkpointer_type=kind, async_stager=self._stager, **settings)
         if isinstance(response, Future):  # staged already
             return response
         self._staging = response.staging_completion
@@ -234,14 +246,14 @@ class CheckpointManager:
 
     def _complete_later(self, written: "Future[Any]", partial: Path, target: Path, whole: dict[str, Any]) -> None:
         written.result()
-        self._complete(partial, target, whole, self._group)
+        self._complete(partial, target, whole)
 
-    def _complete(self, partial: Path, target: Path, whole: dict[str, Any], group: Any) -> None:
+    def _complete(self, partial: Path, target: Path, whole: dict[str, Any]) -> None:
         """Once all ranks have written their files: checksums, train_state.json, the name, and older steps deleted."""
         rank = dist.get_rank()
         own = {path.name: [path.stat().st_size, checksum(path)] for path in partial.glob(f"__{rank}_*.distcp")}
         gathered: list[dict[str, list[int]]] = [{} for _ in range(dist.get_world_size())]
-        dist.all_gather_object(gathered, own, group=group)
+        dist.all_gather_object(gathered, own, group=self._group)
         if rank != 0:
             return
         whole["files"] = {name: facts for files in gathered for name, facts in files.items()}
@@ -310,6 +322,7 @@ class CheckpointManager:
             if self._stager is not None:
                 self._stager.close()
                 self._stager = None
+                _end_process()
 
     def newest_intact(self, group: Any = None) -> Path | None:
         """The newest complete checkpoint whose files are as they were written.
@@ -357,6 +370,14 @@ class CheckpointManager:
             logger.warning("going back to step %d: %s is set aside", step, path)
 
 
+def _end_process() -> None:
+    """End the process that torch keeps for saves: Python would send it a SIGTERM, which it never receives, and wait."""
+    saver, _async_process_executor._CHECKPOINT_PROCESS = _async_process_executor._CHECKPOINT_PROCESS, None
+    if saver is not None:
+        saver._save_process.kill()
+        saver._save_process.join()
+
+
 def load_checkpoint(
     checkpoint: Path,
     model: Weighted,
@@ -379,10 +400,12 @@ def load_checkpoint(
             f"{checkpoint}: this checkpoint holds only weights, so a run cannot be resumed from it; "
             "start a new one from it with checkpoint.initial_load_path."
         )
-    tensors = model_tensors(model)
-    if optimizer is not None:
-        tensors |= {f"optimizer.{name}": t for name, t in optimizer_tensors(model, optimizer).items()}
+    named = list(named_tensors(model, optimizer))
+    tensors = dict(named)
     read_tensors(tensors, checkpoint)
+    for name, tensor in named:
+        if tensors[name] is not tensor:
+            tensor.copy_(tensors[name])
     return state
 
 

@@ -33,10 +33,10 @@ def check_float8(config: JobConfig) -> None:
 
 
 def convert_to_float8(model: nn.Module, config: JobConfig) -> None:
-    """Let the linear layers of the blocks multiply in float8, those with sizes that are multiples of 16."""
+    """Let the linear layers of the blocks multiply in float8, those of which each rank has multiples of 16."""
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
-    part = config.float8
+    part, multiple = config.float8, 16 * config.parallelism.tensor_parallel_degree
     if part.recipe_name not in (None, "tensorwise"):
         settings: Any = Float8LinearConfig.from_recipe_name(part.recipe_name)
         if part.emulate:
@@ -49,7 +49,7 @@ def convert_to_float8(model: nn.Module, config: JobConfig) -> None:
     def chosen(module: nn.Module, name: str) -> bool:
         if not isinstance(module, nn.Linear) or any(part in name for part in config.float8.filter_fqns):
             return False
-        return module.in_features % 16 == 0 and module.out_features % 16 == 0
+        return module.in_features % multiple == 0 and module.out_features % multiple == 0
 
     convert_to_float8_training(model, config=settings, module_filter_fn=chosen)
 

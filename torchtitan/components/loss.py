@@ -8,6 +8,7 @@ With tensor parallelism each rank has some of the columns (:class:`Columns`); th
 the logarithm of their part of the softmax's sum and the target's logit.
 """
 
+import math
 from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
@@ -133,13 +134,18 @@ def _of_all_columns(
 def _grad_of_logits(
     logits: torch.Tensor, norm: torch.Tensor, targets: torch.Tensor, first: int, count: int
 ) -> torch.Tensor:
-    """The gradient of the sum of losses, softmax minus one-hot of the target, in the dtype of ``logits`` [N, V]."""
-    grad = (logits - norm[:, None]).exp_()  # in fp32, as norm is
+    """The gradient of the sum of losses, softmax minus one-hot of the target, in the dtype of ``logits`` [N, V].
+
+    Outside of a compiled graph it takes the place of fp32 logits.
+    """
+    norm = norm.masked_fill(targets == IGNORE_INDEX, math.inf)[:, None]  # so that their rows become 0
+    in_place = logits.dtype == norm.dtype and not torch.compiler.is_compiling()
+    grad = (logits.sub_(norm) if in_place else logits - norm).exp_()  # in fp32, as norm is
     grad[:, count:] = 0
     if count:
         index, own = _own(targets, first, count)
         grad.scatter_add_(1, index, -own[:, None].to(grad.dtype))
-    return grad.mul_((targets != IGNORE_INDEX)[:, None]).to(logits.dtype)
+    return grad.to(logits.dtype)
 
 
 @cache
@@ -157,7 +163,7 @@ class _ChunkedNLLSum(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
-        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if need_weight else None
+        grad_weight: torch.Tensor | None = None
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, hidden.shape[0], CHUNK_TOKENS):
                 rows = slice(start, start + CHUNK_TOKENS)
@@ -165,14 +171,20 @@ class _ChunkedNLLSum(torch.autograd.Function):
                 logits, norm, picked = norm_and_target(h, weight, t, columns.first, count)
                 norm, picked = _of_all_columns(logits, norm, picked, columns)
                 total += ((norm - picked) * (t != IGNORE_INDEX)).sum()
-                if grad_hidden is None and grad_weight is None:
+                if not (need_hidden or need_weight):
                     continue
                 grad = grad_of_logits(logits, norm, t, columns.first, count)
                 if grad_hidden is not None:
                     grad_hidden[rows] = grad @ weight
-                if grad_weight is not None:
+                if grad_weight is not None and grad.dtype == grad_weight.dtype:
+                    grad_weight.addmm_(grad.T, h)  # without another tensor of this size
+                elif grad_weight is not None:
                     grad_weight += grad.T @ h
+                elif need_weight:
+                    grad_weight = (grad.T @ h).float()
                 del logits, grad  # before the next chunk's are made
+        if need_weight and grad_weight is None:  # no rows
+            grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
         return total
 

@@ -86,12 +86,11 @@ class OptimizerInBackward:
 AnyOptimizer = torch.optim.Optimizer | OptimizerInBackward
 
 
-def optimizer_tensors(model: Weighted, optimizer: AnyOptimizer) -> dict[str, torch.Tensor]:
+def optimizer_tensors(model: Weighted, optimizer: AnyOptimizer) -> Iterator[tuple[str, torch.Tensor]]:
     """The optimizer's state as ``<parameter>.<state>`` tensors, sharded as the parameters are.
 
     State that does not exist before the first step is made here, as zeros, so that a checkpoint can be read into it.
     """
-    tensors = {}
     for name, parameter in model.weights():
         state = optimizer.state[parameter]
         if not state:
@@ -101,5 +100,4 @@ def optimizer_tensors(model: Weighted, optimizer: AnyOptimizer) -> dict[str, tor
             for key in _STATES:
                 state[key] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
         for key in ("step", *_STATES):
-            tensors[f"{name}.{key}"] = state[key]
-    return tensors
+            yield f"{name}.{key}", state[key]

@@ -10,10 +10,13 @@ import copy
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
+import torch
+
 from torchtitan.components.loss import CHUNK_TOKENS
-from torchtitan.config_manager import JobConfig, accumulation_steps
+from torchtitan.config_manager import ConfigError, JobConfig, accumulation_steps
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.models.llama3.args import Llama3Args
 from torchtitan.models.llama3.parallel_model import check_split
@@ -79,8 +82,8 @@ GPUS: dict[str, GPU] = {
 _ALIASES = {"H100 SXM": "H100", "A100": "A100 80GB", "A100 80": "A100 80GB", "A100 40": "A100 40GB", "4090": "RTX 4090"}
 
 
-def find_gpu(name: str) -> GPU:
-    """The facts of a GPU by its name, in any case.
+def find_gpu(name: str, key: str = "--gpu") -> GPU:
+    """The facts of a GPU by its name, in any case, or as CUDA calls it; ``key`` is where the name is from.
 
     Raises:
         UserError: it is not known.
@@ -89,7 +92,12 @@ def find_gpu(name: str) -> GPU:
     for known in (*GPUS, *_ALIASES):
         if known.upper() == wanted:
             return GPUS[_ALIASES.get(known, known)]
-    raise UserError(f"--gpu {name}: its data sheet is not known here; known are {', '.join(GPUS)}.")
+    # "NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-40GB": whatever has most words in common.
+    words = set(wanted.split())
+    within = [known for known in GPUS if set(known.upper().split()) <= words and "NVL" not in words]
+    if within:
+        return GPUS[max(within, key=lambda known: len(known.split()))]
+    raise UserError(f"{key} {name}: its data sheet is not known here; known are {', '.join(GPUS)}.")
 
 
 _LLAMA31_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -115,6 +123,28 @@ def built_in_size(name: str, num_quantizers: int) -> Llama3Args | None:
     if args is None:
         return None
     return Llama3Args(**{**asdict(args), "vocab_size": args.vocab_size + 2048 * num_quantizers + 2})
+
+
+def model_args(config: JobConfig, size: str | None = None) -> Llama3Args:
+    """Sizes of the model that a config names, the audio tokens included.
+
+    Raises:
+        UserError: it can be found neither here nor among the built-in ones.
+    """
+    args = built_in_size(size or config.model.name, config.model.num_quantizers)
+    if args is not None and config.model.flavor != "debug":
+        return args
+    if size is not None:
+        raise UserError(f"--model_size {size}: there are only {', '.join(MODEL_SIZES)}.")
+    if not Path(config.model.name).expanduser().is_dir():
+        raise UserError(
+            f"{config.model.name}: there is no such folder, and the sizes of this model are not built in; give "
+            f"--model_size {' or '.join(MODEL_SIZES)}."
+        )
+    from torchtitan.models.base import BaseModel
+
+    config.model.pretrained = False
+    return BaseModel.load(config.model).args
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -679,11 +709,15 @@ def advice(args: Llama3Args, config: JobConfig, num_gpus: int, gpu: GPU, tokeniz
     """Single changes with which a run that does not fit would."""
     found = []
 
-    def fits(key: str, value: Any) -> bool:
+    def fits(key: str = "", value: Any = None, gpus: int = num_gpus, tokenizes: bool = tokenizes) -> bool:
         changed = copy.deepcopy(config)
-        section, name = key.split(".")
-        setattr(getattr(changed, section), name, value)
-        return memory(args, changed, num_gpus, tokenizes)["total"] <= gpu.memory
+        if key:
+            section, name = key.split(".")
+            setattr(getattr(changed, section), name, value)
+        try:
+            return memory(args, changed, gpus, tokenizes)["total"] <= gpu.memory
+        except ConfigError:  # such a batch cannot be dealt out to so many
+            return False
 
     if config.activation_checkpoint.mode != "full" and fits("activation_checkpoint.mode", "full"):
         found.append('activation_checkpoint.mode = "full"')
@@ -697,11 +731,64 @@ def advice(args: Llama3Args, config: JobConfig, num_gpus: int, gpu: GPU, tokeniz
             break
     if not config.training.enable_cpu_offload and fits("training.enable_cpu_offload", True):
         found.append("training.enable_cpu_offload = true (slow)")
-    if tokenizes and memory(args, config, num_gpus, False)["total"] <= gpu.memory:
+    if tokenizes and fits(tokenizes=False):
         found.append("codes stored beforehand by scripts/tokenize_dataset.py, so that no codec is needed")
     for more in (2, 4, 8):
-        degree = config.parallelism.data_parallel_shard_degree
-        if degree == -1 and memory(args, config, num_gpus * more, tokenizes)["total"] <= gpu.memory:
+        if config.parallelism.data_parallel_shard_degree == -1 and fits(gpus=num_gpus * more):
             found.append(f"{num_gpus * more} GPUs, over which the weights are sharded")
             break
     return found
+
+
+def table(found: dict[str, Any]) -> str:
+    """The figures of :func:`estimate` as text."""
+    parameters, memory, speed, run = (found[key] for key in ("parameters", "memory", "speed", "run"))
+    tied = "tied to the head" if parameters["tied"] else "and as much again in the head"
+    lines = [
+        f"Parameters      {parameters['total']:,}  ({parameters['embedding']:,} embedding, {tied}; "
+        f"{parameters['blocks']} blocks of {parameters['block']:,})",
+        f"FLOPs a token   {found['flops_per_token']['model']:.4g}  (with what is computed again: "
+        f"{found['flops_per_token']['hardware']:.4g})",
+        "",
+        f"Memory of the fullest GPU, at its highest: {memory['peak']}",
+    ]
+    parts = memory["moments"][memory["peak"]]
+    lines += [f"  {name:30s} {size / GIB:8.2f} GiB" for name, size in parts.items() if size]
+    lines.append(f"  {'context, fragmentation':30s} {(memory['total'] - memory['allocated']) / GIB:8.2f} GiB")
+    verdict = "it fits" if memory["fits"] else "it does NOT fit"
+    lines.append(f"  {'in all':30s} {memory['total'] / GIB:8.2f} GiB of {memory['available'] / GIB:.1f} GiB: {verdict}")
+    if memory["host"]:
+        lines.append(f"  {'in the memory of the CPU':30s} {memory['host'] / GIB:8.2f} GiB a rank")
+    if not memory["fits"]:
+        lines += [f"  It would with {change}" for change in found["advice"] or ["no single change that is tried here."]]
+    lines += [
+        "",
+        f"Speed, at most, a GPU: {speed['bound']:,.0f} tokens/s (all: {speed['total']:,.0f}), "
+        f"bound by {speed['bottleneck']}",
+        f"  compute at {speed['assumed_mfu']:.0%} of the peak   {speed['compute']:,.0f} tokens/s",
+    ]
+    if found["traffic"]:
+        lines.append(f"  communication alone         {speed['communication']:,.0f} tokens/s")
+        lines += [f"    {name:30s} {size / GIB:8.2f} GiB a step" for name, size in found["traffic"].items()]
+    lines += [
+        "",
+        f"Run: {run['steps']:,} steps of {run['positions_per_step']:,} positions, {run['tokens']:.3g} tokens, "
+        f"{run['hours_of_speech']:,.0f} hours of speech",
+        f"  at least {run['days']:.2f} days, {run['gpu_hours']:,.0f} GPU hours",
+    ]
+    if found["storage"]:
+        lines += ["", "Storage", *(f"  {name:42s} {size / GIB:8.1f} GiB" for name, size in found["storage"].items())]
+    return "\n".join(lines)
+
+
+def estimate_here(config: JobConfig, ranks: int) -> str:
+    """What memory_estimation.enabled prints: the figures of a run on so many ranks, as text.
+
+    Raises:
+        UserError: the sizes of the model or the facts of the GPU are not known.
+    """
+    name = config.memory_estimation.gpu
+    if not name:
+        name = torch.cuda.get_device_name() if torch.cuda.is_available() else "H100"
+    gpu = find_gpu(name, "memory_estimation.gpu =")
+    return f"{ranks} x {gpu.name}\n\n" + table(estimate(model_args(config), config, ranks, gpu))

@@ -4,6 +4,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -36,3 +37,18 @@ def stop_requests() -> Iterator[StopRequest]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def shielded() -> Iterator[None]:
+    """Threads and processes that are started within this context never receive the stop signals.
+
+    torchrun sends a signal to a rank and to all that it has started; a process that saves a checkpoint has to outlive
+    it. What arrives meanwhile is received afterwards.
+    """
+    resource_tracker.ensure_running()  # Its start, which any other may cause, would let the signals through again.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

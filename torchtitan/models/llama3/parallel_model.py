@@ -9,7 +9,8 @@ from torch.torch_version import TorchVersion
 
 from torchtitan.components.float8 import convert_to_float8, precompute_scales
 from torchtitan.components.loss import IGNORE_INDEX
-from torchtitan.config_manager import SPLIT_BACKWARD, ConfigError, JobConfig
+from torchtitan.components.mx import convert_to_mx
+from torchtitan.config_manager import ConfigError, JobConfig
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.models.llama3.activation_checkpoint import checkpoint_activations
 from torchtitan.models.llama3.args import Llama3Args
@@ -21,7 +22,14 @@ from torchtitan.models.llama3.parallelize import (
     split_layers,
     split_rows,
 )
-from torchtitan.models.llama3.pipeline import Pipeline, make_stage, own_stages, split_blocks
+from torchtitan.models.llama3.pipeline import (
+    Pipeline,
+    check_schedule,
+    make_stage,
+    own_stages,
+    split_blocks,
+    splits_backward,
+)
 from torchtitan.models.llama3.weights import materialize
 from torchtitan.tools.logging import logger
 
@@ -52,11 +60,20 @@ def check_split(config: JobConfig, args: Llama3Args) -> None:
             'rank cannot be dealt out evenly; context_parallel_rotate_method = "allgather" does not need that.'
         )
     if part.pipeline_parallel_degree > 1:
-        split_blocks(args.n_layers, part)
-        if part.pipeline_parallel_schedule.lower() in SPLIT_BACKWARD and TorchVersion(torch.__version__) < "2.14":
+        stages = split_blocks(args.n_layers, part)
+        check_schedule(part, config.training.local_batch_size, len(stages))
+        if splits_backward(part) and TorchVersion(torch.__version__) < "2.14":
             raise ConfigError(
-                f'parallelism.pipeline_parallel_schedule = "{part.pipeline_parallel_schedule}": it computes gradients '
-                f"of inputs and of weights apart, which torch {torch.__version__} cannot through the loss; 2.14 can."
+                f"parallelism.pipeline_parallel_schedule{'_csv' if part.pipeline_parallel_schedule_csv else ''}: it "
+                f"computes gradients of inputs and of weights apart, which torch {torch.__version__} cannot through "
+                "the loss; 2.14 can."
+            )
+        saving = config.activation_checkpoint
+        if splits_backward(part) and saving.mode == "selective" and saving.selective_ac_option == "op":
+            raise ConfigError(
+                'activation_checkpoint.selective_ac_option = "op": the pipeline\'s schedule computes gradients of '
+                'inputs and of weights apart, and torch goes back only once through what "op" keeps; a number, or mode '
+                '"full", works.'
             )
     if part.enable_async_tensor_parallel and not torch.cuda.is_available():
         raise ConfigError(
@@ -132,6 +149,8 @@ class ParallelModel:
             model.output.first_id = self.first_id
         if "float8" in config.model.converters:
             convert_to_float8(model, config)
+        if "mx" in config.model.converters:
+            convert_to_mx(model, config)
         if config.model.print_after_conversion:
             logger.info("%s", model)
         if dims.tensor > 1:
@@ -144,7 +163,7 @@ class ParallelModel:
             split_rows(model, group, parallelism.context_parallel_rotate_method)
         checkpoint_activations(model, config.activation_checkpoint)
         if training.compile and "model" in config.compile.components:
-            compile_blocks(model)
+            compile_blocks(model, splits_backward(parallelism))
         if last:
             model.output.compiled = training.compile and "loss" in config.compile.components
         if self.sharded:

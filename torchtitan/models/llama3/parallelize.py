@@ -23,7 +23,7 @@ from torch.distributed.tensor.parallel import (
 
 from torchtitan.distributed.collectives import wait
 from torchtitan.distributed.context_parallel import ContextParallel
-from torchtitan.models.llama3.model import Llama3, TransformerBlock
+from torchtitan.models.llama3.model import Llama3, TransformerBlock, rotate_both, swiglu
 
 
 def split_layers(model: Llama3, mesh: DeviceMesh, gather_logits: bool = False) -> None:
@@ -80,8 +80,24 @@ def split_rows(model: Llama3, group: dist.ProcessGroup, method: Literal["allgath
         cast(TransformerBlock, block).attention.attend = model.context.attend
 
 
-def compile_blocks(model: Llama3) -> None:
-    """Compile every block by itself: one graph serves all of them."""
+def compile_blocks(model: Llama3, splits_backward: bool = False) -> None:
+    """Compile every block by itself: one graph serves all of them.
+
+    Args:
+        splits_backward: gradients of inputs and of weights are computed apart. A compiled block computes both together,
+            so it would do all of it twice; compiled is then only what lies between the matrix products.
+    """
+    if splits_backward:
+        from torch._functorch import config as functorch_config
+
+        # The graph is kept between the two, so a compiled function must not reuse the memory of what it has saved.
+        functorch_config.donated_buffer = False
+        rotate = torch.compile(rotate_both, fullgraph=True, dynamic=False)
+        gate = torch.compile(swiglu, fullgraph=True, dynamic=False)
+        for layer in model.layers.values():
+            block = cast(TransformerBlock, layer)
+            block.attention.rotate, block.feed_forward.gate = rotate, gate
+        return
     for block in model.layers.values():
         block.compile(fullgraph=True, dynamic=False)
     model.compiled = True  # Packed rows then come to the blocks as tensors of few shapes, not as Python numbers.

@@ -4,6 +4,7 @@ The schedules are those of torch.distributed.pipelining. A tied embedding lies b
 head, on the last one; their gradients are summed, so that both copies get the same updates.
 """
 
+import csv
 import inspect
 import re
 from typing import Any, cast
@@ -14,18 +15,27 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import (
+    BACKWARD_INPUT,
+    BACKWARD_WEIGHT,
     PipelineScheduleMulti,
     PipelineScheduleSingle,
+    Schedule1F1B,
     ScheduleDualPipeV,
+    ScheduleInterleaved1F1B,
+    ScheduleInterleavedZeroBubble,
     ScheduleZBVZeroBubble,
+    _Action,
     _PipelineScheduleRuntime,
+    _validate_schedule,
     get_schedule_class,
 )
 from torch.distributed.tensor import DTensor
 
-from torchtitan.config_manager import ConfigError, Parallelism
+from torchtitan.config_manager import SPLIT_BACKWARD, ConfigError, Parallelism
 from torchtitan.models.llama3.args import Llama3Args
 from torchtitan.models.llama3.model import Llama3
+
+SCHEDULES = ("1F1B", "GPipe", "Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
 
 
 def schedule_class(config: Parallelism) -> type[Any]:
@@ -37,19 +47,83 @@ def schedule_class(config: Parallelism) -> type[Any]:
     if config.pipeline_parallel_schedule_csv is not None:
         return _PipelineScheduleRuntime
     name = config.pipeline_parallel_schedule
-    try:
-        return get_schedule_class(name)
-    except ValueError:
+    if name.lower() not in [known.lower() for known in SCHEDULES]:  # torch's lookup also finds abstract classes
         raise ConfigError(
-            f'parallelism.pipeline_parallel_schedule = "{name}": there is no such schedule; there are 1F1B, GPipe, '
-            "Interleaved1F1B, LoopedBFS, InterleavedZeroBubble, ZBVZeroBubble and DualPipeV."
-        ) from None
+            f'parallelism.pipeline_parallel_schedule = "{name}": there is no such schedule; there are '
+            f"{', '.join(SCHEDULES)}."
+        )
+    return get_schedule_class(name)
+
+
+def read_schedule(config: Parallelism) -> dict[int, list[Any]]:
+    """The actions of each rank in parallelism.pipeline_parallel_schedule_csv: a line a rank, such as 0F0,0F1,0B0,0B1.
+
+    Raises:
+        ConfigError: it cannot be read, or there is something else in it.
+    """
+    path = config.pipeline_parallel_schedule_csv
+    assert path is not None
+    key = f'parallelism.pipeline_parallel_schedule_csv = "{path}"'
+    try:
+        with open(path, newline="") as file:
+            lines = [line for line in csv.reader(file) if line]
+        actions = {rank: [_Action.from_str(cell) for cell in line] for rank, line in enumerate(lines)}
+    except (OSError, ValueError, csv.Error, RuntimeError) as error:
+        raise ConfigError(f"{key}: it cannot be read ({error}).") from None
+    for rank, own in actions.items():
+        if strange := [action for action in own if action is not None and not action.is_compute_op]:
+            raise ConfigError(f"{key}: {strange[0]} of rank {rank} is none of F, B, I and W, and only these are read.")
+    return actions
+
+
+def _stages_in(actions: dict[int, list[Any]]) -> dict[int, int]:
+    """The stages of a schedule, each with its rank."""
+    single = [(rank, part) for rank, own in actions.items() for a in own if a for part in (a.sub_actions or (a,))]
+    return {action.stage_index: rank for rank, action in single}
+
+
+def check_schedule(config: Parallelism, batch_size: int, num_stages: int) -> None:
+    """Whether a schedule can take batches of so many rows through so many stages.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    ranks, microbatches = config.pipeline_parallel_degree, batch_size // config.pipeline_parallel_microbatch_size
+    what = f"{microbatches} microbatches (training.local_batch_size / pipeline_parallel_microbatch_size)"
+    if config.pipeline_parallel_schedule_csv is not None:
+        try:
+            _validate_schedule(read_schedule(config), ranks, num_stages, microbatches)
+        except (AssertionError, KeyError, ValueError) as error:
+            reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+            raise ConfigError(
+                f'parallelism.pipeline_parallel_schedule_csv = "{config.pipeline_parallel_schedule_csv}": it does not '
+                f"take {what} through {num_stages} stages on {ranks} ranks ({reason})."
+            ) from None
+        return
+    kind = schedule_class(config)
+    key = f'parallelism.pipeline_parallel_schedule = "{config.pipeline_parallel_schedule}"'
+    if kind in (Schedule1F1B, ScheduleDualPipeV) and microbatches < num_stages:
+        raise ConfigError(f"{key}: {what} are fewer than its {num_stages} stages.")
+    rounds = max(1, microbatches // ranks)
+    if kind in (ScheduleInterleaved1F1B, ScheduleInterleavedZeroBubble) and microbatches % rounds:
+        raise ConfigError(f"{key}: {what} cannot be dealt out to {rounds} rounds of {ranks} ranks.")
+
+
+def splits_backward(config: Parallelism) -> bool:
+    """Whether the schedule computes the gradients of inputs first and those of weights later."""
+    if config.pipeline_parallel_degree == 1:
+        return False
+    if config.pipeline_parallel_schedule_csv is None:
+        return config.pipeline_parallel_schedule.lower() in SPLIT_BACKWARD
+    every = [part for own in read_schedule(config).values() for a in own if a for part in (a.sub_actions or (a,))]
+    return any(action.computation_type in (BACKWARD_INPUT, BACKWARD_WEIGHT) for action in every)
 
 
 def split_blocks(n_layers: int, config: Parallelism) -> list[range]:
     """The blocks of each stage, in order: by split points, by blocks a stage, or evenly.
 
-    Evenly means one stage a rank, two with a schedule of several, and embedding and head count like a block each.
+    Evenly means one stage a rank, two with a schedule of several, in a schedule of one's own as many as it names; and
+    embedding and head count like a block each.
 
     Raises:
         ConfigError: the stages do not fit the blocks, the ranks or the schedule.
@@ -72,6 +146,9 @@ def split_blocks(n_layers: int, config: Parallelism) -> list[range]:
     else:
         stages = ranks * (2 if issubclass(kind, PipelineScheduleMulti) else 1)
         key = "parallelism.pipeline_parallel_degree"
+        if config.pipeline_parallel_schedule_csv is not None:
+            stages = max(1, len(_stages_in(read_schedule(config))))
+            key = "parallelism.pipeline_parallel_schedule_csv"
         if stages > n_layers:
             raise ConfigError(f"{key} = {ranks}: {stages} stages are more than the model's {n_layers} blocks.")
         # Embedding and head are as much work as a block each, more or less.
@@ -80,10 +157,14 @@ def split_blocks(n_layers: int, config: Parallelism) -> list[range]:
     stages = len(begins) + 1
     if stages % ranks:
         raise ConfigError(f"{key}: that makes {stages} stages, which cannot be dealt out to {ranks} ranks.")
+    if config.pipeline_parallel_schedule_csv is not None:
+        if set(own := _stages_in(read_schedule(config))) != set(range(stages)):
+            raise ConfigError(f"{key}: that makes {stages} stages, but the schedule names {sorted(own)}.")
+        return [range(a, b) for a, b in zip([0, *begins], [*begins, n_layers], strict=True)]
     several = stages // ranks
     if issubclass(kind, PipelineScheduleSingle) and several != 1:
         raise ConfigError(f"{key}: {kind.__name__} takes one stage a rank, not {several}.")
-    if issubclass(kind, PipelineScheduleMulti) and several == 1 and kind is not _PipelineScheduleRuntime:
+    if issubclass(kind, PipelineScheduleMulti) and several == 1:
         raise ConfigError(f"{key}: {kind.__name__} takes several stages a rank, not one.")
     if kind in (ScheduleZBVZeroBubble, ScheduleDualPipeV) and several != 2:
         raise ConfigError(f"{key}: {kind.__name__} takes two stages a rank, not {several}.")
@@ -91,7 +172,9 @@ def split_blocks(n_layers: int, config: Parallelism) -> list[range]:
 
 
 def own_stages(num_stages: int, rank: int, ranks: int, config: Parallelism) -> list[int]:
-    """The stages of one rank: every ranks-th, or in schedules shaped like a V one from each end."""
+    """The stages of one rank: every ranks-th, in schedules shaped like a V one from each end, or as one's own says."""
+    if config.pipeline_parallel_schedule_csv is not None:
+        return sorted(stage for stage, owner in _stages_in(read_schedule(config)).items() if owner == rank)
     if schedule_class(config) in (ScheduleZBVZeroBubble, ScheduleDualPipeV):
         return [rank, num_stages - 1 - rank]
     return list(range(rank, num_stages, ranks))
