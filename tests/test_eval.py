@@ -19,7 +19,7 @@ import torch
 
 from torchtitan.audio.token_stream import TokenStream
 from torchtitan.eval import scoring
-from torchtitan.eval.benchmark import SALMON, SLM21, Benchmark, Options, command, score_task
+from torchtitan.eval.benchmark import SALMON, SLM21, STORY_CLOZE, Benchmark, Options, command, score_task
 from torchtitan.eval.data import DataError, open_tasks
 from torchtitan.eval.metrics import Rule, clip_scores, judge
 from torchtitan.eval.results import Clip, results_folder, samples_table
@@ -269,10 +269,46 @@ def test_splits_have_tasks_of_their_own(model_folder, tmp_path):
         "sWUGGY_test": 3,
     }
     assert results["missing_tasks"] == ["sBLIMP_test"]
-    tasks, _ = open_tasks(str(tmp_path / "d"), SLM21.tasks, SLM21.columns, False)
-    assert [(task.name, task.num_pairs) for task in tasks] == [("sWUGGY", 1), ("sBLIMP", 1)]
+    tasks, missing = open_tasks(str(tmp_path / "d"), SLM21.tasks, SLM21.columns, False)
+    assert [(task.name, task.num_pairs) for task in tasks] == [("sWUGGY", 1)]
+    assert missing == ["sBLIMP"], "pairs of dev were taken for those of train"
     with pytest.raises(DataError, match=r"\(split valid\)"):
         open_tasks(str(tmp_path / "d"), SLM21.tasks, SLM21.columns, False, "valid")
+
+
+def test_dev_and_test_pairs_are_not_mixed_where_no_split_was_asked_for(tmp_path):
+    folder = write_task(tmp_path / "d" / "sStoryCloze", [(wav(0.1, 1), wav(0.2, 2))], SLM21.columns)
+    for split in ("dev", "test"):
+        (folder / f"{split}.parquet").write_bytes((folder / "train-00000-of-00001.parquet").read_bytes())
+    (folder / "train-00000-of-00001.parquet").unlink()
+    for name in (tmp_path / "d", folder):
+        with pytest.raises(DataError, match=r"other splits \(--splits dev test\)"):
+            open_tasks(str(name), STORY_CLOZE.tasks, STORY_CLOZE.columns, False)
+    (folder / "pairs.parquet").write_bytes((folder / "dev.parquet").read_bytes())
+    (task,), _ = open_tasks(str(folder), STORY_CLOZE.tasks, STORY_CLOZE.columns, False)
+    assert task.rows == [folder / "pairs.parquet"]
+
+
+def test_a_file_is_no_folder(tmp_path):
+    folder = write_task(tmp_path / "sWUGGY", [(wav(0.1, 1), wav(0.2, 2))], SLM21.columns)
+    with pytest.raises(DataError, match="this is a file"):
+        open_tasks(str(folder / "train-00000-of-00001.parquet"), SLM21.tasks, SLM21.columns, False)
+
+
+@pytest.mark.slow
+def test_story_cloze_in_full(model_folder, tmp_path):
+    """As many pairs as the public sets have, with these two columns alone."""
+    pairs = [(wav(0.08 + 0.01 * (i % 7), i), wav(0.08 + 0.01 * (i % 5), 2000 + i)) for i in range(1871)]
+    for name in STORY_CLOZE.tasks:
+        write_task(tmp_path / "d" / name, pairs, STORY_CLOZE.columns)
+    code, folder = run(STORY_CLOZE, tmp_path / "d", model_folder, tmp_path / "out")
+    assert code == 0
+    tasks = json.loads((folder / "results.json").read_text())["tasks"]
+    assert [(name, task["pairs"]) for name, task in tasks.items()] == [("sStoryCloze", 1871), ("tStoryCloze", 1871)]
+    rows = pq.read_table(folder / "samples.parquet").to_pylist()
+    assert [row["item"] for row in rows[: 2 * 1871 : 2]] == [str(i) for i in range(1871)]
+    points = [np.mean(a["nll"][1::4]) < np.mean(b["nll"][1::4]) for a, b in zip(rows[::2], rows[1::2], strict=True)]
+    assert tasks["sStoryCloze"]["accuracy"] == np.mean(points[:1871])
 
 
 def test_audio_may_be_a_path_beside_the_parquet_file(lm, tmp_path):
@@ -385,7 +421,8 @@ def test_results_can_be_recomputed_from_samples_alone(lm, model_folder, tmp_path
     assert [row["frequency"] for row in rows[::2]] == ["3", "1", "4", "1", "5", "9", "x", "y"]
     assert json.loads(samples.schema.metadata[b"num_quantizers"]) == 4
     assert json.loads(samples.schema.metadata[b"settings"]) == results["settings"]
-    assert sorted(os.listdir(folder)) == ["accuracy.json", "results.json", "samples.parquet"]
+    assert sorted(os.listdir(folder)) == ["accuracy.json", "accuracy.png", "results.json", "samples.parquet"]
+    assert (folder / "accuracy.png").read_bytes().startswith(b"\x89PNG")
     assert "sWUGGY" in capsys.readouterr().out
 
 
@@ -432,13 +469,19 @@ def test_a_model_with_nan_weights_gives_no_accuracy_and_exit_code_1(mimi_folder,
     assert code == 1
     assert json.loads((folder / "accuracy.json").read_text()) == {"sWUGGY": None}
     (left,) = json.loads((folder / "results.json").read_text())["tasks"]["sWUGGY"]["left_out"]
-    assert "positive clip's score is nan" in left["reason"]
+    assert left["reason"] == "the positive clip's score is nan; the negative clip's score is nan"
+    assert (folder / "accuracy.png").is_file(), "without any accuracy there is no chart"
 
 
 def test_limit_takes_the_first_pairs(lm, tmp_path):
     pairs = [(wav(0.1, i), wav(0.1, 10 + i)) for i in range(4)]
     task = open_task(write_task(tmp_path / "sWUGGY", pairs, SLM21.columns), SLM21)
     assert [clip.pair for clip in score_task(SLM21, task, lm, limit=2)] == [0, 0, 1, 1]
+
+
+def test_a_folder_that_is_no_language_model_is_one_sentence(mimi_folder):
+    with pytest.raises(UserError, match="no language model could be loaded"):
+        SpeechLM.load(str(mimi_folder), device="cpu")
 
 
 @pytest.mark.parametrize("option", [{"limit": 0}, {"batch_size": 0}, {"max_seconds": 0.0}, {"device": "abacus"}])

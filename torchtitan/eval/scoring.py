@@ -38,8 +38,7 @@ def score(
         batch_size: sequences in one forward pass. It changes the results by rounding only (1e-5 in fp32).
         on_progress: called with the number of sequences done since the last call.
         store: holds results of an earlier call, which are not computed again, and takes the new ones.
-        share: this rank's number and the number of ranks. Each computes the batches that are its turn; their stores
-            must hold the same.
+        share: this rank's number and the number of ranks. Each has the batches that are its turn.
 
     Returns:
         for each sequence, in the given order, float32 [L - 1] on the CPU, in nats; None for those of other ranks.
@@ -58,25 +57,25 @@ def score(
         if on_progress is not None:
             on_progress(len(places[key]))
 
-    known = {key: found[0] for key in order if store is not None and (found := store.get(key)) is not None}
-    missing = [key for key in order if key not in known]
+    # Which are a rank's own does not depend on what is stored, so ranks need not have read the same.
     rank, ranks = share
-    if rank == 0:
-        for key, array in known.items():
-            take(key, torch.from_numpy(array.copy()))
-    for number, start in enumerate(range(0, len(missing), batch_size)):
-        if number % ranks != rank:
+    missing = []
+    for number, key in enumerate(order):
+        if number // batch_size % ranks != rank:
             continue
+        if store is not None and (found := store.get(key)) is not None:
+            take(key, torch.from_numpy(found[0].copy()))
+        else:
+            missing.append(key)
+    for start in range(0, len(missing), batch_size):
         batch = missing[start : start + batch_size]
         ids = [sequences[places[key][0]] for key in batch]
-        if number == rank:
+        if start == 0:
             _require_plain_head(model, ids[0][:8])
         for key, nll in zip(batch, _score_batch(model, ids), strict=True):
             if store is not None:
                 store.put(key, nll.numpy())
             take(key, nll)
-    if store is not None:
-        store.flush()
     return [scores.get(i) for i in range(len(sequences))]
 
 
