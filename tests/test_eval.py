@@ -24,6 +24,7 @@ from torchtitan.eval.data import DataError, open_tasks
 from torchtitan.eval.metrics import Rule, clip_scores, judge
 from torchtitan.eval.results import Clip, results_folder, samples_table
 from torchtitan.eval.scoring import score
+from torchtitan.eval.store import ArrayStore, digest
 from torchtitan.models.speech_lm import SpeechLM
 from torchtitan.tools.errors import UserError
 
@@ -154,6 +155,48 @@ def test_equal_sequences_are_computed_once_and_get_the_same_bits(lm):
     assert rows[-3:] == [2, 2, 1]
     assert sum(progress) == len(sequences)
     assert torch.equal(scores[1], scores[-1])
+
+
+def begin_alike(lm: SpeechLM) -> list[torch.Tensor]:
+    """Pairs of which one or all frames but the last are shared, one is the beginning of the other, and single ones."""
+    torch.manual_seed(2)
+    codes = [torch.randint(0, 2048, (4, 9)) for _ in range(8)]
+    sequences = []
+    for own, shared, first, second in ((0, 8, 9, 9), (1, 1, 9, 9), (2, 5, 6, 9), (3, 4, 4, 7), (4, 6, 7, 8)):
+        other = torch.cat((codes[own][:, :shared], codes[7 - own // 2][:, shared:]), dim=1)
+        sequences += [lm.stream.sample(codes[own][:, :first]), lm.stream.sample(other[:, :second])]
+    return [*sequences, lm.stream.sample(codes[5]), sequences[0].clone(), sequences[2][:-1].clone()]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("batch_size", [1, 3, 100])
+def test_common_beginnings_are_computed_once_and_change_no_score(lm, batch_size, attention, monkeypatch):
+    monkeypatch.setattr(lm.model.config, "_attn_implementation", attention)
+    sequences = begin_alike(lm)
+    positions: list[int] = []
+    handle = lm.model.model.embed_tokens.register_forward_hook(
+        lambda *call: positions.append(call[2].shape[:2].numel())
+    )
+    try:
+        scores = score(lm.model, sequences, batch_size)
+    finally:
+        handle.remove()
+    for nll, ids in zip(scores, sequences, strict=True):
+        torch.testing.assert_close(nll, plain_nll(lm, ids), rtol=0, atol=1e-5)
+    assert torch.equal(scores[0], scores[11])
+    assert torch.equal(scores[0][:33], scores[1][:33]) or batch_size == 1, "the beginning was computed twice"
+    if batch_size == 3:  # without padding
+        assert sum(positions[2:]) < 0.8 * sum(len(ids) - 1 for ids in sequences[:11])
+
+
+def test_common_beginnings_when_ranks_share_and_some_scores_are_known(lm, tmp_path):
+    sequences = begin_alike(lm)
+    kept = ArrayStore(tmp_path)
+    kept.put(digest(sequences[0].numpy().tobytes()), plain_nll(lm, sequences[0]).numpy())
+    parts = [score(lm.model, sequences, 4, store=kept, share=(rank, 3)) for rank in range(3)]
+    for ids, *found in zip(sequences, *parts, strict=True):
+        (only,) = [one for one in found if one is not None]
+        torch.testing.assert_close(only, plain_nll(lm, ids), rtol=0, atol=1e-5)
 
 
 def test_a_model_that_scales_its_logits_is_refused(lm, monkeypatch):
