@@ -269,6 +269,30 @@ def test_ranks_encode_their_shares(model, data):
         assert torch.equal(one.codes, other.codes)
 
 
+def test_threads_encode_pairs_of_their_own_and_are_given_back(model, data, monkeypatch):
+    lm = SpeechLM.load(str(model), device="cpu")
+    task = open_task(data / "sWUGGY", SLM21)
+    whole = encode_pairs(SLM21, task, lm.codec, lm.stream, 2048)
+    used: list[int] = []
+    encode_pair = lm.codec.encode_pair
+
+    def recorded(*clips):
+        used.append(torch.get_num_threads())
+        return encode_pair(*clips)
+
+    monkeypatch.setattr(lm.codec, "encode_pair", recorded)
+    torch.set_num_threads(2)
+    try:
+        clips = encode_pairs(SLM21, task, lm.codec, lm.stream, 2048)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+    assert used == [1] * task.num_pairs
+    for one, other in zip(clips, whole, strict=True):
+        assert (one.pair, one.side) == (other.pair, other.side)
+        assert (one.codes != other.codes).sum() <= one.codes.numel() // 1000
+
+
 def test_a_training_checkpoint_is_evaluated_as_it_is(model, data, alone, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(REPOSITORY / "scripts"))
     from convert_hf_to_dcp import convert
