@@ -198,6 +198,36 @@ def test_short_chunks_equal_a_lone_call(load_mimi, mimi, mimi_full, chunks, padd
     assert_same_codes(found, lone(mimi_full if window == "full" else mimi, whole))
 
 
+@pytest.mark.parametrize("more", [(1, 1), (0, 1), (1919, 5000), (3 * RATE, 7 * RATE + 5)])
+@pytest.mark.parametrize("window", ["codec", "full"])
+@pytest.mark.parametrize("padding", ["exact", "aligned"])
+def test_a_common_beginning_is_encoded_once_and_changes_no_code(load_mimi, padding, window, more, monkeypatch):
+    monkeypatch.setattr(codec_module, "CPU_CHUNK_SECONDS", 1)
+    codec = Codec(load_mimi(), 4, padding, window)
+    torch.manual_seed(sum(more))
+    shared = 0.3 * torch.randn(13 * FRAME_SIZE + 700)
+    clips = [torch.cat((shared, 0.3 * torch.randn(n))) for n in more]
+    expected = [codec.encode([clip])[0] for clip in clips]
+    encoded: list[int] = []
+    latents = codec._latents
+    monkeypatch.setattr(codec, "_latents", lambda x, *rest: encoded.append(x.shape[-1]) or latents(x, *rest))
+    for codes, wanted in zip(codec.encode_pair(*clips), expected, strict=True):
+        assert_same_codes(codes, wanted)
+    assert sum(encoded) == sum(map(len, clips)) - 13 * FRAME_SIZE
+
+
+def test_equal_clips_are_encoded_once_and_others_apart(codec, monkeypatch):
+    torch.manual_seed(0)
+    one, other = 0.3 * torch.randn(2, 30_000)
+    encode, encoded = codec.encode, []
+    monkeypatch.setattr(codec, "encode", lambda clips: encoded.append(len(clips)) or encode(clips))
+    first, second = codec.encode_pair(one, one.clone())
+    assert torch.equal(first, second)
+    first, second = codec.encode_pair(one, other)
+    assert_same_codes(second, encode([other])[0])
+    assert encoded == [1, 2]
+
+
 def test_cpu_takes_chunks_of_about_the_best_length(codec, chunks):
     made = chunks(20)
     for seconds in (1, 5.9, 6.1, 11, 30):

@@ -19,11 +19,12 @@ import torch
 
 from torchtitan.audio.token_stream import TokenStream
 from torchtitan.eval import scoring
-from torchtitan.eval.benchmark import SALMON, SLM21, Benchmark, Options, command, score_task
+from torchtitan.eval.benchmark import SALMON, SLM21, STORY_CLOZE, Benchmark, Options, command, score_task
 from torchtitan.eval.data import DataError, open_tasks
 from torchtitan.eval.metrics import Rule, clip_scores, judge
 from torchtitan.eval.results import Clip, results_folder, samples_table
 from torchtitan.eval.scoring import score
+from torchtitan.eval.store import ArrayStore, digest
 from torchtitan.models.speech_lm import SpeechLM
 from torchtitan.tools.errors import UserError
 
@@ -156,6 +157,48 @@ def test_equal_sequences_are_computed_once_and_get_the_same_bits(lm):
     assert torch.equal(scores[1], scores[-1])
 
 
+def begin_alike(lm: SpeechLM) -> list[torch.Tensor]:
+    """Pairs of which one or all frames but the last are shared, one is the beginning of the other, and single ones."""
+    torch.manual_seed(2)
+    codes = [torch.randint(0, 2048, (4, 9)) for _ in range(8)]
+    sequences = []
+    for own, shared, first, second in ((0, 8, 9, 9), (1, 1, 9, 9), (2, 5, 6, 9), (3, 4, 4, 7), (4, 6, 7, 8)):
+        other = torch.cat((codes[own][:, :shared], codes[7 - own // 2][:, shared:]), dim=1)
+        sequences += [lm.stream.sample(codes[own][:, :first]), lm.stream.sample(other[:, :second])]
+    return [*sequences, lm.stream.sample(codes[5]), sequences[0].clone(), sequences[2][:-1].clone()]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("batch_size", [1, 3, 100])
+def test_common_beginnings_are_computed_once_and_change_no_score(lm, batch_size, attention, monkeypatch):
+    monkeypatch.setattr(lm.model.config, "_attn_implementation", attention)
+    sequences = begin_alike(lm)
+    positions: list[int] = []
+    handle = lm.model.model.embed_tokens.register_forward_hook(
+        lambda *call: positions.append(call[2].shape[:2].numel())
+    )
+    try:
+        scores = score(lm.model, sequences, batch_size)
+    finally:
+        handle.remove()
+    for nll, ids in zip(scores, sequences, strict=True):
+        torch.testing.assert_close(nll, plain_nll(lm, ids), rtol=0, atol=1e-5)
+    assert torch.equal(scores[0], scores[11])
+    assert torch.equal(scores[0][:33], scores[1][:33]) or batch_size == 1, "the beginning was computed twice"
+    if batch_size == 3:  # without padding
+        assert sum(positions[2:]) < 0.8 * sum(len(ids) - 1 for ids in sequences[:11])
+
+
+def test_common_beginnings_when_ranks_share_and_some_scores_are_known(lm, tmp_path):
+    sequences = begin_alike(lm)
+    kept = ArrayStore(tmp_path)
+    kept.put(digest(sequences[0].numpy().tobytes()), plain_nll(lm, sequences[0]).numpy())
+    parts = [score(lm.model, sequences, 4, store=kept, share=(rank, 3)) for rank in range(3)]
+    for ids, *found in zip(sequences, *parts, strict=True):
+        (only,) = [one for one in found if one is not None]
+        torch.testing.assert_close(only, plain_nll(lm, ids), rtol=0, atol=1e-5)
+
+
 def test_a_model_that_scales_its_logits_is_refused(lm, monkeypatch):
     forward = lm.model.forward
 
@@ -269,10 +312,46 @@ def test_splits_have_tasks_of_their_own(model_folder, tmp_path):
         "sWUGGY_test": 3,
     }
     assert results["missing_tasks"] == ["sBLIMP_test"]
-    tasks, _ = open_tasks(str(tmp_path / "d"), SLM21.tasks, SLM21.columns, False)
-    assert [(task.name, task.num_pairs) for task in tasks] == [("sWUGGY", 1), ("sBLIMP", 1)]
+    tasks, missing = open_tasks(str(tmp_path / "d"), SLM21.tasks, SLM21.columns, False)
+    assert [(task.name, task.num_pairs) for task in tasks] == [("sWUGGY", 1)]
+    assert missing == ["sBLIMP"], "pairs of dev were taken for those of train"
     with pytest.raises(DataError, match=r"\(split valid\)"):
         open_tasks(str(tmp_path / "d"), SLM21.tasks, SLM21.columns, False, "valid")
+
+
+def test_dev_and_test_pairs_are_not_mixed_where_no_split_was_asked_for(tmp_path):
+    folder = write_task(tmp_path / "d" / "sStoryCloze", [(wav(0.1, 1), wav(0.2, 2))], SLM21.columns)
+    for split in ("dev", "test"):
+        (folder / f"{split}.parquet").write_bytes((folder / "train-00000-of-00001.parquet").read_bytes())
+    (folder / "train-00000-of-00001.parquet").unlink()
+    for name in (tmp_path / "d", folder):
+        with pytest.raises(DataError, match=r"other splits \(--splits dev test\)"):
+            open_tasks(str(name), STORY_CLOZE.tasks, STORY_CLOZE.columns, False)
+    (folder / "pairs.parquet").write_bytes((folder / "dev.parquet").read_bytes())
+    (task,), _ = open_tasks(str(folder), STORY_CLOZE.tasks, STORY_CLOZE.columns, False)
+    assert task.rows == [folder / "pairs.parquet"]
+
+
+def test_a_file_is_no_folder(tmp_path):
+    folder = write_task(tmp_path / "sWUGGY", [(wav(0.1, 1), wav(0.2, 2))], SLM21.columns)
+    with pytest.raises(DataError, match="this is a file"):
+        open_tasks(str(folder / "train-00000-of-00001.parquet"), SLM21.tasks, SLM21.columns, False)
+
+
+@pytest.mark.slow
+def test_story_cloze_in_full(model_folder, tmp_path):
+    """As many pairs as the public sets have, with these two columns alone."""
+    pairs = [(wav(0.08 + 0.01 * (i % 7), i), wav(0.08 + 0.01 * (i % 5), 2000 + i)) for i in range(1871)]
+    for name in STORY_CLOZE.tasks:
+        write_task(tmp_path / "d" / name, pairs, STORY_CLOZE.columns)
+    code, folder = run(STORY_CLOZE, tmp_path / "d", model_folder, tmp_path / "out")
+    assert code == 0
+    tasks = json.loads((folder / "results.json").read_text())["tasks"]
+    assert [(name, task["pairs"]) for name, task in tasks.items()] == [("sStoryCloze", 1871), ("tStoryCloze", 1871)]
+    rows = pq.read_table(folder / "samples.parquet").to_pylist()
+    assert [row["item"] for row in rows[: 2 * 1871 : 2]] == [str(i) for i in range(1871)]
+    points = [np.mean(a["nll"][1::4]) < np.mean(b["nll"][1::4]) for a, b in zip(rows[::2], rows[1::2], strict=True)]
+    assert tasks["sStoryCloze"]["accuracy"] == np.mean(points[:1871])
 
 
 def test_audio_may_be_a_path_beside_the_parquet_file(lm, tmp_path):
@@ -385,7 +464,8 @@ def test_results_can_be_recomputed_from_samples_alone(lm, model_folder, tmp_path
     assert [row["frequency"] for row in rows[::2]] == ["3", "1", "4", "1", "5", "9", "x", "y"]
     assert json.loads(samples.schema.metadata[b"num_quantizers"]) == 4
     assert json.loads(samples.schema.metadata[b"settings"]) == results["settings"]
-    assert sorted(os.listdir(folder)) == ["accuracy.json", "results.json", "samples.parquet"]
+    assert sorted(os.listdir(folder)) == ["accuracy.json", "accuracy.png", "results.json", "samples.parquet"]
+    assert (folder / "accuracy.png").read_bytes().startswith(b"\x89PNG")
     assert "sWUGGY" in capsys.readouterr().out
 
 
@@ -432,13 +512,19 @@ def test_a_model_with_nan_weights_gives_no_accuracy_and_exit_code_1(mimi_folder,
     assert code == 1
     assert json.loads((folder / "accuracy.json").read_text()) == {"sWUGGY": None}
     (left,) = json.loads((folder / "results.json").read_text())["tasks"]["sWUGGY"]["left_out"]
-    assert "positive clip's score is nan" in left["reason"]
+    assert left["reason"] == "the positive clip's score is nan; the negative clip's score is nan"
+    assert (folder / "accuracy.png").is_file(), "without any accuracy there is no chart"
 
 
 def test_limit_takes_the_first_pairs(lm, tmp_path):
     pairs = [(wav(0.1, i), wav(0.1, 10 + i)) for i in range(4)]
     task = open_task(write_task(tmp_path / "sWUGGY", pairs, SLM21.columns), SLM21)
     assert [clip.pair for clip in score_task(SLM21, task, lm, limit=2)] == [0, 0, 1, 1]
+
+
+def test_a_folder_that_is_no_language_model_is_one_sentence(mimi_folder):
+    with pytest.raises(UserError, match="no language model could be loaded"):
+        SpeechLM.load(str(mimi_folder), device="cpu")
 
 
 @pytest.mark.parametrize("option", [{"limit": 0}, {"batch_size": 0}, {"max_seconds": 0.0}, {"device": "abacus"}])

@@ -263,6 +263,8 @@ def test_a_judge_is_asked_and_understood(endpoint, tmp_path, monkeypatch):
     judge = Judge(url, "wise", str(tmp_path / "prompt.txt"))
     answers.append((200, "A score of 5 would be too much.\n**Score:** 3.5"))
     assert judge(of_words("two", "one")) == 3.5
+    answers.append((200, "Score (1-5): 4"))
+    assert judge(of_words("two", "one")) == 4
     assert asked[0]["messages"] == [{"role": "user", "content": "After one comes two?"}]
     assert (asked[0]["path"], asked[0]["model"], asked[0]["key"]) == ("/v1/chat/completions", "wise", "Bearer secret")
 
@@ -404,6 +406,43 @@ def test_the_same_command_goes_on_where_one_was_interrupted(prompts, model, mode
     assert json.loads((folder / "results.json").read_text())["metrics"] == expected["metrics"]
     with pytest.raises(UserError, match=r"continuations with seed = 0, not 5"):
         command(options(prompts, model, models, seed=5))
+
+
+def test_lines_that_a_kill_cut_and_line_ends_within_a_text(tmp_path):
+    lines = generation.Lines(tmp_path / "scores.jsonl")
+    entries = [{"value": "one\u2028two\x85three"}, {"value": "é"}]
+    for entry in entries:
+        lines.append(entry)
+    with lines.path.open("ab") as file:
+        file.write('{"value": "é'.encode()[:-1])
+    assert generation.Lines(lines.path).entries == entries
+    generation.Lines(lines.path).append(entries[0])
+    assert generation.Lines(lines.path).entries == [*entries, entries[0]]
+
+
+def test_a_score_that_is_no_number_is_counted(prompts, model, models, monkeypatch):
+    monkeypatch.setattr(generation, "_scorer", lambda *_: lambda sample: float("nan"))
+    command(options(prompts, model, models, metrics=["utmos"]))
+    found = json.loads((prompts.parent / "out/generation/run/step-1/results.json").read_text())["metrics"]["utmos"]
+    assert (found["value"], found["samples"]) == (None, 0)
+    assert found["failed"] == found["reasons"]["the score is nan"] > 0
+
+
+def test_a_judge_is_not_asked_about_a_prompt_that_was_not_understood(prompts, model, models, monkeypatch):
+    def scorer(metric, *_):
+        def score(heard):
+            if metric == "prompt_transcript":
+                raise ScoreError("it is too quiet")
+            return "words"
+
+        made = generation.Transcriber.__new__(generation.Transcriber)
+        monkeypatch.setattr(generation.Transcriber, "__call__", lambda self, heard: score(heard))
+        return made if metric.endswith("transcript") else lambda sample: pytest.fail("the judge was asked")
+
+    monkeypatch.setattr(generation, "_scorer", scorer)
+    command(options(prompts, model, models, metrics=["judge"], judge_model="wise"))
+    found = json.loads((prompts.parent / "out/generation/run/step-1/results.json").read_text())["metrics"]["judge"]
+    assert found["failed"] == found["reasons"]["the prompt has no transcript: it is too quiet"] > 0
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ import torch
 from tests.test_eval import REPOSITORY, open_task, run, wav, write_task
 from torchtitan.eval import benchmark, scoring, store
 from torchtitan.eval.benchmark import SALMON, SLM21, Options, command, encode_pairs
+from torchtitan.eval.results import results_folder
 from torchtitan.eval.store import ArrayStore, digest
 from torchtitan.models.speech_lm import SpeechLM
 
@@ -51,7 +53,7 @@ def assert_same(folder: Path, expected: Path) -> None:
     results, others = (json.loads((f / "results.json").read_text()) for f in (folder, expected))
     for key in ("tasks", "averages", "localized"):
         assert results[key] == others[key]
-    assert sorted(os.listdir(folder)) == ["accuracy.json", "results.json", "samples.parquet"]
+    assert sorted(os.listdir(folder)) == ["accuracy.json", "accuracy.png", "results.json", "samples.parquet"]
 
 
 def process(ranks: int, model: Path, data: Path, output: Path, *more: str) -> subprocess.Popen:
@@ -86,11 +88,11 @@ def test_a_run_that_ends_early_goes_on_with_what_it_had(model, data, alone, tmp_
     score_batch = scoring._score_batch
 
     def stop_after(batches: int):
-        def score(lm, ids):
+        def score(lm, rows):
             if batches == len(computed):
                 raise Killed
-            computed.append(len(ids))
-            return score_batch(lm, ids)
+            computed.append(sum(map(len, rows)))
+            return score_batch(lm, rows)
 
         return score
 
@@ -105,6 +107,47 @@ def test_a_run_that_ends_early_goes_on_with_what_it_had(model, data, alone, tmp_
     assert sum(computed) == 18, "a clip was computed twice, or not at all"
 
 
+def test_what_was_computed_before_an_error_is_kept(model, data, tmp_path, monkeypatch):
+    """Also if the run is stopped long before a file is due, while codes or scores are computed."""
+    options = {"batch_size": 4, "cache_dir": str(tmp_path / "cache")}
+    score_batch, load_audio, loaded, computed = scoring._score_batch, benchmark.load_audio, [], []
+
+    def load(source, name):
+        loaded.append(name)
+        if len(loaded) == 9:
+            raise KeyboardInterrupt
+        return load_audio(source, name=name)
+
+    def score(lm, rows):
+        if len(computed) == 2:
+            raise KeyboardInterrupt
+        computed.append(sum(map(len, rows)))
+        return score_batch(lm, rows)
+
+    monkeypatch.setattr(benchmark, "_CLIPS_PER_ENCODE", 4)
+    monkeypatch.setattr(benchmark, "load_audio", load)
+    monkeypatch.setattr(scoring, "_score_batch", score)
+    for kept in ("cache", "out"):
+        with pytest.raises(KeyboardInterrupt):
+            run(SLM21, data, model, tmp_path / "out", **options)
+        assert list((tmp_path / kept).rglob("*.npz")), f"nothing was kept in {kept}"
+    assert len(loaded) == len(set(loaded)) + 1, "codes were computed twice"
+
+
+def test_ranks_that_know_different_scores_leave_nothing_out(model, tmp_path):
+    """As when processes of a killed run still write while the next one begins."""
+    lm = SpeechLM.load(str(model), device="cpu")
+    sequences = [lm.stream.sample(torch.full((4, 3 + i), i)) for i in range(11)]
+    wanted = scoring.score(lm.model, sequences)
+    kept = ArrayStore(tmp_path)
+    for ids, nll in list(zip(sequences, wanted, strict=True))[::3]:
+        kept.put(digest(ids.numpy().tobytes()), nll.numpy())
+    parts = [scoring.score(lm.model, sequences, 2, store=s, share=(r, 2)) for r, s in enumerate((kept, None))]
+    for nll, *found in zip(wanted, *parts, strict=True):
+        (only,) = [one for one in found if one is not None]
+        torch.testing.assert_close(only, nll, rtol=0, atol=1e-5)
+
+
 @pytest.mark.slow
 def test_killed_at_random_moments_two_ranks_go_on(model, data, alone, tmp_path):
     random = np.random.default_rng(0)
@@ -112,7 +155,9 @@ def test_killed_at_random_moments_two_ranks_go_on(model, data, alone, tmp_path):
     for _ in range(5):
         ranks = process(2, model, data, output, "--batch_size", "2", "--cache_dir", str(tmp_path / "cache"))
         time.sleep(random.uniform(4, 9))
-        subprocess.run(["pkill", "-9", "-f", str(output)], check=False)
+        children = Path(f"/proc/{ranks.pid}/task/{ranks.pid}/children").read_text().split()
+        for pid in (ranks.pid, *map(int, children)):
+            os.kill(pid, signal.SIGKILL)
         ranks.communicate()
         if ranks.returncode == 1:
             break
@@ -224,6 +269,30 @@ def test_ranks_encode_their_shares(model, data):
         assert torch.equal(one.codes, other.codes)
 
 
+def test_threads_encode_pairs_of_their_own_and_are_given_back(model, data, monkeypatch):
+    lm = SpeechLM.load(str(model), device="cpu")
+    task = open_task(data / "sWUGGY", SLM21)
+    whole = encode_pairs(SLM21, task, lm.codec, lm.stream, 2048)
+    used: list[int] = []
+    encode_pair = lm.codec.encode_pair
+
+    def recorded(*clips):
+        used.append(torch.get_num_threads())
+        return encode_pair(*clips)
+
+    monkeypatch.setattr(lm.codec, "encode_pair", recorded)
+    torch.set_num_threads(2)
+    try:
+        clips = encode_pairs(SLM21, task, lm.codec, lm.stream, 2048)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+    assert used == [1] * task.num_pairs
+    for one, other in zip(clips, whole, strict=True):
+        assert (one.pair, one.side) == (other.pair, other.side)
+        assert (one.codes != other.codes).sum() <= one.codes.numel() // 1000
+
+
 def test_a_training_checkpoint_is_evaluated_as_it_is(model, data, alone, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(REPOSITORY / "scripts"))
     from convert_hf_to_dcp import convert
@@ -232,6 +301,9 @@ def test_a_training_checkpoint_is_evaluated_as_it_is(model, data, alone, tmp_pat
     for name in (step, tmp_path / "run"):
         code = command(SLM21, Options(str(data), str(name), output_dir=str(tmp_path / "out"), device="cpu"))
         assert code == 1
+        folder = results_folder(tmp_path / "out", "sLM21", str(name))
+        settings = json.loads((folder / "results.json").read_text())["settings"]
+        assert settings["model"]["folder"] == str(step), "it is not said which checkpoint of the run was evaluated"
     folder = tmp_path / "out" / "sLM21" / "checkpoint" / "step-0"
     found, wanted = (pq.read_table(f / "samples.parquet").to_pylist() for f in (folder, alone))
     for one, other in zip(found, wanted, strict=True):

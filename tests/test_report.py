@@ -217,7 +217,7 @@ def of_points(points: list[float], **columns: list):
     made = []
     for pair, point in enumerate(points):
         plain = {name: values[pair] for name, values in columns.items()}
-        item = str(plain.pop("id"))
+        item = str(plain.pop("id", pair))
         for side, value in (("positive", 1.0), ("negative", 0.5 + point)):
             made.append(Clip("t", pair, side, item, torch.zeros(1, 1), torch.full((3,), value), columns=dict(plain)))
     return samples_table(made, 1, {})
@@ -359,9 +359,53 @@ def test_a_chart_of_salmon_has_the_published_points(tmp_path):
     source, published = charts.references("SALMON")
     assert "slp-rl/salmon" in source
     assert published["humans"]["gender_consistency"] == 98.6
-    assert published["pGSLM"]["speaker_consistency"] == 82.5
+    assert published["pGSLM"]["speaker_consistency"] == 83.0
+    assert published["SpiritLM 7B (expressive)"]["bg_alignment"] == 59.5
     assert all(set(figures) == set(SALMON.tasks) for figures in published.values())
     assert charts.references("sLM21") == ("", {})
+
+
+def test_a_chart_where_all_or_no_pairs_are_right(tmp_path):
+    """There one end of the interval is the accuracy itself; rounding must not put it on the wrong side."""
+    from torchtitan.eval import charts
+
+    assert all(wilson_interval(share, n)[int(share)] == share for share in (0.0, 1.0) for n in range(1, 200))
+    results = [judge(of_points([point] * 12), Rule()) for point in (0.0, 1.0)]
+    charts.draw(tmp_path / "chart.png", "SALMON", {"none": results[0], "all": results[1]})
+    assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_long_names_stay_within_a_chart(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    from torchtitan.eval import charts
+
+    inside = []
+    save = Figure.savefig
+
+    def saved(figure, *arguments, **options):
+        save(figure, *arguments, **options)
+        (legend,) = figure.legends
+        box = legend.get_window_extent()
+        inside.append(box.x0 >= 0 and box.x1 <= figure.bbox.width)
+
+    monkeypatch.setattr(Figure, "savefig", saved)
+    results = judge(of_points([0.0, 1.0]), Rule())
+    for name in ("short", "outputs/a-run-whose-name-tells-its-model-and-its-data/step-100000", 200 * "x"):
+        charts.draw(tmp_path / "chart.png", "sLM21", {f"{name}{i}": results for i in range(3)})
+    assert inside == [True] * 3
+
+
+def test_pairs_of_other_data_are_not_compared(tmp_path):
+    """Pairs are the same ones when number and id are."""
+    write(tmp_path / "a", 0, "first")
+    table = write(tmp_path / "b", 1, "second")
+    items = [f"other {row['item']}" if row["pair"] < 4 else row["item"] for row in table.to_pylist()]
+    at = table.column_names.index("item")
+    pq.write_table(table.set_column(at, "item", [items]), tmp_path / "b" / "samples.parquet")
+    assert run(tmp_path) == 0
+    data = json.loads((tmp_path / "report.json").read_text())["benchmarks"]["sLM21"]
+    assert data["comparisons"]["second"]["sBLIMP"]["pairs"] == 8
 
 
 def test_wrong_input_is_one_sentence(tmp_path, monkeypatch, capsys):

@@ -193,6 +193,38 @@ class Codec:
         return [codes[i] for i in range(len(waveforms))]
 
     @torch.inference_mode()
+    def encode_pair(self, first: torch.Tensor, second: torch.Tensor) -> list[torch.Tensor]:
+        """Encode two clips, on a CPU the frames that they begin with alike only once.
+
+        The codes are those of :meth:`encode` up to near-ties. On other devices, where batches pay, and where less than
+        a second is shared, it is that.
+
+        Raises:
+            CodecError: see :meth:`encode`.
+        """
+        length = min(first.numel(), second.numel())
+        differ = (first[:length] != second[:length]).nonzero()
+        common = int(differ[0]) if len(differ) else length
+        if common == max(first.numel(), second.numel()):
+            return self.encode([first]) * 2
+        # Both go on after it, by a sample at least.
+        common = min(common, length - 1) // FRAME_SIZE * FRAME_SIZE
+        longest = max(first.numel(), second.numel()) / SAMPLE_RATE
+        if (
+            self.device.type != "cpu"
+            or common < SAMPLE_RATE
+            or (self.window == "full" and longest > FULL_WINDOW_MAX_SECONDS)
+        ):
+            return self.encode([first, second])
+        from transformers import DynamicCache
+
+        state = _State(cache=DynamicCache(config=self._transformer.config))
+        begin = self._encode_chunks(first[:common], state)
+        branch = _State(dict(state.tails), copy.deepcopy(state.cache))
+        ends = (self._encode_chunks(first[common:], state), self._encode_chunks(second[common:], branch))
+        return [torch.cat((begin, end), dim=1) for end in ends]
+
+    @torch.inference_mode()
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
         """Codes [Q, T], any Q up to the codec's, to a float32 waveform [1920 * T] on the CPU.
 
@@ -283,7 +315,10 @@ class Codec:
             )
         from transformers import DynamicCache
 
-        state = _State(cache=DynamicCache(config=self._transformer.config))
+        return self._encode_chunks(clip, _State(cache=DynamicCache(config=self._transformer.config)))
+
+    def _encode_chunks(self, clip: torch.Tensor, state: _State) -> torch.Tensor:
+        """Codes of a clip, or of the rest of one, whose beginning left ``state``, which is carried on."""
         codes = []
         # Chunks of about equal length: a short rest at the end would cost as much as a longer one.
         frames = -(-self.num_frames(clip.numel()) // self._num_chunks(clip.numel()))

@@ -4,6 +4,7 @@ The scripts under eval/ are command lines over :func:`command`; :func:`score_tas
 work and can be called on their own.
 """
 
+import itertools
 import os
 import platform
 import shlex
@@ -11,7 +12,9 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Collection
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any, Literal
 
@@ -155,7 +158,7 @@ def command(benchmark: Benchmark, options: Options) -> int:
     Raises:
         UserError: wrong options, or no data set, model or codec where they were said to be.
     """
-    start = time.monotonic()
+    start, date = time.monotonic(), datetime.now(timezone.utc).isoformat(timespec="seconds")
     tune_malloc()
     options.check()
     share = rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -174,7 +177,7 @@ def command(benchmark: Benchmark, options: Options) -> int:
     if missing and rank == 0:
         print(f"warning: {options.dataset} lacks {', '.join(missing)}; only the rest is evaluated.", file=sys.stderr)
     device = options.device
-    if device is None and ranks > 1 and torch.cuda.is_available():
+    if ranks > 1 and device in (None, "cuda") and torch.cuda.is_available():
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     lm = SpeechLM.load(
         options.model_name, options.audio_tokenizer, device, options.dtype, revision=options.model_revision
@@ -186,7 +189,8 @@ def command(benchmark: Benchmark, options: Options) -> int:
     cache = None if options.cache_dir.lower() == "none" else ArrayStore(_cache_folder(options.cache_dir, lm.codec))
     scores = ArrayStore(folder / f".scores-{_scores_of(lm).hex()[:16]}")
     if ranks > 1:
-        dist.init_process_group("gloo")
+        # One that dies is noticed at once; another may be hours behind, if the codes of its share were not kept.
+        dist.init_process_group("gloo", timeout=timedelta(days=7))
         dist.barrier()
 
     clips: list[Clip] = []
@@ -203,8 +207,12 @@ def command(benchmark: Benchmark, options: Options) -> int:
     samples = samples_table(clips, lm.stream.num_quantizers, settings)
     results = judge(samples, options.rule(benchmark.rule))
     localized = {name: judge(samples, rule) for name, rule in options.localized_rules(benchmark.rule).items()}
-    report = {"missing_tasks": missing, "seconds": round(time.monotonic() - start, 1), "settings": settings}
+    seconds = round(time.monotonic() - start, 1)
+    report = {"missing_tasks": missing, "date": date, "seconds": seconds, "ranks": ranks, "settings": settings}
     write_results(folder, samples, results, localized, report)
+    from torchtitan.eval.charts import draw
+
+    draw(folder / "accuracy.png", benchmark.name, {lm.name: results})
     shutil.rmtree(scores.folder, ignore_errors=True)
     _print_results(benchmark, results)
     print(f"Written to {folder}.")
@@ -220,9 +228,8 @@ def _cache_folder(name: str, codec: Codec) -> Path:
 
 def _scores_of(lm: SpeechLM) -> bytes:
     """Identifies what scores depend on besides the ids."""
-    path = Path(lm.name).expanduser()
-    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else []
-    weights = [[str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    files = [] if lm.folder is None else sorted(file for file in lm.folder.rglob("*") if file.is_file())
+    weights = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
     revision = getattr(lm.model.config, "_commit_hash", None)
     return digest(lm.name, revision, weights, str(lm.model.dtype), lm.device.type)
 
@@ -286,14 +293,16 @@ def score_task(
         raise UserError(
             f"{task.name}: the device's memory does not hold a batch; use a smaller --batch_size."
         ) from None
+    finally:  # also of what failed or was stopped
+        for store in (cache, scores):
+            if store is not None:
+                store.flush()
     if ranks > 1:
         own = {i: nll for i, nll in enumerate(found) if nll is not None}
         parts: list[Any] = [None] * ranks
         dist.all_gather_object(parts, own)
         for i, nll in (item for part in parts for item in part.items()):
             found[i] = nll
-            if scores is not None:  # of which all ranks must know the same
-                scores.learn(digest(sequences[i].numpy().tobytes()), nll.numpy())
     for (clip, _), nll in zip(readable, found, strict=True):
         clip.nll = nll
     return clips
@@ -337,7 +346,7 @@ def encode_pairs(
         clip.codes = codes[:, :max_frames].to(torch.int16)
 
     def encode_waiting() -> None:
-        encoded = codec.encode([waveform[:max_samples] for _, waveform, _ in waiting])
+        encoded = _encode(codec, [(clip.pair, waveform[:max_samples]) for clip, waveform, _ in waiting])
         for (clip, waveform, key), codes in zip(waiting, encoded, strict=True):
             finish(clip, codes, waveform.numel())
             if cache is not None and key is not None:
@@ -376,9 +385,31 @@ def encode_pairs(
         if len(waiting) >= _CLIPS_PER_ENCODE:
             encode_waiting()
     encode_waiting()
-    if cache is not None:
-        cache.flush()
     return clips
+
+
+def _encode(codec: Codec, clips: list[tuple[int, torch.Tensor]]) -> list[torch.Tensor]:
+    """The codes of clips, each given with its pair's number; the sides of a pair are neighbours.
+
+    On a CPU each thread takes a pair of its own: together they are as fast on one, but wait for each other wherever
+    something else runs on the machine, too.
+    """
+    if codec.device.type != "cpu":
+        return codec.encode([waveform for _, waveform in clips])
+    pairs = [[waveform for _, waveform in sides] for _, sides in itertools.groupby(clips, key=lambda clip: clip[0])]
+
+    def encode(number: int) -> list[torch.Tensor]:
+        sides = pairs[number]
+        return codec.encode_pair(*sides) if len(sides) == 2 else codec.encode(sides)
+
+    threads = torch.get_num_threads()
+    longest_first = sorted(range(len(pairs)), key=lambda number: -sum(map(len, pairs[number])))
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            found = dict(zip(longest_first, pool.map(encode, longest_first), strict=True))
+    finally:
+        torch.set_num_threads(threads)
+    return [codes for number in range(len(pairs)) for codes in found[number]]
 
 
 def _bytes_of(source: bytes | Path | None) -> bytes | None:
@@ -401,6 +432,7 @@ def _settings(benchmark: Benchmark, options: Options, tasks: list[Task], lm: Spe
         "benchmark": benchmark.name,
         "model": {
             "name": lm.name,
+            "folder": None if lm.folder is None else os.path.abspath(lm.folder),
             "revision": getattr(lm.model.config, "_commit_hash", None) or options.model_revision,
         },
         "codec": {

@@ -15,6 +15,8 @@ from typing import Any
 from torchtitan.tools.errors import UserError
 
 _ROWS_PER_READ = 16
+# Names that the files or folders of splits begin with, besides those that --splits asks for.
+_SPLITS = ("train", "dev", "test", "valid")
 
 
 class DataError(UserError):
@@ -95,7 +97,11 @@ def open_tasks(
         there = [name for name in names if _parquet_files(path / name, split)]
         found = [_open_folder(name, path / name, columns, split) for name in there]
         where = f"the folder {dataset} holds none of the task folders {', '.join(names)} and is none of them itself"
-    elif path.exists() or dataset.startswith((".", "/", "~")):
+        if not found and (others := _other_splits([path / name for name in ("", *names)])):
+            where = f"the files in {dataset} are of other splits (--splits {' '.join(others)})"
+    elif path.exists():
+        raise DataError(f"{dataset}: this is a file; name the task's folder, or the folder of the tasks.")
+    elif dataset.startswith((".", "/", "~")):
         raise DataError(f"{dataset}: there is no such folder.")
     elif as_configurations:
         if dataset.count("/") != 1:
@@ -132,14 +138,20 @@ def task_folders(dataset: str) -> list[str]:
 
 
 def _parquet_files(folder: Path, split: str = "train") -> list[Path]:
-    """A task folder's parquet files of a split; all of them as train, if none has its name."""
-    files = [
-        file
-        for file in sorted(folder.rglob("*.parquet"))
-        if not any(part.startswith(".") for part in file.relative_to(folder).parts)
-    ]
-    named = [file for file in files if any(part.startswith(split) for part in file.relative_to(folder).parts)]
-    return named or (files if split == "train" else [])
+    """A task folder's parquet files of a split; those that no split's name leads are of train."""
+    files: dict[Path, str] = {}
+    for file in sorted(folder.rglob("*.parquet")):
+        parts = file.relative_to(folder).parts
+        if not any(part.startswith(".") for part in parts):
+            leading = (found for part in parts for found in (split, *_SPLITS) if part.startswith(found))
+            files[file] = next(leading, "")
+    named = [file for file, found in files.items() if found == split]
+    return named or ([file for file, found in files.items() if not found] if split == "train" else [])
+
+
+def _other_splits(folders: Sequence[Path]) -> list[str]:
+    """Splits other than train that there are files of."""
+    return [split for split in _SPLITS[1:] if any(_parquet_files(folder, split) for folder in folders)]
 
 
 def _open_folder(name: str, folder: Path, columns: tuple[str, str], split: str) -> Task:

@@ -6,6 +6,7 @@ end ``results.json``. The same command goes on where one was interrupted.
 """
 
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -149,9 +150,12 @@ class Lines:
         self.path = path
         self.entries: list[dict[str, Any]] = []
         if path.is_file():
-            whole = [line for line in path.read_text("utf-8").splitlines(keepends=True) if line.endswith("\n")]
+            # As bytes: a kill may have cut a letter in two, and a transcript may hold other line ends of Unicode.
+            *whole, rest = path.read_bytes().split(b"\n")
             self.entries = [json.loads(line) for line in whole]
-            path.write_text("".join(whole), "utf-8")
+            if rest:
+                with Replacing(path) as partial:
+                    partial.write_bytes(b"".join(line + b"\n" for line in whole))
 
     def append(self, entry: dict[str, Any]) -> None:
         """Add a line, at once."""
@@ -203,7 +207,8 @@ def _require_same(path: Path, settings: dict[str, Any]) -> None:
                 f"{path.parent}: there are continuations with {changed[0]} = {before.get(changed[0])}, not "
                 f"{settings[changed[0]]}; choose another --output_dir or remove the folder."
             )
-    path.write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
+    with Replacing(path) as partial:
+        partial.write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
 
 
 def generate(prompts: list[Path], names: dict[Path, str], options: Options, samples: Lines, folder: Path) -> None:
@@ -279,12 +284,16 @@ def score(metric: str, entries: list[dict[str, Any]], options: Options, folder: 
             heard = transcripts.get((prompt, number), {})
             if metric in TRANSCRIBED and "error" in heard:
                 raise ScoreError(heard["error"])
-            said_before = of_prompts.get((prompt, 0), {}).get("value")
-            given = Sample(prompt_audio, audio[cut:], heard.get("value"), said_before)
+            before = of_prompts.get((prompt, 0), {})
+            if metric == "judge" and "error" in before:
+                raise ScoreError(f"the prompt has no transcript: {before['error']}")
+            given = Sample(prompt_audio, audio[cut:], heard.get("value"), before.get("value"))
             if isinstance(scorer, Transcriber):
                 entry["value"] = scorer(given.prompt if metric == "prompt_transcript" else given.continuation)
             else:
                 entry["value"] = scorer(given)
+                if not math.isfinite(entry["value"]):
+                    raise ScoreError(f"the score is {entry.pop('value')}")
         except (ScoreError, AudioError) as error:
             entry["error"] = str(error)
         scores.append(entry)

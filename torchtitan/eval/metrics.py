@@ -390,7 +390,7 @@ def _reason_to_leave_out(sides: dict[str, dict[str, Any]]) -> str | None:
             reasons.append(sides[side]["error"])
         elif not math.isfinite(sides[side]["score"]):
             reasons.append(f"the {side} clip's score is {sides[side]['score']}")
-    return " ".join(reasons) or None
+    return "; ".join(reason.rstrip(".") for reason in reasons) or None
 
 
 def _lists(column: Any) -> Iterator[np.ndarray]:

@@ -3,13 +3,12 @@
     python -m torchtitan.eval.report RESULTS_DIR... [--targets semantic] [--reduction sum] [--window_ms 500] ...
 
 Every figure is computed again from the stored negative log-likelihoods, under any rule, without the model. Written are
-report.md, report.json and, with matplotlib (``uv sync --extra plot``), one chart a benchmark.
+report.md, report.json and one chart a benchmark.
 """
 
 import itertools
 import json
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -43,7 +42,7 @@ class Options:
     output_dir: Path | None = None
     """Folder for what is written; by default the deepest one that holds all results."""
     plot: bool = True
-    """Draw charts, if matplotlib is there."""
+    """Draw charts."""
     seed: int = 0
     """Of the bootstrap."""
 
@@ -138,7 +137,8 @@ def comparisons(first: Run, second: Run, rule: Rule, seed: int = 0) -> dict[str,
     before, after = (pair_points(run.samples, rule) for run in (first, second))
     found = {}
     for task in before:
-        a, b = ({pair.pair: pair.point for pair in points.get(task, [])} for points in (before, after))
+        # By number and id: pairs of other data, or in another order, are not the same ones.
+        a, b = ({(pair.pair, pair.item): pair.point for pair in points.get(task, [])} for points in (before, after))
         common = [pair for pair, point in a.items() if point is not None and b.get(pair) is not None]
         if common:
             found[task] = compare([a[pair] or 0.0 for pair in common], [b[pair] or 0.0 for pair in common], seed)
@@ -289,17 +289,12 @@ def command(options: Options) -> int:
         with Replacing(path) as partial:
             partial.write_text(content, encoding="utf-8")
     if options.plot:
-        try:
-            from torchtitan.eval.charts import draw
-        except ModuleNotFoundError as error:
-            if error.name != "matplotlib":
-                raise
-            print("No chart is drawn: matplotlib is missing (uv sync --extra plot).", file=sys.stderr)
-        else:
-            for benchmark in dict.fromkeys(run.benchmark for run in runs):
-                members = {run.name: run.results for run in runs if run.benchmark == benchmark}
-                written.append(folder / f"{benchmark.replace('/', '_')}.png")
-                draw(written[-1], benchmark, members)
+        from torchtitan.eval.charts import draw
+
+        for benchmark in dict.fromkeys(run.benchmark for run in runs):
+            members = {run.name: run.results for run in runs if run.benchmark == benchmark}
+            written.append(folder / f"{benchmark.replace('/', '_')}.png")
+            draw(written[-1], benchmark, members)
     print(f"Written: {', '.join(map(str, written))}")
     return 0
 

@@ -286,7 +286,8 @@ class Judge:
         Raises:
             ScoreError: there is none, or it is out of range.
         """
-        found = re.findall(r"score\W*?(-?\d+(?:\.\d+)?)", answer, re.IGNORECASE)
+        # A scale in brackets, as in "Score (1-5): 4", is not the score.
+        found = re.findall(r"score(?:\s*[(\[][^)\]]*[)\]])?\W*?(-?\d+(?:\.\d+)?)", answer, re.IGNORECASE)
         if not found:
             raise ScoreError(f"the judge's answer holds no score: {answer[:80]!r}")
         score = float(found[-1])

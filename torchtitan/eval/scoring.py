@@ -1,12 +1,14 @@
 """Negative log-likelihoods of id sequences under a transformers causal language model.
 
 Sequences are sorted by length and right-padded into batches. Attention is causal, so what stands to the right of a
-sequence changes nothing in it and no mask is needed. Only the hidden states of real targets go through the output head,
-a block of :data:`LOGITS_BLOCK` at a time: with 136,450 columns the fp32 logits of a batch would not fit into memory.
+sequence changes nothing in it and no mask is needed. Two sequences that begin alike, as the sides of many pairs do,
+share a row, in which the beginning stands once. Only the hidden states of real targets go through the output head, a
+block of :data:`LOGITS_BLOCK` at a time: with 136,450 columns the fp32 logits of a batch would not fit into memory.
 """
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -17,6 +19,8 @@ from torchtitan.tools.errors import UserError
 
 LOGITS_BLOCK = 512
 CPU_COLUMNS = 8192
+# From this part of two sequences on, a common beginning is computed once.
+SHARED = 0.125
 
 
 @torch.inference_mode()
@@ -38,8 +42,7 @@ def score(
         batch_size: sequences in one forward pass. It changes the results by rounding only (1e-5 in fp32).
         on_progress: called with the number of sequences done since the last call.
         store: holds results of an earlier call, which are not computed again, and takes the new ones.
-        share: this rank's number and the number of ranks. Each computes the batches that are its turn; their stores
-            must hold the same.
+        share: this rank's number and the number of ranks. Each has the batches that are its turn.
 
     Returns:
         for each sequence, in the given order, float32 [L - 1] on the CPU, in nats; None for those of other ranks.
@@ -50,7 +53,8 @@ def score(
     places: dict[bytes, list[int]] = {}  # equal sequences, by content
     for i, ids in enumerate(sequences):
         places.setdefault(digest(ids.numpy().tobytes()), []).append(i)
-    order = sorted(places, key=lambda key: (-len(sequences[places[key][0]]), places[key][0]))
+    sequences_of = {key: sequences[found[0]] for key, found in places.items()}
+    order = sorted(places, key=lambda key: (-len(sequences_of[key]), places[key][0]))
     scores: dict[int, torch.Tensor] = {}
 
     def take(key: bytes, nll: torch.Tensor) -> None:
@@ -58,39 +62,123 @@ def score(
         if on_progress is not None:
             on_progress(len(places[key]))
 
-    known = {key: found[0] for key in order if store is not None and (found := store.get(key)) is not None}
-    missing = [key for key in order if key not in known]
+    # Which are a rank's own does not depend on what is stored, so ranks need not have read the same.
     rank, ranks = share
-    if rank == 0:
-        for key, array in known.items():
-            take(key, torch.from_numpy(array.copy()))
-    for number, start in enumerate(range(0, len(missing), batch_size)):
-        if number % ranks != rank:
+    checked = False
+    for batch in _batches(order, sequences_of, batch_size, _may_share(model))[rank::ranks]:
+        rows = []
+        for row in batch:
+            missing = []
+            for key in row:
+                if store is not None and (found := store.get(key)) is not None:
+                    take(key, torch.from_numpy(found[0].copy()))
+                else:
+                    missing.append(key)
+            if missing:
+                rows.append(tuple(missing))
+        if not rows:
             continue
-        batch = missing[start : start + batch_size]
-        ids = [sequences[places[key][0]] for key in batch]
-        if number == rank:
-            _require_plain_head(model, ids[0][:8])
-        for key, nll in zip(batch, _score_batch(model, ids), strict=True):
+        if not checked:
+            _require_plain_head(model, sequences_of[rows[0][0]][:8])
+            checked = True
+        nlls = _score_batch(model, [tuple(sequences_of[key] for key in row) for row in rows])
+        for key, nll in zip((key for row in rows for key in row), nlls, strict=True):
             if store is not None:
                 store.put(key, nll.numpy())
             take(key, nll)
-    if store is not None:
-        store.flush()
     return [scores.get(i) for i in range(len(sequences))]
 
 
-def _score_batch(model: Any, sequences: list[torch.Tensor]) -> list[torch.Tensor]:
+def _may_share(model: Any) -> bool:
+    """Whether two sequences may stand in one row: the mask that this takes must be the whole of the attention."""
+    config = model.config
+    return config.model_type == "llama" and config._attn_implementation in ("sdpa", "eager")
+
+
+def _batches(
+    order: Sequence[bytes], sequences: dict[bytes, torch.Tensor], batch_size: int, share: bool
+) -> list[list[tuple[bytes, ...]]]:
+    """Batches of rows of one sequence, or of two that begin alike; those of two come first, the longest ahead."""
+    pairs = _alike(order, sequences) if share and batch_size > 1 else []
+    paired = {key for pair in pairs for key in pair}
+    place = {key: number for number, key in enumerate(order)}
+    pairs.sort(key=lambda pair: (-sum(len(sequences[key]) for key in pair), place[pair[0]]))
+    batches: list[list[tuple[bytes, ...]]] = []
+    half = max(1, batch_size // 2)
+    batches.extend([*pairs[start : start + half]] for start in range(0, len(pairs), half))
+    single = [key for key in order if key not in paired]
+    batches.extend([(key,) for key in single[i : i + batch_size]] for i in range(0, len(single), batch_size))
+    return batches
+
+
+def _alike(order: Sequence[bytes], sequences: dict[bytes, torch.Tensor]) -> list[tuple[bytes, bytes]]:
+    """Pairs of sequences with a common beginning that is worth computing once, each sequence in one pair at most.
+
+    Those that begin alike are neighbours in the order of a dictionary; the longest beginnings choose first.
+    """
+    in_order = sorted(order, key=lambda key: sequences[key].numpy().astype(">u4").tobytes())
+    found = []
+    for i, (one, other) in enumerate(pairwise(in_order)):
+        first, second = sequences[one], sequences[other]
+        common = _common_inputs(first, second)
+        if common >= SHARED * (len(first) + len(second)):
+            found.append((-common, i, one, other))
+    taken: set[bytes] = set()
+    pairs = []
+    for _, _, one, other in sorted(found):
+        if not taken & {one, other}:
+            taken |= {one, other}
+            pairs.append((one, other))
+    return pairs
+
+
+def _common_inputs(first: torch.Tensor, second: torch.Tensor) -> int:
+    """How many leading ids two sequences share the targets of, too."""
+    length = min(len(first), len(second))
+    differ = (first[:length] != second[:length]).nonzero()
+    return max(0, (int(differ[0]) if len(differ) else length) - 1)
+
+
+def _score_batch(model: Any, rows: list[tuple[torch.Tensor, ...]]) -> list[torch.Tensor]:
+    """The NLLs of the sequences in some rows, one after the other.
+
+    A row of two holds their common beginning once: first[:-1], second[common:-1], whose ids stand at the positions that
+    they have in their own sequence and do not see the rest of the first.
+    """
     device = model.get_input_embeddings().weight.device
-    lengths = [len(ids) - 1 for ids in sequences]
-    padded = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True).to(device)  # 0 is an id like any other
+    common = [_common_inputs(*row) if len(row) > 1 else 0 for row in rows]
+    joined = [
+        torch.cat([row[0][:-1], *(other[n:-1] for other in row[1:])]) for row, n in zip(rows, common, strict=True)
+    ]
+    targets = torch.cat(
+        [part for row, n in zip(rows, common, strict=True) for part in (row[0][1:], *(o[n + 1 :] for o in row[1:]))]
+    ).to(device)
+    lengths = [len(ids) for ids in joined]
+    padded = torch.nn.utils.rnn.pad_sequence(joined, batch_first=True).to(device)  # 0 is an id like any other
     valid = torch.arange(max(lengths), device=device) < torch.tensor(lengths, device=device)[:, None]
-    hidden = model.base_model(input_ids=padded[:, :-1], use_cache=False).last_hidden_state[valid]  # [targets, D]
-    targets = padded[:, 1:][valid]
+    inputs: dict[str, Any] = {"input_ids": padded, "use_cache": False}
+    if any(len(row) > 1 for row in rows):
+        positions = torch.arange(max(lengths)).repeat(len(rows), 1)
+        seen = torch.ones(len(rows), max(lengths), max(lengths), dtype=torch.bool).tril()
+        for i, (row, n) in enumerate(zip(rows, common, strict=True)):
+            if len(row) > 1:
+                second = len(row[0]) - 1
+                positions[i, second:] -= second - n
+                seen[i, second:, n:second] = False
+        dtype = model.get_input_embeddings().weight.dtype
+        mask = torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
+        inputs |= {"position_ids": positions.to(device), "attention_mask": mask[:, None].to(device)}
+    hidden = model.base_model(**inputs).last_hidden_state[valid]  # [targets, D]
     head = model.get_output_embeddings()
     blocks = zip(hidden.split(LOGITS_BLOCK), targets.split(LOGITS_BLOCK), strict=True)
-    nll = torch.cat([_block_nll(rows, head.weight, head.bias, ids) for rows, ids in blocks])
-    return list(nll.cpu().split(lengths))
+    nll = torch.cat([_block_nll(block, head.weight, head.bias, ids) for block, ids in blocks]).cpu()
+    found = []
+    for row, n, part in zip(rows, common, nll.split(lengths), strict=True):
+        first = len(row[0]) - 1
+        found.append(part[:first])
+        if len(row) > 1:
+            found.append(torch.cat((part[:n], part[first:])))
+    return found
 
 
 def _block_nll(
@@ -101,16 +189,19 @@ def _block_nll(
     On a CPU the columns are taken some at a time, so that their logits stay in its caches.
     """
     width = CPU_COLUMNS if hidden.device.type == "cpu" else weight.shape[0]
-    total = torch.full(targets.shape, -math.inf, device=hidden.device)
-    picked = torch.zeros_like(total)
+    top = torch.full(targets.shape, -math.inf, device=hidden.device)
+    total, picked = torch.zeros_like(top), torch.zeros_like(top)
     for first in range(0, weight.shape[0], width):
         columns = slice(first, first + width)
         logits = F.linear(hidden, weight[columns], None if bias is None else bias[columns]).float()
-        total = torch.logaddexp(total, logits.logsumexp(dim=1))
         own = targets - first
         here = (own >= 0) & (own < logits.shape[1])
         picked = torch.where(here, logits.gather(1, own.clamp(0, logits.shape[1] - 1)[:, None])[:, 0], picked)
-    return total - picked
+        # In place, as a new tensor of this size would cost more than the exponentials do.
+        higher = torch.maximum(top, logits.amax(dim=1))
+        total = total * (top - higher).exp() + logits.sub_(higher[:, None]).exp_().sum(dim=1)
+        top = higher
+    return top + total.log() - picked
 
 
 def _require_plain_head(model: Any, ids: torch.Tensor) -> None:

@@ -26,7 +26,8 @@ def wilson_interval(share: float, count: float, z: float = Z_95) -> tuple[float,
         raise ValueError(f"an interval needs at least one trial, not {count}")
     center = (share + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    return max(0.0, center - half), min(1.0, center + half)
+    # Where all trials went the same way one end is the share itself, which rounding would put beside it.
+    return max(0.0, min(share, center - half)), min(1.0, max(share, center + half))
 
 
 @dataclass(frozen=True)

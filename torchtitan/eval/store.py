@@ -14,7 +14,7 @@ import numpy as np
 
 # Entries in a file, and seconds after which a file is written anyway: what a killed process loses at most.
 FILE_ENTRIES = 2048
-FILE_SECONDS = 30.0
+FILE_SECONDS = 10.0
 
 
 def digest(*parts: Any) -> bytes:
@@ -74,14 +74,13 @@ class ArrayStore:
         if len(self._waiting) >= FILE_ENTRIES or time.monotonic() - self._written > FILE_SECONDS:
             self.flush()
 
-    def learn(self, key: bytes, array: np.ndarray) -> None:
-        """Know an array that another process keeps."""
-        self._entries[key] = (array, 0)
-
     def flush(self) -> None:
         """Write what was put in since the last time."""
         self._written = time.monotonic()
-        if not self._waiting or self._broken:
+        if not self._waiting:
+            return
+        if self._broken:
+            self._waiting.clear()
             return
         try:
             self._write()

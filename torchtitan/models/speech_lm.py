@@ -33,6 +33,7 @@ class SpeechLM:
         model: a transformers causal language model in eval mode, without gradients.
         stream: the id layout, Q included (``stream.num_quantizers``).
         codec: the codec with the checkpoint's conventions, on the model's device.
+        folder: of the weights, where they are not from the hub; of a training run, its latest checkpoint.
     """
 
     name: str
@@ -40,6 +41,7 @@ class SpeechLM:
     tokenizer: Any
     stream: TokenStream
     codec: Codec
+    folder: Path | None = None
 
     @classmethod
     def load(
@@ -89,7 +91,9 @@ class SpeechLM:
             else:
                 weights = dict(full_hf_tensors(checkpoint, dtype))
                 model = LlamaForCausalLM.from_pretrained(None, config=config, state_dict=weights, dtype=dtype)
-        except (OSError, KeyError, SafetensorError) as error:
+        except UserError:
+            raise
+        except (OSError, KeyError, ValueError, SafetensorError) as error:
             reason = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
             raise UserError(f"{model_name}: no language model could be loaded from there ({reason}).") from None
         rows = model.get_input_embeddings().weight.shape[0]
@@ -110,7 +114,9 @@ class SpeechLM:
             conventions["codec_window"],
             device,
         )
-        return cls(model_name, model.to(device).eval().requires_grad_(False), tokenizer, stream, codec)
+        path = Path(model_name).expanduser()
+        folder = checkpoint or (path if path.is_dir() else None)
+        return cls(model_name, model.to(device).eval().requires_grad_(False), tokenizer, stream, codec, folder)
 
     @property
     def device(self) -> torch.device:
