@@ -1,0 +1,1 @@
+"""A page in the browser for speech continuations, and the server behind it."""
