@@ -49,10 +49,10 @@ def run(options: Options) -> None:
     Raises:
         UserError: there is no model, or the address cannot be listened on.
     """
+    model_name, device = find_model(options.model_name), choose_device(options.device)
     init_logger()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    device = choose_device(options.device)
-    lm = SpeechLM.load(find_model(options.model_name), options.audio_tokenizer, device, options.dtype)
+    lm = SpeechLM.load(model_name, options.audio_tokenizer, device, options.dtype)
     server = DemoServer(lm, options.host, options.port, options.max_seconds, options.max_requests, example=EXAMPLE)
     with server:
         print(f"{lm.name} on {device}: open {server.address} in a browser; Ctrl-C ends it", flush=True)

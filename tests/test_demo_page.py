@@ -170,9 +170,10 @@ def test_upload_generate_hear(browser, server, tmp_path, make_sound):
     browser.wait("return !document.querySelector('.sample:nth-child(2) audio').paused")
     assert browser.run("return document.querySelector('.sample:nth-child(2) audio').currentTime") >= 0.95
     # The boundary stands where the prompt ends.
-    share = browser.run("""const area = document.querySelector('.area').getBoundingClientRect();
-        return (document.querySelector('.boundary').getBoundingClientRect().left - area.left) / area.width * runs[0].span""")
-    assert share == pytest.approx(0.96, abs=0.05)
+    seconds = browser.run("""const area = document.querySelector('.area').getBoundingClientRect();
+        const boundary = document.querySelector('.boundary').getBoundingClientRect();
+        return (boundary.left - area.left) / area.width * runs[0].span""")
+    assert seconds == pytest.approx(0.96, abs=0.02)
     for canvas in ("waveform", "spectrogram"):
         colors = browser.run(f"""const canvas = document.querySelector('.{canvas}');
             return new Set(new Uint32Array(canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height)
@@ -193,7 +194,7 @@ def test_a_bad_file_is_an_error_in_one_sentence(browser, server, tmp_path):
     # Chromium itself notes the status 400; nothing else went wrong.
     assert all("400" in line for line in browser.errors())
     browser.click("#example")
-    browser.wait("return prompt && prompt.name === 'example prompt'")
+    browser.wait("return prompt && prompt.name === 'the example prompt'")
     browser.click("#generate")
     browser.wait(ALL_DONE)
     assert browser.run("return document.querySelector('#error').hidden")

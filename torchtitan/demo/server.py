@@ -104,7 +104,7 @@ class DemoServer(ThreadingHTTPServer):
         # What is set up once is set up now: the first listener would wait for it.
         engine.generate([Request(torch.zeros(lm.stream.num_quantizers, 0, dtype=torch.int64), 1)])
         lm.codec.decode(lm.codec.encode([torch.zeros(FRAME_SIZE)])[0])
-        self.closing = False
+        self.service = SpeechService(engine)
         self._places = threading.BoundedSemaphore(max_requests)
         self._connections = threading.BoundedSemaphore(MAX_CONNECTIONS)
         self._reading = threading.Lock()
@@ -115,7 +115,6 @@ class DemoServer(ThreadingHTTPServer):
         except (OSError, OverflowError) as error:
             reason = getattr(error, "strerror", None) or str(error)
             raise UserError(f"the server cannot listen on {host}, port {port} ({reason}).") from None
-        self.service = SpeechService(engine)
 
     @property
     def address(self) -> str:
@@ -127,7 +126,6 @@ class DemoServer(ThreadingHTTPServer):
         return self.max_frames / FRAME_RATE
 
     def server_close(self) -> None:
-        self.closing = True
         super().server_close()
         self.service.__exit__()
 
@@ -299,7 +297,10 @@ class Handler(BaseHTTPRequestHandler):
                 prompt = self.demo.read_prompt(body, name, max_frames)
                 del body
                 request = Request(prompt, max_frames - prompt.shape[1], sampling=sampling, sample=sample)
-                self._stream(request, arrived)
+                last = self._stream(request, arrived)
+            # With the place free again, as a client that has heard the end may ask for the next at once.
+            if last is not None:
+                self._end_stream(*last)
         except UserError as error:
             status = error.status if isinstance(error, Refused) else HTTPStatus.BAD_REQUEST
             self._answer_json(status, {"error": str(error)})
@@ -339,8 +340,11 @@ class Handler(BaseHTTPRequestHandler):
         self._unread = False
         return bytes(body)
 
-    def _stream(self, request: Request, arrived: float) -> None:
-        """Answer with the speech of a request while it is made.
+    def _stream(self, request: Request, arrived: float) -> tuple[bytes, dict[str, Any]] | None:
+        """Answer with the speech of a request while it is made, up to the last record.
+
+        Returns:
+            the last record's kind and content, which is yet to be sent; None when nobody listens any more.
 
         Raises:
             UserError: the engine does not take the request; nothing was sent then.
@@ -358,16 +362,16 @@ class Handler(BaseHTTPRequestHandler):
                 "seed": request.sampling.seed,
                 "sample": request.sample,
             }
-            self._send_record(b"S", json.dumps(start).encode())
+            self._send_record(b"S", start)
             for piece in service.listen(generation):
                 self._send_record(b"A", pcm16(piece))
                 sent += piece.numel()
                 if sent > prompt_samples and math.isnan(first_audio):
                     first_audio = time.perf_counter() - arrived
             elapsed = time.perf_counter() - arrived
-            if not generation.finished:
-                raise UserError("the server is being stopped.")
             frames = sent // FRAME_SIZE - request.prompt.shape[1]
+            if frames < request.max_frames and not generation.ended:
+                raise UserError("the server is being stopped.")
             seconds = frames / FRAME_RATE
             figures = {
                 "frames": frames,
@@ -377,20 +381,16 @@ class Handler(BaseHTTPRequestHandler):
                 "times_real_time": round(seconds / elapsed, 2),
                 "ended": generation.ended,
             }
-            self._send_record(b"E", json.dumps(figures).encode())
             logger.info(f"continuation: {seconds:.2f} s, {figures['times_real_time']:.2f} times real time")
+            return b"E", figures
         except UserError as error:
-            with contextlib.suppress(OSError):
-                self._send_record(b"X", json.dumps({"error": str(error)}).encode())
             logger.info(f"continuation: given up: {error}")
-        except OSError:  # the client went away, or takes nothing
-            self.close_connection = True
-            self._chunked = False
+            return b"X", {"error": str(error)}
+        except OSError:
             logger.info(f"continuation: given up after {sent / SAMPLE_RATE:.2f} s, as nobody listens")
+            return None
         finally:
             service.cancel(generation)
-        with contextlib.suppress(OSError):
-            self._end_stream()
 
     def _begin_stream(self) -> None:
         self.send_response(HTTPStatus.OK)
@@ -403,13 +403,16 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
 
-    def _send_record(self, kind: bytes, payload: bytes) -> None:
+    def _send_record(self, kind: bytes, value: bytes | dict[str, Any]) -> None:
+        payload = value if isinstance(value, bytes) else json.dumps(value).encode()
         record = kind + struct.pack(">I", len(payload)) + payload
         self.wfile.write(b"%x\r\n%b\r\n" % (len(record), record) if self._chunked else record)
 
-    def _end_stream(self) -> None:
-        if self._chunked:
-            self.wfile.write(b"0\r\n\r\n")
+    def _end_stream(self, kind: bytes, value: dict[str, Any]) -> None:
+        with contextlib.suppress(OSError):
+            self._send_record(kind, value)
+            if self._chunked:
+                self.wfile.write(b"0\r\n\r\n")
 
     def _answer_json(self, status: HTTPStatus, value: dict[str, Any]) -> None:
         self._answer(json.dumps(value).encode(), "application/json", status)
