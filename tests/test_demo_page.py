@@ -118,6 +118,7 @@ class Browser:
         return [entry["message"] for entry in entries if entry["level"] in ("WARNING", "SEVERE")]
 
 
+SHORT = "document.querySelector('#max_seconds').value = 3"
 PAGE_TEXT = "return document.body.innerText"
 DURATIONS = "return [...document.querySelectorAll('.sample audio')].map((audio) => audio.duration)"
 ALL_DONE = """const samples = [...document.querySelectorAll('.run:first-child .sample')];
@@ -135,11 +136,11 @@ def browser(tmp_path) -> Iterator[Browser]:
 
 @pytest.fixture
 def server(tmp_path, mimi_folder, save_speech_model, make_sound) -> Iterator[DemoServer]:
-    """A tiny random model on a free port, with an example prompt of 0.5 s."""
-    lm = SpeechLM.load(str(save_speech_model(tmp_path / "model", mimi_folder)), device="cpu")
+    """A tiny random model on a free port, with an example prompt of 0.5 s, that can speak for 200 s."""
+    lm = SpeechLM.load(str(save_speech_model(tmp_path / "model", mimi_folder, context=10_240)), device="cpu")
     example = tmp_path / "example.flac"
     example.write_bytes(make_sound(1, 0.5))
-    with DemoServer(lm, max_seconds=4.0, example=example) as server:
+    with DemoServer(lm, max_seconds=200.0, example=example) as server:
         thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
         yield server
@@ -154,7 +155,7 @@ def test_upload_generate_hear(browser, server, tmp_path, make_sound):
     browser.wait("return document.querySelector('#model').textContent.includes('model on cpu')")
     browser.type("#file", str(path))
     assert browser.wait("return document.querySelector('#preview').duration") == pytest.approx(0.9, abs=0.01)
-    browser.run("document.querySelector('#max_seconds').value = 3")
+    browser.run(SHORT)
     browser.click("#generate")
     browser.wait(ALL_DONE)
     durations = browser.run(DURATIONS)
@@ -189,20 +190,34 @@ def test_a_bad_file_is_an_error_in_one_sentence(browser, server, tmp_path):
     browser.type("#file", str(path))
     browser.click("#generate")
     text = browser.wait("return document.querySelector('#error span')?.textContent")
-    assert text == "Text.wav: not a readable audio file (Format not recognised)."
+    assert text == "text.wav: not a readable audio file (Format not recognised)."
     assert browser.run("return document.querySelectorAll('.sample').length") == 0
     # Chromium itself notes the status 400; nothing else went wrong.
     assert all("400" in line for line in browser.errors())
     browser.click("#example")
     browser.wait("return prompt && prompt.name === 'the example prompt'")
+    browser.run(SHORT)
     browser.click("#generate")
     browser.wait(ALL_DONE)
     assert browser.run("return document.querySelector('#error').hidden")
 
 
-def test_record_and_stop(browser, server):
+def test_a_large_file_is_not_sent(browser, server):
     browser.open(server.address)
     browser.wait("return info !== null")
+    browser.run("""const data = new DataTransfer();
+        data.items.add(new File([new Uint8Array(21e6)], 'dropped.wav'));
+        window.dispatchEvent(new DragEvent('drop', {dataTransfer: data, cancelable: true}))""")
+    text = browser.wait("return document.querySelector('#error span')?.textContent")
+    assert text == "dropped.wav has 21.0 MB, and at most 20 MB are taken."
+    assert browser.run("return prompt") is None
+    assert browser.errors() == []
+
+
+def test_record(browser, server):
+    browser.open(server.address)
+    browser.wait("return info !== null")
+    browser.run(SHORT)
     browser.click("#record")
     browser.wait("return recording && recording.length / recording.context.sampleRate > 1.1")
     browser.click("#record")
@@ -215,4 +230,38 @@ def test_record_and_stop(browser, server):
     browser.click("#generate")
     browser.wait(ALL_DONE)
     assert browser.run("return runs[0].samples.map((sample) => sample.boundary)") == [0, 0, 0, 0]
+    assert browser.errors() == []
+
+
+def test_fewer_places_than_samples(browser, server):
+    with server.place(), server.place(), server.place():
+        browser.open(server.address)
+        browser.wait("return info !== null")
+        browser.run(SHORT + "; document.querySelector('#samples').value = 3")
+        browser.click("#generate")
+        browser.wait(ALL_DONE)
+        assert browser.run("return runs[0].samples.map((sample) => sample.node.dataset.state)") == ["done"] * 3
+        with server.place():
+            browser.click("#generate")
+            text = browser.wait("return document.querySelector('#error span')?.textContent")
+            assert text == "all 4 places are taken; try again in a few seconds."
+
+
+def test_stop(browser, server):
+    browser.open(server.address)
+    browser.wait("return info !== null")
+    browser.run("document.querySelector('#temperature').value = 3")
+    browser.click("#generate")
+    # Heard while it is made: the clock of what is played goes on before the sample is done.
+    browser.wait("return live && live.position() > 0.2")
+    assert browser.run("return runs[0].samples[0].node.dataset.state") == "speaking"
+    browser.click("#stop")
+    browser.wait("return !document.querySelector('#generate').disabled && live === null")
+    assert browser.run("return runs[0].samples.map((sample) => sample.node.dataset.state)") == ["failed"] * 2
+    assert browser.wait("return document.querySelector('.sample audio').duration") > 0.2
+    deadline = time.monotonic() + 10
+    while not server.service.engine.idle:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert browser.run("return document.querySelector('#error').hidden")
     assert browser.errors() == []
