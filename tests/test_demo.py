@@ -69,6 +69,14 @@ def ask(server: DemoServer, method: str, path: str, body: bytes | None = None, h
         connection.close()
 
 
+def send_raw(server: DemoServer, request: bytes) -> bytes:
+    """All that comes back for bytes that may be no proper request."""
+    with socket.create_connection(server.server_address[:2], timeout=30) as connection:
+        connection.sendall(request)
+        connection.shutdown(socket.SHUT_WR)
+        return b"".join(iter(lambda: connection.recv(1 << 16), b""))
+
+
 def error_of(server: DemoServer, query: str = "", body: bytes | None = None) -> str:
     """The sentence of a request that is refused with status 400."""
     status, _, content = ask(server, "POST", f"/continue?{query}", body)
@@ -176,10 +184,8 @@ def test_speech_is_sent_before_it_ends(lm, sound):
 
 
 def test_old_clients_get_a_stream_without_chunks(server, sound):
-    with socket.create_connection(server.server_address[:2], timeout=30) as connection:
-        head = f"POST /continue?seed=1 HTTP/1.0\r\nContent-Length: {len(sound)}\r\n\r\n"
-        connection.sendall(head.encode() + sound)
-        head, content = b"".join(iter(lambda: connection.recv(1 << 16), b"")).split(b"\r\n\r\n", 1)
+    request = f"POST /continue?seed=1 HTTP/1.0\r\nContent-Length: {len(sound)}\r\n\r\n".encode() + sound
+    head, content = send_raw(server, request).split(b"\r\n\r\n", 1)
     assert b"chunked" not in head
     assert records_of(content)[-1][0] == "E"
 
@@ -223,10 +229,7 @@ def test_a_large_file_is_refused_before_it_is_read(server):
 
 def test_an_upload_has_a_length_and_keeps_it(server):
     def send(head: str, body: bytes = b"") -> bytes:
-        with socket.create_connection(server.server_address[:2], timeout=30) as connection:
-            connection.sendall(f"POST /continue HTTP/1.1\r\nHost: x\r\n{head}\r\n\r\n".encode() + body)
-            connection.shutdown(socket.SHUT_WR)
-            return b"".join(iter(lambda: connection.recv(1 << 16), b""))
+        return send_raw(server, f"POST /continue HTTP/1.1\r\nHost: x\r\n{head}\r\n\r\n".encode() + body)
 
     assert b" 411 " in send("Transfer-Encoding: chunked", b"5\r\nabcde\r\n0\r\n\r\n")
     assert b"broke off after 5 of 100 bytes" in send("Content-Length: 100", b"abcde")
@@ -278,6 +281,7 @@ def test_bad_files(server, sound):
     reason = "not a readable audio file (Format not recognised)."
     assert error_of(server, "name=a.wav", b"not audio") == f"a.wav: {reason}"
     assert error_of(server, "name=", b"not audio") == f"the prompt: {reason}"
+    assert error_of(server, "name=a%0Ab%00.wav", b"not audio") == f"ab.wav: {reason}"
     assert "a.flac: " in error_of(server, "name=a.flac", sound[: len(sound) // 2])
 
 
@@ -311,6 +315,23 @@ def test_other_methods_are_refused(server):
     status, _, content = ask(server, "PUT", "/continue", b"abc")
     assert status == 501
     assert "PUT" in json.loads(content)["error"]
+
+
+@pytest.mark.parametrize(
+    ("request_line", "status"),
+    [
+        (b"GET //[x HTTP/1.1", b"404"),
+        (b"POST http://[::1 HTTP/1.1", b"404"),
+        (b"POST /continue?\xff\xfe HTTP/1.1", b"400"),
+        (b"POST /continue HTTP/1.1\r\nOrigin: http://[::1", b"403"),
+        (b"GET /" + b"a" * 70_000 + b" HTTP/1.1", b"414"),
+        (b"GET / HTTP/1.1" + b"\r\nA: b" * 200, b"431"),
+    ],
+)
+def test_malformed_requests_are_answered(server, request_line, status):
+    answer = send_raw(server, request_line + b"\r\nHost: x\r\n\r\n")
+    assert answer.split()[1] == status
+    assert b'{"error": "' in answer
 
 
 def test_pages_of_other_addresses_are_refused(server, sound):

@@ -19,6 +19,7 @@ import json
 import math
 import socket
 import struct
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -26,7 +27,7 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import parse_qsl
 
 import torch
 
@@ -142,8 +143,9 @@ class DemoServer(ThreadingHTTPServer):
             self._connections.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A bug: the server goes on, and says so on its console."""
-        logger.exception("a request failed")
+        """The server goes on, and a bug is told on its console."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            logger.exception("a request failed")
 
     @contextlib.contextmanager
     def place(self) -> Iterator[None]:
@@ -218,7 +220,7 @@ def parse_settings(query: str, server: DemoServer) -> tuple[Sampling, int, int, 
             what = "a whole number" if kind is int else "a number"
             raise UserError(f"{key} must be {what}, not {text[:40]!r}.") from None
 
-    name = given.pop("name", "")[:200] or "the prompt"
+    name = "".join(letter for letter in given.pop("name", "")[:200] if letter.isprintable()) or "the prompt"
     if given.get("top_k") == "none":
         given["top_k"] = str(1 << 30)
     defaults = Sampling()
@@ -260,7 +262,6 @@ class Handler(BaseHTTPRequestHandler):
     """One connection."""
 
     protocol_version = "HTTP/1.1"
-    server_version, sys_version = "llama-mimi", ""
     timeout = STALL_SECONDS
     disable_nagle_algorithm = True
 
@@ -270,7 +271,7 @@ class Handler(BaseHTTPRequestHandler):
         return self.server
 
     def do_GET(self) -> None:
-        path = urlsplit(self.path).path
+        path = self.path.partition("?")[0]
         if path == "/":
             self._answer(PAGE.read_bytes(), "text/html; charset=utf-8")
         elif path == "/info":
@@ -284,11 +285,11 @@ class Handler(BaseHTTPRequestHandler):
         arrived = time.perf_counter()
         self._unread = True
         try:
-            url = urlsplit(self.path)
-            if url.path != "/continue":
+            path, _, query = self.path.partition("?")
+            if path != "/continue":
                 raise Refused(HTTPStatus.NOT_FOUND, NOTHING_HERE)
             self._require_same_origin()
-            settings = parse_settings(url.query, self.demo)
+            settings = parse_settings(query, self.demo)
             length = self._body_length()
             with self.demo.place():
                 body = self._read_body(length)
@@ -308,7 +309,7 @@ class Handler(BaseHTTPRequestHandler):
     def _require_same_origin(self) -> None:
         """Refuse what another site's page makes a browser send."""
         origin = self.headers.get("Origin")
-        if origin is not None and urlsplit(origin).netloc != self.headers.get("Host"):
+        if origin is not None and origin.partition("://")[2] != self.headers.get("Host"):
             raise Refused(HTTPStatus.FORBIDDEN, "a page of another address may not use this server.")
 
     def _body_length(self) -> int:
@@ -450,6 +451,9 @@ class Handler(BaseHTTPRequestHandler):
         status = HTTPStatus(code)
         sentence = NOTHING_HERE if status == HTTPStatus.NOT_FOUND else f"{message or status.phrase}."
         self._answer_json(status, {"error": sentence})
+
+    def version_string(self) -> str:
+        return "llama-mimi"
 
     def log_message(self, format: str, *args: Any) -> None:
         """Continuations are logged where they end."""
