@@ -361,7 +361,7 @@ def test_a_server_that_is_stopped_says_so(lm, sound):
         response = connection.getresponse()
         response.read(5)
     rest = response.read()
-    assert rest.endswith(b'{"error": "the server is being stopped."}')
+    assert rest.endswith(b'{"error": "the service is being stopped."}')
 
 
 def test_an_address_that_is_taken(lm, server):

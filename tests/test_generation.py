@@ -562,7 +562,7 @@ def test_a_service_that_is_closed_tells_its_listener(lm, random_codes):
     stream = service.listen(service.submit(Request(random_codes(4, 3), 240, sampling=HOT)))
     next(stream)
     service.close()
-    with pytest.raises(UserError, match="given up"):
+    with pytest.raises(UserError, match="being stopped"):
         list(stream)
     with pytest.raises(UserError, match="no more speech"):
         service.submit(Request(random_codes(4, 3), 4))

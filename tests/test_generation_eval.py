@@ -374,15 +374,15 @@ def test_the_same_command_goes_on_where_one_was_interrupted(prompts, model, mode
         pass
 
     made: list[int] = []
-    continue_codes = generation.continue_codes
+    generate = generation.Engine.generate
 
     def stop(*arguments):
         if len(made) == 1:
             raise Stopped
         made.append(1)
-        return continue_codes(*arguments)
+        return generate(*arguments)
 
-    monkeypatch.setattr(generation, "continue_codes", stop)
+    monkeypatch.setattr(generation.Engine, "generate", stop)
     asked = options(prompts, model, models, metrics=["speaker_similarity"])
     with pytest.raises(Stopped):
         command(asked)
@@ -390,7 +390,7 @@ def test_the_same_command_goes_on_where_one_was_interrupted(prompts, model, mode
     with (folder / "samples.jsonl").open("a") as file:
         file.write('{"prompt": "b.wa')  # a line that a kill cut off
     first = (folder / "audio" / "a.wav.0.wav").stat().st_mtime_ns
-    monkeypatch.setattr(generation, "continue_codes", lambda *a: made.append(1) or continue_codes(*a))
+    monkeypatch.setattr(generation.Engine, "generate", lambda *a: made.append(1) or generate(*a))
     assert command(asked) == 1
     assert len(made) == 3
     assert (folder / "audio" / "a.wav.0.wav").stat().st_mtime_ns == first

@@ -33,8 +33,15 @@ import torch
 
 from torchtitan.audio.codec import FRAME_RATE, FRAME_SIZE
 from torchtitan.audio.waveform import SAMPLE_RATE, load_beginning
-from torchtitan.generation import Engine, Request, Sampling, frame_bound, require_room
-from torchtitan.generation.speech import SpeechService
+from torchtitan.generation import (
+    Engine,
+    Request,
+    Sampling,
+    SpeechService,
+    frame_bound,
+    require_room,
+    sample_requests,
+)
 from torchtitan.models.speech_lm import SpeechLM
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.logging import logger
@@ -297,8 +304,8 @@ class Handler(BaseHTTPRequestHandler):
                 sampling, sample, max_frames, name = settings
                 prompt = self.demo.read_prompt(body, name, max_frames)
                 del body
-                request = Request(prompt, max_frames - prompt.shape[1], sampling=sampling, sample=sample)
-                last = self._stream(request, arrived)
+                (request,) = sample_requests(prompt, max_frames - prompt.shape[1], sampling, first=sample)
+                last = self._stream(request, sample, arrived)
             # With the place free again, as a client that has heard the end may ask for the next at once.
             if last is not None:
                 self._end_stream(*last)
@@ -341,7 +348,7 @@ class Handler(BaseHTTPRequestHandler):
         self._unread = False
         return bytes(body)
 
-    def _stream(self, request: Request, arrived: float) -> tuple[bytes, dict[str, Any]] | None:
+    def _stream(self, request: Request, sample: int, arrived: float) -> tuple[bytes, dict[str, Any]] | None:
         """Answer with the speech of a request while it is made, up to the last record.
 
         Returns:
@@ -361,7 +368,7 @@ class Handler(BaseHTTPRequestHandler):
                 "max_samples": prompt_samples + request.max_frames * FRAME_SIZE,
                 "sample_rate": SAMPLE_RATE,
                 "seed": request.sampling.seed,
-                "sample": request.sample,
+                "sample": sample,
             }
             self._send_record(b"S", start)
             for piece in service.listen(generation):
@@ -371,8 +378,6 @@ class Handler(BaseHTTPRequestHandler):
                     first_audio = time.perf_counter() - arrived
             elapsed = time.perf_counter() - arrived
             frames = sent // FRAME_SIZE - request.prompt.shape[1]
-            if frames < request.max_frames and not generation.ended:
-                raise UserError("the server is being stopped.")
             seconds = frames / FRAME_RATE
             figures = {
                 "frames": frames,

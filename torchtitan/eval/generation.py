@@ -32,7 +32,7 @@ from torchtitan.eval.scorers import (
     generative_perplexity,
 )
 from torchtitan.eval.statistics import standard_error
-from torchtitan.generation import Sampling, continue_codes, frame_bound
+from torchtitan.generation import BATCH_ROWS, Engine, Sampling, frame_bound, sample_requests
 from torchtitan.models.speech_lm import SpeechLM, choose_device
 from torchtitan.tools.errors import UserError
 
@@ -221,6 +221,8 @@ def generate(prompts: list[Path], names: dict[Path, str], options: Options, samp
         return
     lm = SpeechLM.load(options.model_name, options.audio_tokenizer, options.device, options.dtype)
     max_frames = frame_bound(lm, options.max_seconds)
+    rows = min(options.num_samples, BATCH_ROWS.get(lm.device.type, 8))
+    engine = Engine(lm, rows, lm.stream.sample_length(max_frames), consume=True)
     for path in tqdm(missing, desc="continuations", unit="prompt"):
         name = names[path]
         try:
@@ -231,7 +233,8 @@ def generate(prompts: list[Path], names: dict[Path, str], options: Options, samp
         except AudioError as error:
             samples.append({"prompt": name, "error": str(error)})
             continue
-        found = continue_codes(lm, codes, max_frames, options.sampling(), options.num_samples)
+        requests = sample_requests(codes, max_frames - codes.shape[1], options.sampling(), options.num_samples)
+        found = engine.generate(requests)
         entry: dict[str, Any] = {"prompt": name, "prompt_samples": waveform.numel(), "samples": []}
         for number, continuation in enumerate(found):
             audio = lm.codec.decode(torch.cat((codes, continuation.codes), dim=1)).clamp(-1, 1)

@@ -31,10 +31,10 @@ class Sampling:
         temperature: the logits are divided by it; 0 takes the most likely unit each time.
         top_k: draw from the k most likely units only; None from all.
         top_p: draw from the most likely units that together reach this probability, after ``top_k``; 1 is no limit.
+        seed: with the sample's number, the only source of randomness.
         repetition_penalty: a unit that its quantizer had in the last ``repetition_window`` frames has its logit divided
             by this if positive, multiplied if negative (Keskar et al., arXiv 1909.05858); 1 is no penalty.
         repetition_window: frames, prompt included, that are looked back on.
-        seed: with the sample's number, the only source of randomness.
 
     Raises:
         UserError: a value out of range.
@@ -43,9 +43,9 @@ class Sampling:
     temperature: float = 0.8
     top_k: int | None = 30
     top_p: float = 1.0
+    seed: int = 0
     repetition_penalty: float = 1.0
     repetition_window: int = 64
-    seed: int = 0
 
     def __post_init__(self):
         if not (math.isfinite(self.temperature) and self.temperature >= 0):

@@ -95,6 +95,7 @@ def sample_requests(
     sampling: Sampling,
     num_samples: int = 1,
     text_ids: tuple[int, ...] = (),
+    first: int = 0,
 ) -> list[Request]:
     """Requests for several samples of one prompt.
 
@@ -105,10 +106,12 @@ def sample_requests(
     Args:
         prompt: codes [Q, T]; T may be 0.
         max_frames: bound of the new frames.
+        first: the place of the first one among the prompt's samples.
     """
     content = prompt.to(torch.int16).contiguous().numpy().tobytes() + repr(text_ids).encode()
     digest = int.from_bytes(hashlib.sha256(content).digest()[:8], "little")
-    return [Request(prompt, max_frames, text_ids, sampling, digest << 32 | i) for i in range(num_samples)]
+    numbers = (digest << 32 | i for i in range(first, first + num_samples))
+    return [Request(prompt, max_frames, text_ids, sampling, number) for number in numbers]
 
 
 def continue_codes(
@@ -235,7 +238,9 @@ class SpeechService:
             if generation.error is not None:
                 raise generation.error
             if generation.cancelled:
-                raise UserError("the continuation was given up before its end.")
+                raise UserError(
+                    "the service is being stopped." if self._closed else "the continuation was given up before its end."
+                )
         finally:
             self.cancel(generation)
 
