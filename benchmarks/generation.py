@@ -92,8 +92,8 @@ def make_model(options: Options, device: torch.device) -> Any:
     return SpeechLM("random", model, None, stream, Codec(mimi, QUANTIZERS))
 
 
-def plain(lm: Any, prompts: list[torch.Tensor], frames: int) -> list[torch.Tensor]:
-    """The waveforms of transformers' way."""
+def plain(lm: Any, prompts: list[torch.Tensor], frames: int, decode: bool) -> list[torch.Tensor]:
+    """The waveforms of transformers' way; without ``decode`` none, and the units alone are made."""
     from transformers import StoppingCriteria, StoppingCriteriaList
 
     stream = lm.stream
@@ -115,7 +115,7 @@ def plain(lm: Any, prompts: list[torch.Tensor], frames: int) -> list[torch.Tenso
         stopping_criteria=StoppingCriteriaList([StopAtEnd()]),
     )
     waveforms = []
-    for row in found.tolist():
+    for row in found.tolist() if decode else []:
         text = "".join(strings[i - stream.base_size] for i in row if i >= stream.base_size)
         units = re.findall(r"<(\d+)_(\d+)>", text)
         # A random model says no whole frames; as many are decoded as were made.
@@ -186,7 +186,8 @@ def main(options: Options) -> None:
             ),
         }
         if not options.ours_only:
-            ways["plain"] = lambda prompts=prompts: plain(lm, prompts, frames)
+            ways["plain"] = lambda prompts=prompts: plain(lm, prompts, frames, True)
+            ways["plain, units alone"] = lambda prompts=prompts: plain(lm, prompts, frames, False)
         times: dict[str, list[float]] = {way: [] for way in ways}
         for turn in range(options.turns + 1):
             for way, function in ways.items():
@@ -201,7 +202,8 @@ def main(options: Options) -> None:
                 f"{rows * options.new_seconds / elapsed:.2f} times real time"
             )
         if "plain" in median:
-            print(f"{rows} rows, ratio: {median['plain'] / median['ours']:.2f}")
+            units = median["plain, units alone"] / median["ours, units alone"]
+            print(f"{rows} rows, ratios: {median['plain'] / median['ours']:.2f}, of the units alone {units:.2f}")
         if rows > 1:
             requests = [Request(prompt, frames, sample=i) for i, prompt in enumerate(prompts)]
             together = engine.generate(requests)
