@@ -83,7 +83,7 @@ class Generation:
     """A request on its way through the engine.
 
     Attributes:
-        frames: the new frames so far, ids [Q] each.
+        frames: the new frames so far, Q ids each.
         finished: nothing will be added.
         ended: the model drew ``</audio>``.
         cancelled: it was given up by :meth:`Engine.cancel`.
@@ -93,7 +93,7 @@ class Generation:
 
     def __init__(self, request: Request):
         self.request = request
-        self.frames: list[torch.Tensor] = []
+        self.frames: list[list[int]] = []
         self.finished = self.ended = self.cancelled = False
         self.error: UserError | None = None
         self.started = self.first_frame = 0.0
@@ -275,7 +275,7 @@ class Engine:
 
     def continuation(self, generation: Generation) -> Continuation:
         """What a request has got so far."""
-        ids = torch.cat(generation.frames) if generation.frames else torch.zeros(0, dtype=torch.int64)
+        ids = torch.tensor(generation.frames, dtype=torch.int64).view(-1)
         if self.constrained:
             return Continuation(self.stream.decode(ids), generation.ended)
         if generation.ended:
@@ -341,9 +341,10 @@ class Engine:
         """Drop the older half of a row's frames and read the others again."""
         request, num_quantizers = generation.request, self.stream.num_quantizers
         prefix = self.stream.sample(request.prompt[:, :0], request.text_ids, end=False)
-        units = torch.cat([self.stream.encode(request.prompt), *generation.frames])
-        keep = max(1, (self.context - prefix.numel()) // num_quantizers // 2) * num_quantizers
-        ids = torch.cat([prefix, units[units.numel() - min(keep, units.numel()) :]])
+        keep = max(1, (self.context - prefix.numel()) // num_quantizers // 2)
+        made = torch.tensor(generation.frames[-keep:], dtype=torch.int64).view(-1)
+        units = torch.cat([self.stream.encode(request.prompt), made])
+        ids = torch.cat([prefix, units[-keep * num_quantizers :]])
         if ids.numel() + num_quantizers > self.context:
             ids = prefix
         generation.length = ids.numel()
@@ -467,16 +468,15 @@ class Engine:
             generations, units, event = self._pending.popleft()
             if event is not None:
                 event.synchronize()
-            flags = units[:, -2:].tolist()
             now = time.perf_counter()
-            for generation, row, (ended, broken) in zip(generations, units, flags, strict=True):
+            for generation, (*ids, ended, broken) in zip(generations, units.tolist(), strict=True):
                 if generation.finished:
                     continue
                 changed.append(generation)
                 if broken:
                     generation.error = _not_finite(self.lm, self.dtype)
                 elif not (ended and self.constrained):
-                    generation.frames.append(row[:-2])
+                    generation.frames.append(ids)
                     generation.first_frame = generation.first_frame or now
                 generation.ended = bool(ended) and not broken
                 if ended or broken or len(generation.frames) == generation.request.max_frames:

@@ -234,7 +234,7 @@ class SpeechService:
                     frames = generation.frames[done:]
                 if frames:
                     done += len(frames)
-                    yield decoder.decode(self.engine.stream.decode(torch.cat(frames)))
+                    yield decoder.decode(self.engine.stream.decode(torch.tensor(frames).view(-1)))
             if generation.error is not None:
                 raise generation.error
             if generation.cancelled:
