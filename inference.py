@@ -92,7 +92,7 @@ class Options:
     repetition_penalty: float = 1.0
     """Over 1 makes units less likely that their quantizer had in the last --repetition_window frames."""
     repetition_window: int = 64
-    """Frames (of 80 ms) that the repetition penalty looks back on."""
+    """Frames (of 80 ms, at most 256) that the repetition penalty looks back on."""
     unconstrained: bool = False
     """Draw from the whole vocabulary, as the original did; what follows the first broken frame is dropped."""
     seed: int = 0
@@ -291,6 +291,7 @@ def finish(engine: Engine, job: Job, spectrogram: bool) -> dict[str, Any]:
         "prompt_frames": prompt.shape[1],
         "frames": frames,
         "seconds": frames / FRAME_RATE,
+        "first_frame_seconds": generation.first_frame - generation.started if frames else None,
         "ended": result.ended,
         "dropped_ids": result.dropped,
     }

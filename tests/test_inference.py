@@ -202,6 +202,7 @@ def test_samples_that_are_not_finite_are_not_written(tmp_path):
         ({"batch_size": 0}, "batch_size"),
         ({"repetition_penalty": 0.0}, "repetition_penalty"),
         ({"repetition_window": 0}, "repetition_window"),
+        ({"repetition_window": 257}, "repetition_window"),
         ({"unconditional": True}, "neither --prompt nor --text"),
         ({"prompt": ("{tmp}/folder.wav",)}, "no audio file"),
         ({"output": "-", "num_samples": 2}, "one prompt, one sample"),

@@ -30,6 +30,7 @@ from torchtitan.audio.token_stream import CODEBOOK_SIZE, TokenStream
 from torchtitan.generation.decoder import BLOCK, Decoder
 from torchtitan.generation.linear import MIN_ROWS, make_linear
 from torchtitan.generation.sampling import (
+    MAX_WINDOW,
     Sampling,
     candidate_words,
     candidates,
@@ -41,8 +42,6 @@ from torchtitan.generation.sampling import (
 from torchtitan.models.speech_lm import SpeechLM
 from torchtitan.tools.errors import UserError
 
-# Frames that the repetition penalty can look back on.
-HISTORY = 256
 _NO_LIMIT = 1 << 30
 
 
@@ -179,8 +178,8 @@ class Engine:
         self._top_p = zeros(rows, dtype=torch.float32)
         self._penalty = zeros(rows, dtype=torch.float32)
         self._window = zeros(rows)
-        # Candidates of the last frames, by frame number modulo HISTORY.
-        self._history = zeros(rows, num_quantizers, HISTORY)
+        # Candidates of the last frames, by frame number modulo MAX_WINDOW.
+        self._history = zeros(rows, num_quantizers, MAX_WINDOW)
         self._history_frames = zeros(rows)  # frames of prompt and continuation
         self._output = zeros(rows, num_quantizers + 2)
         size = CODEBOOK_SIZE + 1 if self.constrained else self.stream.vocab_size
@@ -325,14 +324,14 @@ class Engine:
         self._top_k[row] = _NO_LIMIT if sampling.top_k is None else sampling.top_k
         self._top_p[row] = sampling.top_p
         self._penalty[row] = sampling.repetition_penalty
-        self._window[row] = min(sampling.repetition_window, HISTORY)
+        self._window[row] = sampling.repetition_window
         frames = request.prompt.shape[1]
-        recent = torch.arange(max(0, frames - HISTORY), frames)
+        recent = torch.arange(max(0, frames - MAX_WINDOW), frames)
         units = request.prompt
         if not self.constrained:
             units = self.stream.encode(units).view(frames, self.stream.num_quantizers).T
         self._history[row] = 0
-        self._history[row, :, recent % HISTORY] = units[:, recent].to(self.device)
+        self._history[row, :, recent % MAX_WINDOW] = units[:, recent].to(self.device)
         self._history_frames[row] = frames
         self._active.append(generation)
         self._plan = None
@@ -389,7 +388,7 @@ class Engine:
         words = position_words(self._keys[:rows], numbers + torch.arange(num_quantizers, device=self.device))
         ended = torch.zeros(rows, dtype=torch.bool, device=self.device)
         broken = torch.zeros_like(ended)
-        place = (self._history_frames[:rows] % HISTORY)[:, None]
+        place = (self._history_frames[:rows] % MAX_WINDOW)[:, None]
         for quantizer in range(num_quantizers):
             logits = self._logits(hidden, quantizer)
             broken = broken | (~torch.isfinite(logits.sum(dim=1)) & ~ended)
@@ -433,7 +432,7 @@ class Engine:
 
     def _seen(self, rows: int, quantizer: int, size: int) -> torch.Tensor:
         """Which candidates a quantizer had in each row's window, bool [rows, size]."""
-        age = (self._history_frames[:rows, None] - 1 - torch.arange(HISTORY, device=self.device)) % HISTORY
+        age = (self._history_frames[:rows, None] - 1 - torch.arange(MAX_WINDOW, device=self.device)) % MAX_WINDOW
         within = (age < self._window[:rows, None]) & (age < self._history_frames[:rows, None])
         units = torch.where(within, self._history[:rows, quantizer], size)
         seen = torch.zeros(rows, size + 1, dtype=torch.bool, device=self.device)

@@ -20,6 +20,9 @@ import torch
 
 from torchtitan.tools.errors import UserError
 
+# Frames that the repetition penalty can look back on.
+MAX_WINDOW = 256
+
 _WORD = 0xFFFF_FFFF
 
 
@@ -56,8 +59,8 @@ class Sampling:
             raise UserError(f"top_p must be over 0 and at most 1, not {self.top_p}.")
         if not 0 < self.repetition_penalty < math.inf:
             raise UserError(f"repetition_penalty must be over 0 (1 is no penalty), not {self.repetition_penalty}.")
-        if self.repetition_window < 1:
-            raise UserError(f"repetition_window must be 1 frame or more, not {self.repetition_window}.")
+        if not 1 <= self.repetition_window <= MAX_WINDOW:
+            raise UserError(f"repetition_window must be 1 to {MAX_WINDOW} frames, not {self.repetition_window}.")
 
 
 def penalize(logits: torch.Tensor, seen: torch.Tensor, penalty: torch.Tensor) -> torch.Tensor:
