@@ -8,6 +8,7 @@ With ``--output -`` the speech of one prompt goes to standard output while it is
 ``python inference.py --output - | aplay -f S16_LE -r 24000``.
 """
 
+import functools
 import http.client
 import io
 import json
@@ -157,14 +158,18 @@ def run(options: Options) -> list[Path]:
         raise UserError(f"batch_size must be 1 or more, not {options.batch_size}.")
     sources = find_prompts(options)
     streamed = options.output == "-"
-    if streamed and (len(sources) > 1 or options.num_samples > 1 or options.unconstrained):
-        raise UserError("--output - takes one prompt, one sample and constrained sampling.")
+    files = options.report is not None or options.spectrogram or options.skip_existing
+    if streamed and (len(sources) > 1 or options.num_samples > 1 or options.unconstrained or files):
+        raise UserError(
+            "--output - takes one prompt, one sample and constrained sampling, and neither --report, --spectrogram nor "
+            "--skip_existing."
+        )
     outputs = [] if streamed else output_paths(options.output, sources, options.num_samples)
-    for source, paths in zip(sources, outputs, strict=False):
-        for path in paths:
-            check_output(path, source)
-    if options.report is not None and not Path(options.report).parent.is_dir():
-        raise UserError(f"{options.report}: the folder {Path(options.report).parent} does not exist.")
+    prompts = {identity(source) for source in sources if source is not None and os.path.exists(source)}
+    for path in (path for paths in outputs for path in paths):
+        check_output(path, prompts)
+    if options.report is not None:
+        check_writable(Path(options.report))
     device = choose_device(options.device)
     failed: dict[str, str] = {}
     if len(sources) == 1 and sources[0] is not None:
@@ -219,7 +224,10 @@ def run(options: Options) -> list[Path]:
     if options.report is not None:
         report = {"command": sys.argv, "model_name": options.model_name, "dtype": engine.dtype, "device": str(device)}
         content = json.dumps({**report, **results, "failed": failed}, indent=2)
-        Path(options.report).write_text(content + "\n", encoding="utf-8")
+        try:
+            Path(options.report).write_text(content + "\n", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"{options.report}: the report could not be written ({error.strerror}).") from None
     if failed:
         raise UserError(f"{len(failed)} of {len(sources)} prompts could not be used; the others were continued.")
     return [Path(result["output"]) for result in results["outputs"]]
@@ -280,7 +288,8 @@ def finish(engine: Engine, job: Job, spectrogram: bool) -> dict[str, Any]:
 
         draw_spectrogram(job.output.with_suffix(".png"), waveform, prompt.shape[1] * FRAME_SIZE)
     frames = result.codes.shape[1]
-    how = "ended by itself" if result.ended else f"stopped at the bound of {prompt.shape[1] + frames} frames in all"
+    bound = prompt.shape[1] + job.request.max_frames
+    how = "ended by itself" if result.ended else f"stopped at the bound of {bound} frames in all"
     if result.dropped:
         how += f", {result.dropped} ids dropped from the first broken frame on"
     say(f"continuation: {frames} frames, {frames / FRAME_RATE:.2f} s, {how}; {job.output} written")
@@ -447,25 +456,50 @@ def output_format(path: Path) -> tuple[str, str | None]:
         UserError: no format that can be written has this ending.
     """
     ending = path.suffix[1:].lower()
-    file_format, subtype = ENDINGS.get(ending, (ending.upper(), None))
-    try:
-        if file_format == "SD2":  # keeps its header in a second file
-            raise ValueError(file_format)
-        soundfile.write(io.BytesIO(), torch.zeros(SAMPLE_RATE).numpy(), SAMPLE_RATE, subtype, format=file_format)
-    except (TypeError, ValueError, soundfile.SoundFileError):
+    if not can_write(ending):
         raise UserError(
             f"{path}: no audio format with the ending {path.suffix!r} can be written; use .wav, .flac, .ogg or .mp3."
-        ) from None
-    return file_format, subtype
+        )
+    return ENDINGS.get(ending, (ending.upper(), None))
 
 
-def check_output(path: Path, prompt: str | None) -> None:
-    """Refuse an output that could not be written once the model has run.
+@functools.cache
+def can_write(ending: str) -> bool:
+    """Whether libsndfile writes 24 kHz speech in the format of an ending, seen by trying."""
+    file_format, subtype = ENDINGS.get(ending, (ending.upper(), None))
+    if file_format == "SD2":  # keeps its header in a second file
+        return False
+    try:
+        soundfile.write(io.BytesIO(), torch.zeros(SAMPLE_RATE).numpy(), SAMPLE_RATE, subtype, format=file_format)
+    except (TypeError, ValueError, soundfile.SoundFileError):
+        return False
+    return True
+
+
+def identity(path: str | Path) -> tuple[int, int]:
+    """What tells one file from another, whatever it is called."""
+    stat = os.stat(path)
+    return stat.st_dev, stat.st_ino
+
+
+def check_output(path: Path, prompts: set[tuple[int, int]]) -> None:
+    """Refuse an output that could not be written once the model has run, or that is one of the prompts.
 
     Raises:
-        UserError: an unknown ending, a folder that is not there or closed to us, or the prompt's own file.
+        UserError: an unknown ending, a folder that is not there or closed to us, or a prompt's own file.
     """
     output_format(path)
+    check_writable(path)
+    if path.exists() and identity(path) in prompts:
+        raise UserError(f"{path}: this is a prompt's own file; choose another --output.")
+
+
+def check_writable(path: Path) -> None:
+    """Refuse a file that could not be written.
+
+    Raises:
+        UserError: with the reason.
+    """
     folder = path.parent
     if not folder.is_dir():
         raise UserError(f"{path}: the folder {folder} does not exist.")
@@ -473,8 +507,6 @@ def check_output(path: Path, prompt: str | None) -> None:
         raise UserError(f"{path}: this is a folder, not a file.")
     if not os.access(path if path.exists() else folder, os.W_OK):
         raise UserError(f"{path}: the file cannot be written (no permission).")
-    if prompt is not None and path.exists() and os.path.exists(prompt) and path.samefile(prompt):
-        raise UserError(f"{path}: this is the prompt's own file; choose another --output.")
 
 
 def write_audio(path: Path, waveform: torch.Tensor) -> None:
@@ -493,6 +525,7 @@ def write_audio(path: Path, waveform: torch.Tensor) -> None:
                 file.write(block.numpy())
         part.replace(path)
     except (OSError, soundfile.SoundFileError) as error:
+        part.unlink(missing_ok=True)
         raise UserError(f"{path}: the file could not be written ({error}).") from None
 
 

@@ -7,7 +7,9 @@ the frames are decoded here as they arrive. Of the model's folder only the confi
 """
 
 import http.client
+import itertools
 import json
+import math
 import time
 import urllib.error
 import urllib.request
@@ -62,6 +64,8 @@ def run(options: Options) -> None:
     Raises:
         UserError: a file, the codec or the server cannot be used, or the server sent no whole frames.
     """
+    if not 0 < options.max_seconds < math.inf:
+        raise UserError(f"max_seconds must be a number of seconds over 0, not {options.max_seconds}.")
     stream, codec = load_ends(options.model_name, options.audio_tokenizer)
     waveform = load_audio(options.prompt, options.max_seconds)
     prompt = codec.encode([waveform])[0]
@@ -88,10 +92,12 @@ def run(options: Options) -> None:
             times.append(time.perf_counter() - start)
             yield token
 
+    arrived = whole_frames(stream, arriving())
+    first = list(itertools.islice(arrived, 1))  # a server that refuses leaves an earlier output as it is
     samples = 0
     try:
         with soundfile.SoundFile(options.output, "w", SAMPLE_RATE, 1) as file:
-            for piece in to_audio(codec, prompt, whole_frames(stream, arriving())):
+            for piece in to_audio(codec, prompt, itertools.chain(first, arrived)):
                 file.write(piece.clamp(-1.0, 1.0).numpy())
                 samples += piece.numel()
     except (OSError, TypeError, ValueError, soundfile.SoundFileError) as error:
@@ -102,8 +108,8 @@ def run(options: Options) -> None:
     how = "ended by itself" if stream.audio_end_id in received else "stopped at the bound"
     print(f"prompt: {prompt.shape[1]} frames; continuation: {frames} frames, {frames / FRAME_RATE:.2f} s, {how}")
     if frames:
-        first, last = times[stream.num_quantizers - 1], times[stream.num_quantizers * frames - 1]
-        print(f"first frame after {first:.2f} s, last after {last:.2f} s")
+        begin, end = times[stream.num_quantizers - 1], times[stream.num_quantizers * frames - 1]
+        print(f"first frame after {begin:.2f} s, last after {end:.2f} s")
     print(f"{options.output} written")
 
 

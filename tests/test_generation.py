@@ -309,6 +309,33 @@ def test_alone_and_in_any_batch(speech_model, random_codes, dtype):
             assert result.ended == expected.ended
 
 
+def test_the_rehearsal_of_a_capture_leaves_no_trace(lm, random_codes, monkeypatch):
+    """What a GPU does before it captures a frame as a graph, here before every frame."""
+    requests = mixed_requests(random_codes)[:5]
+    expected = Engine(lm, 3, context=300).generate(requests)
+    frame = Engine._frame
+
+    def rehearsed(engine: Engine, *arguments) -> None:
+        monkeypatch.setattr(Engine, "_frame", frame)
+        engine._rehearse(*arguments)
+        frame(engine, *arguments)
+        monkeypatch.setattr(Engine, "_frame", rehearsed)
+
+    monkeypatch.setattr(Engine, "_frame", rehearsed)
+    for result, plain in zip(Engine(lm, 3, context=300).generate(requests), expected, strict=True):
+        assert torch.equal(result.codes, plain.codes)
+
+
+def test_rotary_scaling_that_depends_on_the_length(lm, random_codes):
+    lm.model.config.max_position_embeddings = 300  # the cache has 384 positions
+    lm.model.config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 4.0}
+    lm.model.model.rotary_emb = type(lm.model.model.rotary_emb)(lm.model.config)
+    prompt = random_codes(4, 30)
+    (result,) = Engine(lm).generate([Request(prompt, 20, sampling=GREEDY)])
+    expected = generate(lm, lm.stream.sample(prompt, end=False), 80, Constraint(lm.stream))
+    assert lm.stream.encode(result.codes).tolist() == expected
+
+
 def test_samples_do_not_depend_on_how_many_there_are(lm, random_codes):
     make_stops_likely(lm)
     prompt = random_codes(4, 3)
@@ -578,6 +605,13 @@ def test_an_engine_that_fails_tells_its_listeners(lm, random_codes, monkeypatch)
             list(stream)
         with pytest.raises(UserError, match="no more speech"):
             service.submit(Request(random_codes(4, 3), 4))
+
+
+def test_a_request_that_fails_when_it_gets_its_row_tells_its_listener(lm, random_codes, monkeypatch):
+    engine = Engine(lm, context=1000)
+    monkeypatch.setattr(engine.decoder, "prefill", lambda *_: 1 / 0)
+    with SpeechService(engine) as service, pytest.raises(UserError, match="ZeroDivisionError"):
+        list(service.listen(service.submit(Request(random_codes(4, 3), 4))))
 
 
 def test_an_error_reaches_the_listener(lm, random_codes):

@@ -96,6 +96,9 @@ def test_prompt_without_room_is_refused(lm, random_codes):
         ({"temperature": -0.1}, "temperature"),
         ({"temperature": math.nan}, "temperature"),
         ({"temperature": math.inf}, "temperature"),
+        ({"temperature": 1e39}, "temperature"),
+        ({"repetition_penalty": 1e39}, "repetition_penalty"),
+        ({"repetition_penalty": math.nan}, "repetition_penalty"),
         ({"top_k": 0}, "top_k"),
         ({"top_p": 0.0}, "top_p"),
         ({"top_p": 1.1}, "top_p"),
@@ -193,7 +196,7 @@ def test_samples_that_are_not_finite_are_not_written(tmp_path):
         ({"output": "{tmp}/out.sd2"}, "can be written"),
         ({"output": "{tmp}/nowhere/out.wav"}, "does not exist"),
         ({"output": "{tmp}/folder.wav"}, "a folder"),
-        ({"output": "{tmp}/copy.wav", "prompt": ("{tmp}/copy.wav",)}, "the prompt's own file"),
+        ({"output": "{tmp}/copy.wav", "prompt": ("{tmp}/copy.wav",)}, "a prompt's own file"),
         ({"prompt": ("{tmp}/missing.wav",)}, "no such file"),
         ({"prompt": ("{tmp}/text.wav",)}, "not a readable audio file"),
         ({"prompt": ("http://127.0.0.1:9/x.wav",)}, "could not be downloaded"),
@@ -206,6 +209,8 @@ def test_samples_that_are_not_finite_are_not_written(tmp_path):
         ({"unconditional": True}, "neither --prompt nor --text"),
         ({"prompt": ("{tmp}/folder.wav",)}, "no audio file"),
         ({"output": "-", "num_samples": 2}, "one prompt, one sample"),
+        ({"output": "-", "spectrogram": True}, "neither --report"),
+        ({"report": "{tmp}/folder.wav"}, "a folder"),
         ({"report": "{tmp}/nowhere/r.json"}, "does not exist"),
         ({"temperature": -1.0}, "temperature"),
         ({"device": "tpu"}, "device"),
@@ -258,6 +263,15 @@ def test_several_prompts_and_a_folder(speech_model, prompt_file, tmp_path, make_
     assert list(report["failed"]) == [str(folder / "broken.wav")]
     (alone, _) = inference.run(options(speech_model, prompt_file, tmp_path, num_samples=2, batch_size=1))
     assert np.array_equal(soundfile.read(alone)[0], soundfile.read(tmp_path / "out" / "prompt-0.wav")[0])
+
+
+def test_no_prompt_is_written_over(tmp_path, prompt_file):
+    """Not even by what another prompt's output is called."""
+    (tmp_path / "out-b.wav").write_bytes(prompt_file.read_bytes())
+    (tmp_path / "b.wav").write_bytes(prompt_file.read_bytes())
+    prompts = (str(tmp_path / "b.wav"), str(tmp_path / "out-b.wav"))
+    with pytest.raises(UserError, match=r"out-b\.wav: this is a prompt's own file"):
+        inference.run(inference.Options(model_name="/no", prompt=prompts, output=str(tmp_path / "out.wav")))
 
 
 def test_prompts_have_random_numbers_of_their_own(lm, random_codes):

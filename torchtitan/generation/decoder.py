@@ -131,7 +131,8 @@ class Decoder(nn.Module):
         self.num_kv_heads = config.num_key_value_heads
         head_dim = model.model.layers[0].self_attn.head_dim
         self.capacity = -(-capacity // BLOCK) * BLOCK
-        positions = torch.arange(self.capacity, device=device)
+        # Some kinds of scaling depend on the largest position; those past the model's context are never reached.
+        positions = torch.arange(self.capacity, device=device).clamp(max=config.max_position_embeddings - 1)
         cos, sin = model.model.rotary_emb(weight[:1, :1], positions[None])
         sin = torch.cat([-sin[..., : head_dim // 2], sin[..., head_dim // 2 :]], dim=-1)
         self.register_buffer("cos", cos[0][:, None])

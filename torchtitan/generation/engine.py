@@ -291,7 +291,8 @@ class Engine:
         Returns the requests that got a frame or finished; on CUDA the frame is the one before.
         """
         while self._queue and len(self._active) < self.rows:
-            self._admit(self._queue.popleft())
+            self._admit(self._queue[0])  # where fail() finds it until it has its row
+            self._queue.popleft()
         num_quantizers = self.stream.num_quantizers
         if any(generation.length + num_quantizers > self.context for generation in self._active):
             changed = self._collect(0)
@@ -321,7 +322,7 @@ class Engine:
         self._frame_numbers[row] = 0
         self._keys[row] = torch.tensor(sample_key(sampling.seed, request.sample))
         self._temperature[row] = sampling.temperature
-        self._top_k[row] = _NO_LIMIT if sampling.top_k is None else sampling.top_k
+        self._top_k[row] = min(sampling.top_k or _NO_LIMIT, _NO_LIMIT)
         self._top_p[row] = sampling.top_p
         self._penalty[row] = sampling.repetition_penalty
         self._window[row] = sampling.repetition_window
@@ -365,11 +366,12 @@ class Engine:
         if rows > active:  # rows without a request compute for nothing, at a position that there is
             self.decoder.positions[active:rows] = 0
         if cuda:
-            self._replay(rows, length, self._plan)
-            units = torch.empty(active, num_quantizers + 2, dtype=torch.int64, pin_memory=True)
-            units.copy_(self._output[:active], non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
+            with torch.cuda.device(self.device):
+                self._replay(rows, length, self._plan)
+                units = torch.empty(active, num_quantizers + 2, dtype=torch.int64, pin_memory=True)
+                units.copy_(self._output[:active], non_blocking=True)
+                event = torch.cuda.Event()
+                event.record()
         else:
             self._frame(rows, length, self._plan)
             units, event = self._output[:active].cpu().clone(), None
@@ -442,15 +444,10 @@ class Engine:
         """Run :meth:`_frame` as a CUDA graph, which is captured the first time."""
         graph = self._graphs.get((rows, length, plan))
         if graph is None:
-            state = [*self._state, self.decoder.positions]
-            saved = [tensor.clone() for tensor in state]
             stream = torch.cuda.Stream(self.device)
             stream.wait_stream(torch.cuda.current_stream(self.device))
             with torch.cuda.stream(stream):
-                for _ in range(2):  # libraries and compiled code set themselves up
-                    self._frame(rows, length, plan)
-                    for tensor, before in zip(state, saved, strict=True):
-                        tensor.copy_(before)
+                self._rehearse(rows, length, plan)
             torch.cuda.current_stream(self.device).wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
             # Other threads may decode meanwhile, whose calls are none of the graph's business.
@@ -459,6 +456,15 @@ class Engine:
             self._pool = self._pool or graph.pool()
             self._graphs[rows, length, plan] = graph
         graph.replay()
+
+    def _rehearse(self, rows: int, length: int, plan: Plan) -> None:
+        """Run :meth:`_frame` twice and undo it, so that libraries and compiled code are set up before a capture."""
+        state = [*self._state, self.decoder.positions, self.decoder.mask]
+        saved = [tensor.clone() for tensor in state]
+        for _ in range(2):
+            self._frame(rows, length, plan)
+            for tensor, before in zip(state, saved, strict=True):
+                tensor.copy_(before)
 
     def _collect(self, lag: int) -> list[Generation]:
         """Hand out the frames that have arrived, all but the last ``lag`` that were launched."""

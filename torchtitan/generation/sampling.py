@@ -51,14 +51,18 @@ class Sampling:
     repetition_window: int = 64
 
     def __post_init__(self):
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise UserError(f"temperature must be 0 (the most likely unit) or more, not {self.temperature}.")
+        if not 0 <= self.temperature <= 1e30:  # within float32
+            raise UserError(
+                f"temperature must be 0 (the most likely unit) or more, at most 1e30, not {self.temperature}."
+            )
         if self.top_k is not None and self.top_k < 1:
             raise UserError(f"top_k must be 1 or more, not {self.top_k}; leave it at None to draw from all units.")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p must be over 0 and at most 1, not {self.top_p}.")
-        if not 0 < self.repetition_penalty < math.inf:
-            raise UserError(f"repetition_penalty must be over 0 (1 is no penalty), not {self.repetition_penalty}.")
+        if not 1e-30 <= self.repetition_penalty <= 1e30:
+            raise UserError(
+                f"repetition_penalty must be over 0 (1 is no penalty) and at most 1e30, not {self.repetition_penalty}."
+            )
         if not 1 <= self.repetition_window <= MAX_WINDOW:
             raise UserError(f"repetition_window must be 1 to {MAX_WINDOW} frames, not {self.repetition_window}.")
 

@@ -19,6 +19,9 @@ from torchtitan.tools.errors import UserError
 # The sequence length of the published recipe: BOS, <audio>, frames, </audio>.
 DEFAULT_MAX_IDS = 1024
 
+# What can be asked for at most, whatever the context.
+MAX_SECONDS = 86_400
+
 # Continuations of one call that are decoded together.
 BATCH_ROWS = {"cpu": 8, "cuda": 64, "mps": 8}
 
@@ -46,6 +49,8 @@ def frame_bound(
         return min(context, lm.stream.max_frames(DEFAULT_MAX_IDS, num_text))
     if not max_seconds * FRAME_RATE >= 1 or not math.isfinite(max_seconds):
         raise UserError(f"{name} must be a number from {1 / FRAME_RATE:.2f} (one frame) on, not {max_seconds}.")
+    if max_seconds > MAX_SECONDS:
+        raise UserError(f"{name} can be at most {MAX_SECONDS:,} (a day), not {max_seconds:g}.")
     frames = math.floor(max_seconds * FRAME_RATE + 1e-6)
     if frames > context and not slides:
         raise UserError(
@@ -251,16 +256,17 @@ class SpeechService:
                 self._changed.wait_for(lambda: self._closed or self._given_up or not self.engine.idle)
                 given_up, self._given_up = self._given_up, []
                 closed = self._closed
-            for generation in given_up:
-                self.engine.cancel(generation)
             try:
+                for generation in given_up:
+                    self.engine.cancel(generation)
                 if closed:
                     self.engine.cancel_all()
                 else:
                     self.engine.advance()
             except Exception as error:  # listeners in other threads wait for it
-                self.engine.fail(error)
-                self._failure = error
+                with self._changed:
+                    self._failure = error
+                    self.engine.fail(error)
             with self._changed:
                 self._changed.notify_all()
             if closed:
