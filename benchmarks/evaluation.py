@@ -20,14 +20,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from models import QUANTIZERS, make_model
 
 ROOT = Path(__file__).resolve().parent.parent
-QUANTIZERS = 4
-SIZES: dict[str, dict[str, int]] = {
-    "small": {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 1024},
-    "mid": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 2048},
-    "1.3B": {"hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 32, "intermediate_size": 8192},
-}
 
 
 @dataclass
@@ -77,33 +72,6 @@ def make_task(folder: Path, pairs: int, shared: float) -> Path:
     return folder
 
 
-def make_model(options: Options, device: torch.device) -> Any:
-    """The language model and the codec, with random weights, as eval/*.py loads them."""
-    from transformers import LlamaConfig, LlamaForCausalLM, MimiConfig, MimiModel
-
-    from torchtitan.audio.codec import Codec
-    from torchtitan.audio.token_stream import TokenStream
-    from torchtitan.models.speech_lm import SpeechLM
-
-    torch.manual_seed(0)
-    mimi = MimiModel(MimiConfig())
-    for module in mimi.modules():
-        if hasattr(module, "embed_sum"):
-            module.embed_sum.normal_()  # type: ignore[operator]
-    size = SIZES[options.size]
-    config = LlamaConfig(
-        vocab_size=options.vocabulary,
-        num_key_value_heads=max(1, size["num_attention_heads"] // 4),
-        tie_word_embeddings=True,
-        **size,  # type: ignore[arg-type]
-    )
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    model: Any = LlamaForCausalLM(config).to(dtype)
-    stream = TokenStream(options.vocabulary - 2048 * QUANTIZERS - 2, QUANTIZERS, options.vocabulary - 8_450)
-    codec = Codec(mimi, QUANTIZERS).to(device)
-    return SpeechLM("random", model.to(device).eval().requires_grad_(False), None, stream, codec)
-
-
 @torch.no_grad()
 def plain(lm: Any, task: Any, pairs: int) -> list[torch.Tensor]:
     """The NLLs of each clip of the first pairs, one clip at a time."""
@@ -131,7 +99,9 @@ def measure(way: str, options: Options, folder: str, results: Any) -> None:
 
     if way == "ours":
         tune_malloc()  # as eval/*.py do
-    lm = make_model(options, choose_device())
+    device = choose_device()
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    lm = make_model(options.size, options.vocabulary, dtype, device)
     (task,), _ = open_tasks(folder, SALMON.tasks, SALMON.columns, True)
     seconds: dict[str, tuple[float, float]] = {}
     found: dict[str, list[Any]] = {}

@@ -22,16 +22,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from models import QUANTIZERS, make_model
 
 from torchtitan.audio.codec import FRAME_RATE
 from torchtitan.generation import Engine, Request, Sampling, stream_speech
-
-QUANTIZERS = 4
-SIZES: dict[str, dict[str, int]] = {
-    "small": {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 1024},
-    "mid": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 2048},
-    "1.3B": {"hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 32, "intermediate_size": 8192},
-}
 
 
 @dataclass
@@ -58,38 +52,6 @@ class Options:
     """Default: cuda if there is one."""
     ours_only: bool = False
     """Leave the plain way out."""
-
-
-def make_model(options: Options, device: torch.device) -> Any:
-    """The language model and the codec, with random weights."""
-    from transformers import LlamaConfig, LlamaForCausalLM, MimiConfig, MimiModel
-
-    from torchtitan.audio.codec import Codec
-    from torchtitan.audio.token_stream import TokenStream
-    from torchtitan.models.speech_lm import SpeechLM
-
-    torch.manual_seed(0)
-    stream = TokenStream(options.vocabulary - 2048 * QUANTIZERS - 2, QUANTIZERS, 0)
-    sizes = SIZES[options.size]
-    config = LlamaConfig(
-        **sizes,
-        num_key_value_heads=max(1, sizes["num_attention_heads"] // 4),
-        head_dim=64,
-        vocab_size=options.vocabulary,
-        tie_word_embeddings=True,
-        max_position_embeddings=4096,
-        bos_token_id=0,
-        eos_token_id=None,
-    )
-    dtype = torch.float32 if options.dtype == "float32" else torch.bfloat16
-    with torch.device(device):
-        model = LlamaForCausalLM(config).to(dtype).eval().requires_grad_(False)
-        mimi = MimiModel(MimiConfig()).eval()
-        for module in mimi.modules():
-            if hasattr(module, "embed_sum"):
-                module.embed_sum.normal_()
-                module._embed = None
-    return SpeechLM("random", model, None, stream, Codec(mimi, QUANTIZERS))
 
 
 def plain(lm: Any, prompts: list[torch.Tensor], frames: int, decode: bool) -> list[torch.Tensor]:
@@ -170,7 +132,8 @@ def bytes_of_step(engine: Engine, rows: int, positions: float) -> float:
 def main(options: Options) -> None:
     """Measure and print."""
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    lm = make_model(options, device)
+    dtype = torch.float32 if options.dtype == "float32" else torch.bfloat16
+    lm = make_model(options.size, options.vocabulary, dtype, device)
     prompt_frames, frames = round(options.prompt_seconds * FRAME_RATE), round(options.new_seconds * FRAME_RATE)
     context = lm.stream.sample_length(prompt_frames + frames)
     speed = bandwidth(device)
