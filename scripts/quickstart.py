@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from torchtitan.tools.errors import UserError, run_command
+from torchtitan.tools.plots import draw_losses, read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN = "quickstart"
@@ -93,6 +94,7 @@ def main(options: Options) -> None:
     heading("5. Draw the loss curve")
     figures = read_metrics(output / RUN / "metrics.jsonl")
     draw_losses(figures, curve)
+    print(f"   {curve}")
     summarize(figures, results, model, wav, curve, time.time() - started)
 
 
@@ -154,38 +156,6 @@ def show(line: str) -> None:
         print(f"\r   {line}", end="\n" if bar.group(1) == "100" else "", flush=True)
     elif bar.group(1) == "100":
         print(f"   {line}", flush=True)
-
-
-def read_metrics(path: Path) -> dict[str, dict[int, float]]:
-    """Figures by name and step from a run's metrics.jsonl; of a step that was run twice, the later one."""
-    figures: dict[str, dict[int, float]] = {}
-    for line in path.read_text().splitlines():
-        entry = json.loads(line)
-        for name, value in entry.items():
-            if name != "step":
-                figures.setdefault(name, {})[entry["step"]] = value
-    return {name: dict(sorted(values.items())) for name, values in figures.items()}
-
-
-def draw_losses(figures: dict[str, dict[int, float]], path: Path) -> None:
-    """Plot training and validation loss over steps, and the entropy of the validation codes as the line to beat."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    axes.plot(*zip(*figures["loss"].items(), strict=True), label="training", color="#3b7dd8")
-    axes.plot(*zip(*figures["validation/loss"].items(), strict=True), "o-", label="validation", color="#d8703b")
-    entropy = list(figures["validation/code_entropy"].values())[-1]
-    axes.axhline(entropy, linestyle="--", color="#888888", label="entropy of the validation codes")
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss (nats a token)")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-    print(f"   {path}")
 
 
 def summarize(

@@ -29,13 +29,27 @@ def spectrogram(waveform: torch.Tensor) -> torch.Tensor:
     return (decibels - decibels.max()).clamp(min=-80)
 
 
-def draw_spectrogram(path: Path, waveform: torch.Tensor, prompt_samples: int = 0, title: str | None = None) -> None:
-    """Draw a waveform [n] at 24 kHz into a PNG file; a line marks where ``prompt_samples`` end."""
+def draw_spectrogram(
+    path: Path,
+    waveform: torch.Tensor,
+    prompt_samples: int = 0,
+    title: str | None = None,
+    *,
+    colormap: str = "magma",
+    marker: str = "#cc5f20",
+    dpi: float = 100,
+) -> None:
+    """Draw a waveform [n] at 24 kHz into a PNG file of 10 by 4.5 inches; a line marks where ``prompt_samples`` end.
+
+    Args:
+        colormap: matplotlib's name of the colours from -80 to 0 dB.
+        marker: the colour of the line and of the words above it.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     seconds = waveform.numel() / SAMPLE_RATE
-    figure = Figure(figsize=(10, 4.5), dpi=100, layout="constrained")
+    figure = Figure(figsize=(10, 4.5), dpi=dpi, layout="constrained")
     FigureCanvasAgg(figure)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[1, 2.5])
     # An outline of at most 4,000 points draws as fast for ten minutes as for ten seconds.
@@ -50,7 +64,7 @@ def draw_spectrogram(path: Path, waveform: torch.Tensor, prompt_samples: int = 0
         origin="lower",
         aspect="auto",
         extent=(0, seconds, 0, SAMPLE_RATE / 2),
-        cmap="magma",
+        cmap=colormap,
         vmin=-80,
         vmax=0,
         interpolation="nearest",
@@ -62,8 +76,8 @@ def draw_spectrogram(path: Path, waveform: torch.Tensor, prompt_samples: int = 0
     if 0 < prompt_samples < waveform.numel():
         boundary = prompt_samples / SAMPLE_RATE
         for axes in (above, below):
-            axes.axvline(boundary, color="#e07b39", linewidth=1.5)
-        above.text(boundary, 1.05, "prompt ◂ ▸ continuation", ha="center", va="bottom", color="#b85a1e")
+            axes.axvline(boundary, color=marker, linewidth=1.5)
+        above.text(boundary, 1.05, "prompt ◂ ▸ continuation", ha="center", va="bottom", color=marker)
     if title:
         figure.suptitle(title)
     figure.savefig(path)
