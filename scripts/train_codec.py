@@ -64,13 +64,13 @@ class Options:
     """Folder for the codec (config.json, model.safetensors, preprocessor_config.json)."""
     work: Path | None = None
     """Folder for the decoded audio and checkpoints; <output>.training by default. It may be deleted at the end."""
-    continuous_steps: int = 2000
+    continuous_steps: int = 1500
     """Steps of stage 1."""
-    quantized_steps: int = 1500
+    quantized_steps: int = 1000
     """Steps of stage 2."""
-    decoder_steps: int = 4000
+    decoder_steps: int = 2500
     """Steps of stage 3."""
-    adversarial_from: int = 1000
+    adversarial_from: int = 800
     """Steps of stage 3 without discriminators; decoder_steps or more for none at all."""
     rows: int = 6
     """Stretches of speech in a step."""
@@ -541,14 +541,32 @@ def scale_weights(autoencoder: Autoencoder, waveform: torch.Tensor) -> None:
     last.weight.mul_(0.02)
 
 
-def keep_in_float32(model: Any) -> None:
-    """Run narrow transposed convolutions in float32 under autocast on a CPU.
+def keep_in_float32(model: torch.nn.Module) -> list[str]:
+    """Run those convolutions in float32 under autocast whose bfloat16 is wrong on this CPU; returns their names.
 
-    With fewer than 32 output channels, oneDNN's bfloat16 gradient of their input is wrong (cosine 0.1 to the true one
-    on a CPU with AMX, torch 2.14), which no loss ever recovers from.
+    With fewer than 32 channels and a large stride, oneDNN gets some of them wrong (torch 2.14 on a CPU with AMX:
+    the output of Conv1d(24, 48, 16, 8), the input's gradient of ConvTranspose1d(48, 24, 16, 8)). Training would go on
+    with losses that look well, and the codec, which is run in float32, would be another function. So each is tried.
     """
-    for module in model.modules():
-        if isinstance(module, torch.nn.ConvTranspose1d) and module.groups == 1 and module.out_channels < 32:
+    generator = torch.Generator().manual_seed(0)
+    wrong = []
+    for name, module in model.named_modules():
+        if not isinstance(module, (torch.nn.Conv1d, torch.nn.ConvTranspose1d)):
+            continue
+        length = 8 * module.kernel_size[0] if isinstance(module, torch.nn.Conv1d) else 64
+        hidden = torch.randn(4, module.in_channels, length, generator=generator)
+        results: list[list[torch.Tensor]] = []
+        weights = None
+        for enabled in (False, True):
+            given = hidden.clone().requires_grad_()
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                made = module(given).float()
+            weights = torch.randn(made.shape, generator=generator) if weights is None else weights
+            gradients = torch.autograd.grad((made * weights).sum(), [given, module.weight])
+            results.append([made.detach(), *gradients])
+        likeness = [F.cosine_similarity(a.flatten(), b.flatten(), 0) for a, b in zip(*results, strict=True)]
+        if min(likeness) < 0.99:
+            wrong.append(name)
             forward = module.forward
 
             def exact(hidden: torch.Tensor, forward: Any = forward) -> torch.Tensor:
@@ -556,6 +574,7 @@ def keep_in_float32(model: Any) -> None:
                     return forward(hidden.float())
 
             vars(module)["forward"] = exact
+    return wrong
 
 
 @torch.no_grad()
@@ -623,8 +642,9 @@ class Training:
         self.autoencoder = Autoencoder(MimiModel(make_config(options)), options.clusters).train()
         batch, _ = draw_batch(self.speech, self.teacher, options, 0)
         scale_weights(self.autoencoder, batch)
-        if self.device.type == "cpu":
-            keep_in_float32(self.autoencoder.model)
+        if self.device.type == "cpu" and options.precision == "bfloat16":
+            for name in keep_in_float32(self.autoencoder.model):
+                print(f"kept in float32, as bfloat16 is wrong on this CPU: {name}")
         self.discriminators = Discriminators()
         self.autoencoder.to(self.device)
         self.discriminators.to(self.device)
@@ -820,11 +840,9 @@ class Training:
         figures = {"spectral": spectral}
         loss = 5 * spectral
         if self.step - self.stages[1] >= self.options.adversarial_from:
-            with self.autocast():
-                doubt = self.discriminators.loss(made.detach(), waveform)
+            doubt = self.discriminators.loss(made.detach(), waveform)
             self.descend(doubt, [self.judge], list(self.discriminators.parameters()))
-            with self.autocast():
-                fooled, matched = self.discriminators.judge(made, waveform)
+            fooled, matched = self.discriminators.judge(made, waveform)
             loss = loss + self.options.adversarial_weight * (fooled + 4 * matched)
             figures |= {"discriminator": doubt, "fooled": fooled, "matched": matched}
         self.descend(loss, [optimizer for optimizer, _ in self.optimizers], parameters)

@@ -228,19 +228,24 @@ def test_quantizers_are_those_of_transformers(trained):
             torch.testing.assert_close(made, expected, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("channels", [8, 24, 31, 32])
-def test_bfloat16_gradients_of_transposed_convolutions_are_right(channels):
+def test_bfloat16_is_used_only_where_it_is_right():
+    """For channels and strides of which oneDNN gets some wrong on some CPUs, and on inputs other than those tried."""
     torch.manual_seed(0)
-    layer = torch.nn.ConvTranspose1d(2 * channels, channels, 16, 8)
-    train_codec.keep_in_float32(layer)
-    gradients = []
-    for enabled in (False, True):
-        hidden = torch.randn(4, 2 * channels, 300, generator=torch.Generator().manual_seed(1)).requires_grad_()
-        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            made = layer(hidden)
-        made.float().mul(torch.randn(made.shape, generator=torch.Generator().manual_seed(2))).sum().backward()
-        gradients.append(hidden.grad)
-    assert torch.nn.functional.cosine_similarity(gradients[0].flatten(), gradients[1].flatten(), 0) > 0.99
+    layers = [torch.nn.Conv1d(c, 2 * c, 16, 8) for c in (8, 16, 24, 32)]
+    layers += [torch.nn.ConvTranspose1d(2 * c, c, 16, 8) for c in (8, 16, 24, 32)]
+    layers += [torch.nn.Conv1d(24, 48, 8, 4), torch.nn.Conv1d(24, 12, 3)]
+    train_codec.keep_in_float32(torch.nn.ModuleList(layers))
+    for layer in layers:
+        results = []
+        for enabled in (False, True):
+            generator = torch.Generator().manual_seed(1)
+            hidden = torch.randn(3, layer.in_channels, 2_000, generator=generator).requires_grad_()
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                made = layer(hidden).float()
+            made.mul(torch.randn(made.shape, generator=generator)).sum().backward()
+            results.append((made.detach(), hidden.grad))
+        for a, b in zip(*results, strict=True):
+            assert torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), 0) > 0.99, layer
 
 
 def test_discriminators_learn_to_tell_noise_from_tones():
