@@ -16,6 +16,8 @@ How it is trained (docs/codec.md says why, and what else was tried):
    They are fitted again and again, starting from the previous ones, and entries that no latent chose start anew.
 3. Decoder. Encoder and codebooks are final (rounded to the float16 that they are stored in). The decoder learns on,
    and from `adversarial_from` on discriminators of spectra at three resolutions judge it.
+
+`--start_from` fits the codebooks of a trained codec to other speech, keeps its encoder and repeats stage 3.
 """
 
 from __future__ import annotations
@@ -26,8 +28,9 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +40,19 @@ import torch.nn.functional as F
 import torchaudio
 from tqdm import tqdm
 
-from torchtitan.audio.codec import FRAME_SIZE
+from torchtitan.audio.codec import FRAME_SIZE, Codec, no_tf32
+from torchtitan.audio.token_stream import CODEBOOK_SIZE
 from torchtitan.audio.waveform import SAMPLE_RATE, AudioError
+from torchtitan.datasets.decoding import decode_row, open_recordings
+from torchtitan.datasets.readers import AudioDataset
+from torchtitan.models.speech_lm import choose_device
 from torchtitan.tools.errors import UserError, run_command
 from torchtitan.tools.memory import tune_malloc
 
-CODEBOOK_SIZE = 2048
+QUANTIZERS = 8
+# How many frames the codebooks' last fit looks at, of each data set; where some entries are at rare latents, fewer do,
+# and finding those takes a pass over them for each entry.
+FITTED_FRAMES, COMMON_FRAMES = 100_000, 30_000
 # The semantic teacher: MFCCs each 20 ms, so four clusters a frame.
 TEACHER_HOP = 480
 TEACHER_BANDS, TEACHER_COEFFICIENTS = 40, 13
@@ -54,14 +64,29 @@ DISCRIMINATOR_WINDOWS = (1024, 512, 256)
 DISCRIMINATOR_TOP = 8_000
 
 
+# Options that describe the encoder and how it is trained.
+FROM_SCRATCH = (
+    "continuous_steps",
+    "quantized_steps",
+    "num_filters",
+    "hidden_size",
+    "codebook_dim",
+    "upsampling_ratios",
+)
+FROM_SCRATCH += ("clusters", "semantic_weight", "refit_every")
+
+
 @dataclass
 class Options:
     """Train a small Mimi codec from scratch."""
 
     data: list[str]
-    """Data sets to train on: folders, files or hub ids."""
+    """Data sets to train on: folders, files or hub ids. Common entries of codebooks are fitted to the last of them."""
     output: Path
     """Folder for the codec (config.json, model.safetensors, preprocessor_config.json)."""
+    start_from: str | None = None
+    """A codec (folder or hub id, of 8 quantizers) to start from instead of random weights. Its encoder stays, rounded
+    to float16, so stages 1 and 2 and their options do not apply; codebooks are fitted and the decoder is trained."""
     work: Path | None = None
     """Folder for the decoded audio and checkpoints; <output>.training by default. It may be deleted at the end."""
     continuous_steps: int = 1500
@@ -88,6 +113,15 @@ class Options:
     upsampling_ratios: tuple[int, int, int, int] = (4, 5, 6, 8)
     """Strides of the decoder, their product 960; the encoder's are the reverse. Mimi has 8 6 5 4; this order, with the
     long stride at the waveform, has a quarter fewer weights."""
+    common_entries: tuple[int, ...] = (2048,) * 8
+    """Of each codebook, the entries that k-means fits at the start of stage 3, to 100,000 frames of the last data set
+    and as many of the others. Fewer than 2,048 give codes of lower entropy, which a small language model can learn from
+    little speech: they are fitted to 30,000 frames of the last data set, and the other entries lie at rare latents."""
+    rare_entries: int = 750
+    """Of the others, how many lie at rare latents of the last data set; the rest lie at rare latents of all data."""
+    speaker_directions: int | None = None
+    """Directions of the semantic latents that are taken out of them at the start of stage 3: those in which clips
+    differ most from each other, compared to how much they vary within, which is the speaker. 3, with --start_from 0."""
     clusters: int = 256
     """Clusters of the semantic teacher."""
     semantic_weight: float = 1.0
@@ -117,30 +151,42 @@ class Speech:
 
     Attributes:
         starts: int64 [clips + 1], where each clip begins; clip i is samples starts[i] to starts[i + 1].
+        firsts: for each data set the number of its first clip.
     """
 
     def __init__(self, folder: Path):
-        self.starts = np.load(folder / "starts.npy")
+        stored = np.load(folder / "speech.npz")
+        self.starts, self.firsts = stored["starts"], stored["firsts"].tolist()
         self.samples = np.memmap(folder / "speech.i16", dtype=np.int16, mode="r")
 
     @classmethod
     def prepare(cls, data: list[str], folder: Path) -> Speech:
-        """Decode the data sets unless `folder` holds them already.
+        """Decode the data sets, unless `folder` holds them already, as they are now.
 
         Raises:
             UserError: a data set is missing, or none of it can be used.
         """
-        if not (folder / "starts.npy").exists():
+        # All are opened before any is decoded.
+        datasets = [open_recordings(path) for path in data]
+        fingerprints = np.array([dataset.fingerprint for dataset in datasets])
+        record = folder / "speech.npz"
+        current = record.exists() and np.array_equal(np.load(record)["fingerprints"], fingerprints)
+        if not current and (folder / "checkpoint.pt").exists():
+            raise UserError(f"{folder}: it holds a run on other recordings; delete it or give another --work.")
+        if not current:
             folder.mkdir(parents=True, exist_ok=True)
-            starts = [0]
+            record.unlink(missing_ok=True)
+            (folder / "teacher.npz").unlink(missing_ok=True)
+            starts, firsts = [0], []
             with open(folder / "speech.i16", "wb") as file:
-                for waveform in read_clips(data):
-                    if len(waveform) >= FRAME_SIZE:
+                for path, dataset in zip(data, datasets, strict=True):
+                    firsts.append(len(starts) - 1)
+                    for waveform in read_clips(path, dataset):
                         file.write((waveform.clamp(-1, 1) * 32767).round().to(torch.int16).numpy().tobytes())
                         starts.append(starts[-1] + len(waveform))
-            if len(starts) == 1:
-                raise UserError(f"{', '.join(data)}: no recording in it can be used.")
-            np.save(folder / "starts.npy", np.array(starts))
+                    if len(starts) - 1 == firsts[-1]:
+                        raise UserError(f"{path}: no recording in it can be used.")
+            save_arrays(record, starts=np.array(starts), firsts=np.array(firsts), fingerprints=fingerprints)
         return cls(folder)
 
     def __len__(self) -> int:
@@ -158,28 +204,31 @@ class Speech:
         return torch.from_numpy(self.samples[start:end].astype(np.float32) / 32767)
 
 
-def read_clips(data: list[str]) -> Iterator[torch.Tensor]:
-    """Waveforms [samples] at 24 kHz of all usable recordings, in order, with a progress bar."""
-    from types import SimpleNamespace
-
-    from torchtitan.datasets.decoding import decode_row
-    from torchtitan.datasets.readers import AudioDataset, index_files
-    from torchtitan.datasets.sources import find_files, sources_from_config
-
-    for path in data:
-        source = sources_from_config(SimpleNamespace(source=[{"path": path}]))[0]
-        dataset = AudioDataset(source, index_files(source, find_files(source)))
-        unusable = 0
-        for _, row in tqdm(dataset.read(range(len(dataset))), f"reading {path}", len(dataset), mininterval=5):
-            try:
-                yield decode_row(row, None, 5)[0]
-            except AudioError:
-                unusable += 1
-        if unusable:
-            print(f"{path}: {unusable} of {len(dataset)} recordings cannot be used and are left out")
+def read_clips(path: str, dataset: AudioDataset) -> Iterator[torch.Tensor]:
+    """Waveforms [samples] at 24 kHz of all recordings that can be used, in order, with a progress bar."""
+    unusable: list[str] = []
+    for _, row in tqdm(dataset.read(range(len(dataset))), f"reading {path}", len(dataset), mininterval=5):
+        try:
+            waveform = decode_row(row, None, 5)[0]
+            if len(waveform) < FRAME_SIZE:
+                raise AudioError(f"it is shorter than a frame of {FRAME_SIZE} samples.")
+            yield waveform
+        except AudioError as error:
+            unusable.append(f"{row.key}: {error}")
+    if unusable:
+        print(f"{path}: {len(unusable)} of {len(dataset)} recordings cannot be used and are left out; {unusable[0]}")
 
 
-def draw_batch(speech: Speech, teacher: Teacher, options: Options, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+def save_arrays(path: Path, **arrays: np.ndarray) -> None:
+    """An .npz file that is there whole or not at all."""
+    partial = path.with_suffix(".partial.npz")
+    np.savez(partial, allow_pickle=False, **arrays)
+    os.replace(partial, path)
+
+
+def draw_batch(
+    speech: Speech, teacher: Teacher | None, options: Options, step: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The stretches of a step, which depend on the seed and the step alone.
 
     Returns:
@@ -196,8 +245,9 @@ def draw_batch(speech: Speech, teacher: Teacher, options: Options, step: int) ->
         first = TEACHER_HOP * int(rng.integers(max(room, 0) // TEACHER_HOP + 1))
         clip = speech.clip(number, first, length)
         waveforms[row, : len(clip)] = clip * 10 ** (rng.uniform(-8, 4) / 20)
-        known = teacher.labels(number)[first // TEACHER_HOP :][: labels.shape[1]]
-        labels[row, : len(known)] = known
+        if teacher is not None:
+            known = teacher.labels(number)[first // TEACHER_HOP :][: labels.shape[1]]
+            labels[row, : len(known)] = known
     return waveforms, labels
 
 
@@ -224,7 +274,7 @@ class Teacher:
             centroids = k_means(chosen, clusters, generator)
             labels = torch.cat([nearest(feature, centroids) for feature in features]).to(torch.int16)
             starts = np.cumsum([0, *map(len, features)])
-            np.savez(folder / "teacher.npz", labels=labels.numpy(), starts=starts)
+            save_arrays(folder / "teacher.npz", labels=labels.numpy(), starts=starts)
         return cls(folder)
 
     def labels(self, number: int) -> torch.Tensor:
@@ -248,7 +298,7 @@ def normalised_mfcc(waveform: torch.Tensor) -> torch.Tensor:
     # The centre of a column is the middle of its 20 ms.
     padded = F.pad(waveform, (512 - TEACHER_HOP // 2, 1024))
     spectrum = torch.stft(padded, 1024, TEACHER_HOP, window=torch.hann_window(1024), center=False, return_complex=True)
-    mel = mel_filters(1024, TEACHER_BANDS, 60.0, 7_600.0) @ spectrum.abs()[:, :columns]
+    mel = mel_filters(1024, TEACHER_BANDS, waveform.device, 60.0, 7_600.0) @ spectrum.abs()[:, :columns]
     level = mel.mean(0)
     logs = torch.log(mel + 1e-3 * level.max() + 1e-9)
     transform = torchaudio.functional.create_dct(TEACHER_COEFFICIENTS, TEACHER_BANDS, "ortho")
@@ -294,26 +344,42 @@ def k_means(
     return centroids
 
 
+def farthest(points: torch.Tensor, entries: torch.Tensor, count: int) -> torch.Tensor:
+    """Further entries [count, D] for the points [N, D] that are farthest from all entries [K, D], one after the other.
+
+    As in the greedy k-center method (Gonzalez, 1985), but an entry lies beyond its point, by 0.3 of the point's
+    distance to the nearest of the given entries: so it is the nearest one to its point, and to few others.
+    """
+    distances, chosen = torch.cdist(points, entries).min(1)
+    nearest_entries = entries[chosen]
+    picked = []
+    for _ in range(count):
+        place = distances.argmax()
+        entry = points[place] + 0.3 * (points[place] - nearest_entries[place])
+        picked.append(entry)
+        distances = torch.minimum(distances, (points - entry).norm(dim=1))
+        distances[place] = 0
+    return torch.stack(picked) if picked else entries[:0]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Losses
 
-_FILTERS: dict[tuple[int, int, float, float], torch.Tensor] = {}
 
-
-def mel_filters(window: int, bands: int, low: float = 0.0, high: float = SAMPLE_RATE / 2) -> torch.Tensor:
-    """Triangular mel filters [bands, window // 2 + 1], made once for each size."""
-    key = (window, bands, low, high)
-    if key not in _FILTERS:
-        filters = torchaudio.functional.melscale_fbanks(window // 2 + 1, low, high, bands, SAMPLE_RATE)
-        _FILTERS[key] = filters.T.contiguous()
-    return _FILTERS[key]
+@cache
+def mel_filters(
+    window: int, bands: int, device: torch.device, low: float = 0.0, high: float = SAMPLE_RATE / 2
+) -> torch.Tensor:
+    """Triangular mel filters [bands, window // 2 + 1]."""
+    filters = torchaudio.functional.melscale_fbanks(window // 2 + 1, low, high, bands, SAMPLE_RATE)
+    return filters.T.contiguous().to(device)
 
 
 def mel_spectrum(waveform: torch.Tensor, window: int, bands: int) -> torch.Tensor:
     """Amplitudes in mel bands, [B, samples] to [B, bands, columns]: 1 for a full-scale sine in the band's middle."""
     hann = torch.hann_window(window, device=waveform.device)
     spectrum = torch.stft(waveform, window, window // 4, window=hann, return_complex=True).abs()
-    return mel_filters(window, bands).to(waveform.device) @ spectrum * (2 / hann.sum())
+    return mel_filters(window, bands, waveform.device) @ spectrum * (2 / hann.sum())
 
 
 def spectral_loss(made: torch.Tensor, true: torch.Tensor) -> torch.Tensor:
@@ -402,15 +468,19 @@ def make_config(options: Options) -> Any:
 
     if math.prod(options.upsampling_ratios) * 2 != FRAME_SIZE:
         raise UserError(f"upsampling_ratios {options.upsampling_ratios}: their product must be {FRAME_SIZE // 2}.")
-    if options.hidden_size % 4:
-        raise UserError(f"hidden_size {options.hidden_size}: it must be a multiple of 4, the attention heads.")
+    if options.hidden_size % 8:
+        raise UserError(f"hidden_size {options.hidden_size}: it must be a multiple of 8, for 4 attention heads.")
+    if options.hidden_size == options.codebook_dim:
+        raise UserError(
+            f"codebook_dim {options.codebook_dim}: it must not be the hidden_size, which has no projection."
+        )
     return MimiConfig(
         hidden_size=options.hidden_size,
         num_filters=options.num_filters,
         codebook_dim=options.codebook_dim,
         vector_quantization_hidden_dimension=options.codebook_dim,
         codebook_size=CODEBOOK_SIZE,
-        num_quantizers=8,
+        num_quantizers=QUANTIZERS,
         num_semantic_quantizers=1,
         upsample_groups=options.hidden_size,
         upsampling_ratios=list(options.upsampling_ratios),
@@ -496,15 +566,60 @@ class Autoencoder(torch.nn.Module):
         return quantized[0], quantized[1]
 
     @torch.no_grad()
-    def fit_codebooks(self, semantic: torch.Tensor, acoustic: torch.Tensor, seed: int, rounds: int, anew: bool) -> None:
-        """Residual k-means over latents [N, codebook_dim], from the present codebooks or anew."""
+    def fit_codebooks(self, latents: torch.Tensor, seed: int, rounds: int, anew: bool) -> None:
+        """Residual k-means over latents [2, N, codebook_dim], from the present codebooks or anew."""
         generator = torch.Generator().manual_seed(seed)
-        for half, residual in zip(self._halves, (semantic, acoustic), strict=True):
+        for half, residual in zip(self._halves, latents, strict=True):
             for layer in half.layers:
                 start = None if anew else layer.codebook.embed
                 rows = k_means(residual, CODEBOOK_SIZE, generator, rounds, start).half().float()
                 set_codebook(layer.codebook, rows)
                 residual = residual - rows[nearest(residual, rows)]
+
+    @torch.no_grad()
+    def fit_common_and_rare(
+        self, own: torch.Tensor, other: torch.Tensor, common: Sequence[int], rare: int, seed: int
+    ) -> None:
+        """Codebooks whose first entries are common and whose others are rare (see Options.common_entries).
+
+        Args:
+            own, other: latents [2, N, codebook_dim] and [2, M, codebook_dim]; the codebooks are fitted to the first
+                and have spare entries for the second.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        sizes = iter(common)
+        for half, residual, spare in zip(self._halves, own, other, strict=True):
+            for layer in tqdm(half.layers, "codebooks", mininterval=5):
+                centroids = k_means(residual, next(sizes), generator)
+                rows = torch.cat([centroids, farthest(residual, centroids, min(rare, CODEBOOK_SIZE - len(centroids)))])
+                everything = torch.cat([spare, residual])
+                rows = torch.cat([rows, farthest(everything, rows, CODEBOOK_SIZE - len(rows))]).half().float()
+                set_codebook(layer.codebook, rows)
+                residual, spare = residual - rows[nearest(residual, rows)], spare - rows[nearest(spare, rows)]
+
+
+def without_speaker(clips: list[torch.Tensor], directions: int) -> torch.Tensor:
+    """The matrix [D, D] that takes out of latents (columns) what clips differ in.
+
+    Latents are whitened by their covariance within clips; the leading principal components of the clips' means are
+    taken out, and the whitening is undone. What is the same throughout a clip is mostly who speaks.
+
+    Args:
+        clips: latents [frames, D] of each clip.
+        directions: how many components, at most D - 1.
+    """
+    means = torch.stack([clip.mean(0) for clip in clips])
+    within = torch.cov(torch.cat([clip - mean for clip, mean in zip(clips, means, strict=True)]).T)
+    values, vectors = torch.linalg.eigh(within)
+    # In what was taken out before, nothing varies but rounding errors.
+    alive = values > 1e-4 * values.max()
+    if not alive.any():
+        return torch.eye(len(values), device=means.device)
+    values, vectors = values[alive], vectors[:, alive]
+    whiten, colour = (vectors @ torch.diag(values**power) for power in (-0.5, 0.5))
+    _, components = torch.linalg.eigh(torch.cov((means @ whiten).T))
+    leading = components[:, max(0, len(values) - directions) :]
+    return torch.eye(len(means[0]), device=means.device) - colour @ leading @ leading.T @ whiten.T
 
 
 def set_codebook(codebook: Any, rows: torch.Tensor) -> None:
@@ -623,25 +738,41 @@ def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
 
 
 class Training:
-    """The three stages. All that is random depends on the seed and the step, so a resumed run is the same run."""
+    """The three stages. All that is random depends on seed and step, so on a CPU a resumed run is the same run."""
 
     def __init__(self, options: Options):
         from transformers import MimiModel
 
         self.options = options
-        self.device = choose_device(options.device)
-        self.work = options.work or options.output.with_name(options.output.name + ".training")
+        # What may be wrong is looked at before anything is decoded or written.
+        found = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = choose_device(found if options.device == "auto" else options.device)
+        torch.manual_seed(options.seed)
+        if options.start_from is None:
+            model = MimiModel(make_config(options))
+        else:
+            model = Codec.load(options.start_from, QUANTIZERS).model.requires_grad_(True)
+            if model.config.num_quantizers != QUANTIZERS or model.config.codebook_size != CODEBOOK_SIZE:
+                raise UserError(f"{options.start_from}: it must have 8 codebooks of {CODEBOOK_SIZE} entries.")
+        directions, dim = options.speaker_directions, model.config.codebook_dim
+        self.speaker_directions = directions if directions is not None else 0 if options.start_from else 3
+        if not 0 <= self.speaker_directions < dim:
+            raise UserError(f"--speaker_directions must be from 0 to {dim - 1}, the codebook_dim less one.")
+        output = options.output.resolve()
+        self.work = options.work or output.with_name(output.name + ".training")
         # The steps at which the stages end.
-        self.stages = list(
-            itertools.accumulate([options.continuous_steps, options.quantized_steps, options.decoder_steps])
-        )
+        before = [0, 0] if options.start_from else [options.continuous_steps, options.quantized_steps]
+        self.stages = list(itertools.accumulate([*before, options.decoder_steps]))
         self.claim()
         self.speech = Speech.prepare(options.data, self.work)
-        self.teacher = Teacher.prepare(self.speech, options.clusters, self.work, options.seed)
-        torch.manual_seed(options.seed)
-        self.autoencoder = Autoencoder(MimiModel(make_config(options)), options.clusters).train()
-        batch, _ = draw_batch(self.speech, self.teacher, options, 0)
-        scale_weights(self.autoencoder, batch)
+        self.teacher = None
+        if options.start_from is None:
+            self.teacher = Teacher.prepare(self.speech, options.clusters, self.work, options.seed)
+        self.record.write_text(json.dumps(self.mine, indent=2) + "\n")
+        self.autoencoder = Autoencoder(model, options.clusters).train()
+        if options.start_from is None:
+            batch, _ = draw_batch(self.speech, self.teacher, options, 0)
+            scale_weights(self.autoencoder, batch)
         if self.device.type == "cpu" and options.precision == "bfloat16":
             for name in keep_in_float32(self.autoencoder.model):
                 print(f"kept in float32, as bfloat16 is wrong on this CPU: {name}")
@@ -655,29 +786,34 @@ class Training:
         self.optimizers = [(Muon(matrices), 1.0), (torch.optim.AdamW(vectors, betas=(0.9, 0.98)), 0.15)]
         self.judge = torch.optim.AdamW(self.discriminators.parameters(), 5e-4, (0.8, 0.98))
         # Latents seen lately, for the next fit of the codebooks.
-        self.seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.seen: list[torch.Tensor] = []
         self.step = 0
         self.shown: dict[str, float] = {}
 
     def claim(self) -> None:
-        """Make the work folder this run's, or refuse it.
+        """Look whether work and output folder are this run's, or free. The work folder is taken once the data are read.
 
         Raises:
-            UserError: it belongs to a run with other options.
+            UserError: they belong to a run with other options, or cannot be written to.
         """
         ignored = ("output", "work", "threads", "device", "checkpoint_every")
         mine = {name: value for name, value in asdict(self.options).items() if name not in ignored}
-        mine = json.loads(json.dumps(mine, default=str))
-        record = self.work / "options.json"
-        if record.exists():
-            other = json.loads(record.read_text())
-            different = [name for name in mine if other.get(name) != mine[name]]
+        self.mine = json.loads(json.dumps(mine, default=str))
+        self.record = self.work / "options.json"
+        if self.record.exists():
+            other = json.loads(self.record.read_text())
+            different = [name for name in self.mine if other.get(name) != self.mine[name]]
             if different:
                 raise UserError(
                     f"{self.work}: it holds a run with other {', '.join(different)}; delete it or give another --work."
                 )
-        self.work.mkdir(parents=True, exist_ok=True)
-        record.write_text(json.dumps(mine, indent=2) + "\n")
+        elif (self.options.output / "model.safetensors").exists():
+            raise UserError(f"{self.options.output}: it holds another codec; delete it or give another --output.")
+        for folder in (self.work, self.options.output):
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"{folder}: the folder cannot be made ({error.strerror}).") from None
 
     # -- state
 
@@ -698,7 +834,7 @@ class Training:
         path = self.work / "checkpoint.pt"
         if not path.exists():
             return
-        state = torch.load(path, map_location=self.device, weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
         self.autoencoder.load_state_dict(state["autoencoder"])
         for half in self.autoencoder._halves:
             for layer in half.layers:
@@ -707,7 +843,7 @@ class Training:
         for (optimizer, _), stored in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(stored)
         self.judge.load_state_dict(state["judge"])
-        self.seen, self.step = state["seen"], state["step"]
+        self.seen, self.step = [part.to(self.device) for part in state["seen"]], state["step"]
         print(f"going on from step {self.step}")
 
     # -- steps
@@ -719,7 +855,8 @@ class Training:
         started = time.monotonic()
         bar = tqdm(total=self.stages[2], initial=self.step, desc="codec", mininterval=10)
         while self.step < self.stages[2]:
-            torch.manual_seed(int.from_bytes(hashlib.sha256(f"{self.options.seed} {self.step}".encode()).digest()[:7]))
+            digest = hashlib.sha256(f"{self.options.seed} {self.step}".encode()).digest()
+            torch.manual_seed(int.from_bytes(digest[:7], "big"))
             self.set_learning_rate()
             waveform, labels = draw_batch(self.speech, self.teacher, self.options, self.step)
             waveform, labels = waveform.to(self.device), labels.to(self.device)
@@ -734,7 +871,7 @@ class Training:
             self.show(bar, figures)
             if self.step % self.options.checkpoint_every == 0 or self.step == self.stages[2]:
                 self.save_checkpoint()
-                if self.step >= self.stages[1]:
+                if self.step > self.stages[1]:  # codes are final
                     save_codec(self.autoencoder.model, self.options.output)
                 with open(self.work / "log.jsonl", "a") as log:
                     log.write(json.dumps({"step": self.step, **self.shown}) + "\n")
@@ -764,9 +901,8 @@ class Training:
         """A step of stage 1 or 2."""
         quantized = self.step >= self.stages[0]
         if quantized and (self.step - self.stages[0]) % self.options.refit_every == 0:
-            semantic, acoustic = (torch.cat(parts) for parts in zip(*self.seen, strict=True))
             first = self.step == self.stages[0]
-            self.autoencoder.fit_codebooks(semantic, acoustic, self.step, 20 if first else 5, anew=first)
+            self.autoencoder.fit_codebooks(torch.cat(self.seen, 1), self.step, 20 if first else 5, anew=first)
         with self.autocast():
             latents = self.autoencoder.encode(waveform)
         # Semantic and acoustic latents, [2, rows, codebook_dim, frames].
@@ -794,8 +930,7 @@ class Training:
 
     def remember(self, latents: torch.Tensor) -> None:
         """Keep the latents [2, rows, codebook_dim, frames] of the last steps, up to 60,000 frames."""
-        semantic, acoustic = latents.detach().transpose(2, 3).flatten(1, 2)
-        self.seen.append((semantic, acoustic))
+        self.seen.append(latents.detach().transpose(2, 3).flatten(1, 2))
         limit = max(1, 60_000 // (self.options.rows * self.options.frames))
         self.seen = self.seen[-limit:]
 
@@ -810,29 +945,51 @@ class Training:
         """Make the encoder final and fit the codebooks to it for the last time, on whole clips, in float32."""
         round_to_half(self.autoencoder.encoder_parameters())
         self.autoencoder.eval()
-        order = np.random.default_rng(self.options.seed).permutation(len(self.speech))
-        found: list[tuple[torch.Tensor, ...]] = []
-        frames = 0
-        bar = tqdm(total=100_000, desc="latents", mininterval=5)
-        for number in order:
-            clip = self.speech.clip(int(number), 0, 30 * SAMPLE_RATE).to(self.device)
-            latents = self.autoencoder.encode(clip[None])
-            found.append(tuple(part[0].T for part in latents))
-            frames += len(found[-1][0])
-            bar.update(len(found[-1][0]))
-            if frames >= 100_000:
-                break
-        bar.close()
-        semantic, acoustic = (torch.cat(parts) for parts in zip(*found, strict=True))
-        self.autoencoder.fit_codebooks(semantic, acoustic, self.step, 30, anew=False)
+        last = range(self.speech.firsts[-1], len(self.speech))
+        common = self.options.common_entries
+        whole = min(common) == CODEBOOK_SIZE
+        most = FITTED_FRAMES if whole else COMMON_FRAMES
+        own, other = self.latents_of(last, most), self.latents_of(range(last.start), most)
+        directions = self.speaker_directions
+        if 0 < directions < len(own) + len(other):
+            kept = without_speaker([clip[0] for clip in own + other], directions)
+            projection = self.autoencoder._halves[0].input_proj.weight
+            projection.copy_((kept @ projection[:, :, 0]).half().float()[:, :, None])
+            own, other = ([torch.stack([clip[0] @ kept.T, clip[1]]) for clip in clips] for clips in (own, other))
+        # Of no clips: [2, 0, codebook_dim].
+        none = own[0][:, :0]
+        if whole:
+            anew = self.options.start_from is not None
+            self.autoencoder.fit_codebooks(torch.cat([*own, *other], 1), self.step, 30, anew)
+        else:
+            self.autoencoder.fit_common_and_rare(
+                torch.cat(own, 1), torch.cat([none, *other], 1), common, self.options.rare_entries, self.step
+            )
         self.autoencoder.train()
         self.seen = []
+
+    @torch.no_grad()
+    def latents_of(self, clips: range, most: int) -> list[torch.Tensor]:
+        """Latents [2, frames, codebook_dim] of whole clips (of 30 s at most), in random order, up to `most` frames."""
+        order = np.random.default_rng(self.options.seed).permutation(clips)
+        found: list[torch.Tensor] = []
+        frames = 0
+        for number in tqdm(order, "latents", mininterval=5):
+            clip = self.speech.clip(int(number), 0, 30 * SAMPLE_RATE).to(self.device)
+            with no_tf32(self.device):
+                semantic, acoustic = self.autoencoder.encode(clip[None])
+            found.append(torch.stack([semantic[0].T, acoustic[0].T]))
+            frames += found[-1].shape[1]
+            if frames >= most:
+                break
+        return found
 
     def train_decoder(self, waveform: torch.Tensor) -> dict[str, torch.Tensor]:
         """A step of stage 3."""
         parameters = self.autoencoder.decoder_parameters()
         with torch.no_grad():
-            latents = self.autoencoder.encode(waveform)
+            with no_tf32(self.device):
+                latents = self.autoencoder.encode(waveform)
             entries = self.autoencoder.quantize(*latents, self.draw_quantizers(len(waveform)))
         with self.autocast():
             made = self.autoencoder.decode(*entries)
@@ -872,20 +1029,14 @@ class Training:
         bar.set_postfix({name: f"{value:.3f}" for name, value in self.shown.items()}, refresh=False)
 
 
-def choose_device(name: str) -> torch.device:
-    if name != "auto":
-        return torch.device(name)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def save_codec(model: Any, folder: Path) -> None:
     """The folder that MimiModel.from_pretrained loads: weights in float16, to be run in float32."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: value.detach().cpu().half().contiguous() for name, value in model.state_dict().items()}
     partial = folder / "model.safetensors.partial"
-    save_file(weights, partial, metadata={"format": "pt"})
+    partial.write_bytes(save(weights, metadata={"format": "pt"}))  # with the permissions of other files
     os.replace(partial, folder / "model.safetensors")
     config = {**model.config.to_diff_dict(), "architectures": ["MimiModel"], "dtype": "float32"}
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
@@ -908,9 +1059,21 @@ def main(options: Options) -> None:
     Raises:
         UserError: an option does not fit, the data cannot be used, or training diverged.
     """
-    for name in ("rows", "frames", "continuous_steps", "refit_every", "checkpoint_every", "threads"):
+    counts = ("rows", "frames", "continuous_steps", "quantized_steps", "decoder_steps", "num_filters", "hidden_size")
+    for name in (*counts, "codebook_dim", "refit_every", "checkpoint_every", "threads"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name} must be at least 1.")
+    if not 2 <= options.clusters < 2**15:
+        raise UserError(f"--clusters must be from 2 to {2**15 - 1}, not {options.clusters}.")
+    if len(options.common_entries) != QUANTIZERS or not all(1 <= n <= CODEBOOK_SIZE for n in options.common_entries):
+        raise UserError(f"--common_entries needs 8 numbers from 1 to {CODEBOOK_SIZE}, not {options.common_entries}.")
+    if not 0 <= options.rare_entries <= CODEBOOK_SIZE:
+        raise UserError(f"--rare_entries must be from 0 to {CODEBOOK_SIZE}, not {options.rare_entries}.")
+    if options.start_from is not None:
+        default = {field.name: field.default for field in fields(Options)}
+        given = [name for name in FROM_SCRATCH if getattr(options, name) != default[name]]
+        if given:
+            raise UserError(f"--{', --'.join(given)}: not with --start_from, whose codec has its own.")
     if options.precision not in ("bfloat16", "float32"):
         raise UserError(f"--precision must be bfloat16 or float32, not {options.precision!r}.")
     tune_malloc()

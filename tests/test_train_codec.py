@@ -35,17 +35,22 @@ def tone_speech(seed: int, seconds: float) -> np.ndarray:
     return (0.3 * wave / np.abs(wave).max()).astype(np.float32)
 
 
+def write_clips(path: Path, waves: list[np.ndarray]) -> None:
+    """A parquet of these clips, and of one that is broken."""
+    rows = []
+    for number, wave in enumerate(waves):
+        buffer = io.BytesIO()
+        soundfile.write(buffer, wave, 16_000, format="FLAC")
+        rows.append({"audio": {"bytes": buffer.getvalue(), "path": f"{number}.flac"}})
+    rows.append({"audio": {"bytes": b"not audio", "path": "bad.flac"}})
+    pq.write_table(pa.Table.from_pylist(rows, schema=pa.schema([("audio", AUDIO)])), path)
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     """Eight clips of 1 to 3 s, and one that is broken."""
     folder = tmp_path_factory.mktemp("data")
-    rows = []
-    for number in range(8):
-        buffer = io.BytesIO()
-        soundfile.write(buffer, tone_speech(number, 1 + number / 4), 16_000, format="FLAC")
-        rows.append({"audio": {"bytes": buffer.getvalue(), "path": f"{number}.flac"}})
-    rows.append({"audio": {"bytes": b"not audio", "path": "bad.flac"}})
-    pq.write_table(pa.Table.from_pylist(rows, schema=pa.schema([("audio", AUDIO)])), folder / "train-0.parquet")
+    write_clips(folder / "train-0.parquet", [tone_speech(number, 1 + number / 4) for number in range(8)])
     return folder
 
 
@@ -68,6 +73,9 @@ def options(data: Path, output: Path, **changes) -> train_codec.Options:
         precision="float32",
         device="cpu",
     )
+    if "start_from" in changes:
+        default = train_codec.Options([], output)
+        small = replace(small, **{name: getattr(default, name) for name in train_codec.FROM_SCRATCH})
     return replace(small, **changes)
 
 
@@ -156,7 +164,16 @@ def test_other_options_do_not_go_on_from_a_run(trained, data):
         ({"rows": 0}, "--rows must be at least 1"),
         ({"precision": "float16"}, "--precision must be bfloat16 or float32"),
         ({"upsampling_ratios": (4, 5, 6, 7)}, "their product must be 960"),
-        ({"hidden_size": 18}, "hidden_size 18: it must be a multiple of 4"),
+        ({"common_entries": (2048,) * 7}, "--common_entries needs 8 numbers from 1 to 2048"),
+        ({"speaker_directions": 8}, "--speaker_directions must be from 0 to 7"),
+        ({"rare_entries": -1}, "--rare_entries must be from 0 to 2048"),
+        ({"decoder_steps": 0}, "--decoder_steps must be at least 1"),
+        ({"clusters": 40_000}, "--clusters must be from 2 to 32767"),
+        ({"device": "banana"}, "device must be cpu, cuda"),
+        ({"codebook_dim": 16}, "codebook_dim 16: it must not be the hidden_size"),
+        ({"common_entries": (0,) * 8}, "--common_entries needs 8 numbers from 1 to 2048"),
+        ({"start_from": "/nowhere"}, "--continuous_steps, .*--refit_every: not with --start_from"),
+        ({"hidden_size": 20}, "hidden_size 20: it must be a multiple of 8"),
         ({"data": ["/nowhere/at/all"]}, "/nowhere/at/all: there is no such data set folder"),
     ],
 )
@@ -165,12 +182,128 @@ def test_wrong_options_are_named(data, tmp_path, changes, message):
         train_codec.main(replace(options(data, tmp_path / "mimi"), **changes))
 
 
+def test_wrong_command_does_not_stand_in_the_way_of_the_right_one(trained, data, tmp_path):
+    for changes in ({"data": [str(data), "/nowhere"]}, {"hidden_size": 20}, {"device": "banana"}):
+        with pytest.raises(UserError):
+            train_codec.main(replace(options(data, tmp_path / "mimi"), **changes))
+    train_codec.main(options(data, tmp_path / "mimi"))
+    assert (tmp_path / "mimi" / "model.safetensors").read_bytes() == (trained / "model.safetensors").read_bytes()
+
+
+def test_codec_of_another_run_is_not_written_over(trained, data, tmp_path):
+    before = (trained / "model.safetensors").read_bytes()
+    with pytest.raises(UserError, match=r"mimi: it holds another codec; delete it or give another --output"):
+        train_codec.main(options(data, trained, work=tmp_path / "work", seed=3))
+    assert (trained / "model.safetensors").read_bytes() == before
+
+
+def test_recordings_that_came_since_are_noticed(trained, data, tmp_path):
+    shutil.copytree(data, tmp_path / "data")
+    train_codec.main(options(tmp_path / "data", tmp_path / "mimi"))
+    write_clips(tmp_path / "data" / "train-1.parquet", [tone_speech(9, 2.0)])
+    with pytest.raises(UserError, match=r"mimi\.training: it holds a run on other recordings"):
+        train_codec.main(options(tmp_path / "data", tmp_path / "mimi"))
+
+
+def test_unreadable_file_and_recordings_are_named(data, tmp_path, capsys, caplog):
+    shutil.copytree(data, tmp_path / "data")
+    (tmp_path / "data" / "train-1.parquet").write_bytes(b"PAR1 and nothing more")
+    train_codec.main(options(tmp_path / "data", tmp_path / "mimi", continuous_steps=1))
+    assert "1 of 9 recordings cannot be used and are left out; " in capsys.readouterr().out
+    assert any("train-1.parquet: what cannot be read of the file is left out" in text for text in caplog.messages)
+
+
 def test_command_line_names_wrong_input(tmp_path):
     command = [sys.executable, "scripts/train_codec.py", "--data", str(tmp_path), "--output", str(tmp_path / "mimi")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith(f"error: {tmp_path}: ")
     assert "Traceback" not in done.stderr
+
+
+def test_start_from_keeps_the_encoder_and_trains_the_decoder(trained, data, tmp_path):
+    changes = {"common_entries": (4,) * 8, "rare_entries": 20, "start_from": str(trained)}
+    train_codec.main(options(data, tmp_path / "kept", **changes))
+    train_codec.main(options(data, tmp_path / "mimi", **changes, speaker_directions=2))
+    before, kept, after = (
+        load_file(path / "model.safetensors") for path in (trained, tmp_path / "kept", tmp_path / "mimi")
+    )
+    projection = "quantizer.semantic_residual_vector_quantizer.input_proj.weight"
+    for name, value in before.items():
+        if "embed_sum" in name:
+            assert not torch.equal(value, kept[name]), name
+        elif ("encoder" in name or "downsample" in name or "input_proj" in name) and "decoder" not in name:
+            assert torch.equal(value, kept[name]), name
+            assert torch.equal(value, after[name]) == (name != projection), name
+    assert not all(torch.equal(value, kept[name]) for name, value in before.items() if "decoder_seanet" in name)
+
+
+@pytest.mark.parametrize("stop", [None, 3])
+def test_common_entries_are_fitted_to_the_last_data_set(trained, data, tmp_path, stop, monkeypatch):
+    """Silence beside it has its share of all latents and none of the common entries; also where the run was stopped."""
+    (tmp_path / "silence").mkdir()
+    write_clips(tmp_path / "silence" / "train-0.parquet", [np.zeros(32_000, np.float32)] * 8)
+    changes = {"common_entries": (16,) * 8, "rare_entries": 20, "start_from": str(trained)}
+    given = options(data, tmp_path / "both", **changes)
+    given.data.insert(0, str(tmp_path / "silence"))
+    if stop is not None:
+        with monkeypatch.context() as patch:
+            patch.setattr(train_codec.Training, "show", lambda self, *_: 1 / (stop - self.step))
+            with pytest.raises(ZeroDivisionError):
+                train_codec.main(given)
+    train_codec.main(given)
+    train_codec.main(options(data, tmp_path / "alone", **changes))
+    together, alone = (load_file(tmp_path / name / "model.safetensors") for name in ("both", "alone"))
+    names = [name for name in together if "embed_sum" in name]
+    assert len(names) == 8
+    for name in names[:2]:  # the first codebook of each half: the others are fitted to what is left
+        assert torch.equal(together[name][:36], alone[name][:36])
+        assert not torch.equal(together[name], alone[name])
+
+
+def test_codec_with_other_codebooks_is_no_start(data, tmp_path):
+    from transformers import MimiConfig, MimiModel
+
+    config = MimiConfig(num_filters=4, hidden_size=16, codebook_dim=8, vector_quantization_hidden_dimension=8)
+    config.update({"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8})
+    config.update({"intermediate_size": 16, "upsample_groups": 16, "num_quantizers": 12})
+    model = MimiModel(config)
+    for name, value in model.named_buffers():
+        if "embed_sum" in name:
+            value.normal_()
+    model.save_pretrained(tmp_path / "twelve")
+    with pytest.raises(UserError, match="twelve: it must have 8 codebooks of 2048 entries"):
+        train_codec.main(options(data, tmp_path / "mimi", start_from=str(tmp_path / "twelve")))
+
+
+def test_what_clips_differ_in_is_taken_out_and_the_rest_is_kept():
+    generator = torch.Generator().manual_seed(0)
+    speaker, sound = torch.eye(6)[0] + 0.5 * torch.eye(6)[3], torch.eye(6)[1]
+    clips = []
+    for _ in range(40):
+        said = torch.randn(50, 1, generator=generator) * sound
+        who = 5 * torch.randn(1, generator=generator) * speaker
+        clips.append(said + who + 0.1 * torch.randn(50, 6, generator=generator))
+    kept = train_codec.without_speaker(clips, 1)
+    made = [clip @ kept.T for clip in clips]
+    means = torch.stack([clip.mean(0) for clip in made])
+    assert means.std(0).max() < 0.3, "clips still differ"
+    for clip, other in zip(clips, made, strict=True):
+        assert torch.corrcoef(torch.stack([clip[:, 1], other[:, 1]]))[0, 1] > 0.98
+    torch.testing.assert_close(kept @ kept, kept, atol=1e-4, rtol=0)
+
+
+def test_rare_entries_are_nearest_to_rare_points_and_leave_the_common_ones_theirs():
+    generator = torch.Generator().manual_seed(0)
+    common = 0.1 * torch.randn(500, 4, generator=generator)
+    rare = torch.tensor([[3.0, 0, 0, 0], [0, 4.0, 0, 0], [0, 0, -5.0, 0]])
+    points = torch.cat([common, rare])
+    entries = train_codec.k_means(common, 8, generator)
+    rows = torch.cat([entries, train_codec.farthest(points, entries, 3)])
+    chosen = train_codec.nearest(points, rows)
+    assert sorted(chosen[500:].tolist()) == [8, 9, 10]
+    assert (chosen[:500] < 8).all()
+    assert len(train_codec.farthest(points, entries, 0)) == 0
 
 
 def test_spectral_loss_sees_spectra_and_not_phases():

@@ -1,9 +1,13 @@
 """A row of a data set to a waveform, or one sentence why it is none; for training and for tokenizing ahead of it."""
 
+from types import SimpleNamespace
+
 import torch
 
 from torchtitan.audio.waveform import AudioError, load_beginning
-from torchtitan.datasets.readers import Row, read_audio_file
+from torchtitan.datasets.readers import AudioDataset, Row, index_files, read_audio_file
+from torchtitan.datasets.sources import find_files, sources_from_config
+from torchtitan.tools.logging import logger
 
 
 class UnreadError(AudioError):
@@ -39,3 +43,18 @@ def decode_row(row: Row, max_seconds: float | None, retries: int) -> tuple[torch
         raise
     except Exception as error:  # one recording must not end anything, whatever it brings about
         raise AudioError(f"{name}: cannot be decoded ({type(error).__name__}: {error}).") from None
+
+
+def open_recordings(path: str) -> AudioDataset:
+    """The recordings of a data set that has nothing but a path: a folder, a file or a hub name.
+
+    Files that cannot be read are named in a warning.
+
+    Raises:
+        UserError: there is no such data set, or it holds codes.
+    """
+    source = sources_from_config(SimpleNamespace(source=[{"path": path}]))[0]
+    index = index_files(source, find_files(source))
+    for file, reason in index.bad_files:
+        logger.warning(f"{file}: what cannot be read of the file is left out: {reason}")
+    return AudioDataset(source, index)
