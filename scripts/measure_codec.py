@@ -32,7 +32,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -43,7 +42,7 @@ import torch.nn.functional as F
 import torchaudio
 from tqdm import tqdm
 
-from scripts.build_assets import STORED_RATE, VOICES, WEEKDAYS, number, say
+from scripts.build_assets import PROMPT_SECONDS, STORED_RATE, VOICES, WEEKDAYS, number, say
 from torchtitan.audio.codec import FRAME_RATE, FRAME_SIZE, Codec
 from torchtitan.audio.token_stream import CODEBOOK_SIZE
 from torchtitan.audio.waveform import SAMPLE_RATE, AudioError, load_audio, resample
@@ -59,7 +58,7 @@ MEL_WINDOW, MEL_FFT, MEL_HOP, MEL_BANDS = 600, 1024, 240, 40
 MEL_LOW, MEL_HIGH = 60.0, 7_600.0
 # How far below a clip's loudest value differences stop to count, and columns stop to be speech, in dB.
 FLOOR_DB, LOUD_DB = 60.0, 26.0
-# Clusters of 20 ms of the teacher that stand for the sounds: fewer than in training, so that 25 minutes tell their
+# Clusters of 20 ms of the teacher that stand for the sounds: fewer than in training, so that 30 minutes tell their
 # probabilities given a code.
 SOUNDS = 64
 # Observations that the labels' overall shares may count as for each code.
@@ -70,7 +69,7 @@ WORDS = [*(number(n) for n in range(1, 21)), *WEEKDAYS]
 WORD_COLUMNS = 32
 # Silence around a word on its way through the codec, in samples: it does not begin at the codec's first moment.
 WORD_MARGIN = 2 * FRAME_SIZE
-PROMPT_SECONDS, CONTINUATION_SECONDS = 1.28, 3.0
+CONTINUATION_SECONDS = 3.0
 # A continuation with less speech than this, in seconds, is silent; speech is what lies less than this below the
 # prompt's loudest column, in dB.
 SILENT_SECONDS, SILENT_DB = 0.2, 30.0
@@ -92,7 +91,7 @@ class Options:
     real_clips: int = 100
     """Clips of each of them, spread evenly."""
     continuations: int = 60
-    """Prompts to continue: the first pairs of SALMon/speaker_consistency, whose voices take turns."""
+    """Prompts to continue: the first clips of SALMon/speaker_consistency that are long enough; voices take turns."""
     renditions: int = 4
     """Renditions of each word in each voice that the classifier of words learns; half as many others test it."""
     output: Path = Path("outputs/measures")
@@ -195,18 +194,21 @@ def held_out_clips(speech: Path) -> list[Clip]:
 
 
 def pair_clips(speech: Path, count: int) -> list[Clip]:
-    """The positive clips of the first pairs of SALMon/speaker_consistency, whose voices take turns.
+    """The first positive clips of SALMon/speaker_consistency that are longer than a prompt; their voices take turns.
 
     Raises:
-        UserError: they cannot be read, or one is too short for a prompt.
+        UserError: they cannot be read, or none is long enough, by half a second of rest.
     """
     folder = speech / "SALMon" / "speaker_consistency"
-    clips = []
-    for row in read_rows(folder, ["ind", "positive_audio"])[:count]:
+    clips: list[Clip] = []
+    for row in read_rows(folder, ["ind", "positive_audio"]):
         waveform = read_audio(row, "positive_audio", f"{folder}: pair {row['ind']}")
-        if len(waveform) <= PROMPT_SECONDS * SAMPLE_RATE:
-            raise UserError(f"{folder}: pair {row['ind']} is shorter than a prompt of {PROMPT_SECONDS} s.")
-        clips.append(Clip(waveform, int(row["ind"]) % len(VOICES)))
+        if len(waveform) >= (PROMPT_SECONDS + 0.5) * SAMPLE_RATE:
+            clips.append(Clip(waveform, int(row["ind"]) % len(VOICES)))
+        if len(clips) == count:
+            break
+    if not clips:
+        raise UserError(f"{folder}: no clip is longer than a prompt of {PROMPT_SECONDS} s by half a second.")
     return clips
 
 
@@ -216,12 +218,9 @@ def other_clips(path: str, count: int) -> list[Clip]:
     Raises:
         UserError: the data set is not there, or none of these clips can be used.
     """
-    from torchtitan.datasets.decoding import decode_row
-    from torchtitan.datasets.readers import AudioDataset, index_files
-    from torchtitan.datasets.sources import find_files, sources_from_config
+    from torchtitan.datasets.decoding import decode_row, open_recordings
 
-    source = sources_from_config(SimpleNamespace(source=[{"path": path}]))[0]
-    dataset = AudioDataset(source, index_files(source, find_files(source)))
+    dataset = open_recordings(path)
     picks = np.linspace(0, len(dataset) - 1, min(count, len(dataset))).round().astype(int).tolist()
     clips = []
     for _, row in tqdm(dataset.read(picks), path, len(picks), mininterval=5):
