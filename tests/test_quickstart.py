@@ -70,6 +70,15 @@ def test_only_the_last_state_of_a_bar_stays_in_a_file(capsys):
     assert capsys.readouterr().out == "   codes: 100%|##########| 10/10\n   words\n"
 
 
+def test_on_a_terminal_the_states_of_a_bar_replace_each_other(capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    for line in ("codes:  50%|#####     | 5/10", "codes: 100%|##########| 10/10", "6frame [00:00, 9frame/s]", "words"):
+        quickstart.show(line)
+    lines = capsys.readouterr().out.split("\n")
+    assert [line.count("\r\x1b[K") for line in lines] == [2, 2, 0]
+    assert lines[0].endswith("10/10") and lines[1].endswith("words")
+
+
 def test_summary_says_what_the_figures_mean(tmp_path, capsys):
     tasks = {
         "SALMON": {"speaker_consistency": (0.7, 200), "gender_consistency": (0.65, 200), "rir_consistency": (0.5, 10)},

@@ -139,6 +139,8 @@ def test_stopped_run_ends_as_an_uninterrupted_one(trained, data, tmp_path, stop,
         patch.setattr(train_codec.Training, "show", show_or_stop)
         with pytest.raises(Stopped):
             train_codec.main(options(data, tmp_path / "mimi"))
+    # A codec is there as soon as its codes are final.
+    assert (tmp_path / "mimi" / "model.safetensors").exists() == (stop > 9)
     train_codec.main(options(data, tmp_path / "mimi"))
     whole, resumed = (load_file(folder / "model.safetensors") for folder in (trained, tmp_path / "mimi"))
     assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
