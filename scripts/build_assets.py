@@ -7,7 +7,7 @@ on a CPU, without a network. Three parts:
   (MLCommons/peoples_speech, openslr/librispeech_asr, slprl/SALMon, speed/sWUGGY and its siblings), as Opus at 16 kHz.
   3 minutes.
 - `tokenizer` trains a byte-level BPE on the training texts and writes the config of a small Llama beside it. 1 s.
-- `corpus` speaks more texts in more voices, for training the codec; it does not ship. 1 minute.
+- `corpus` speaks more texts in more voices, for training the codec; it does not ship. Half a minute.
 
 `all` does the first two. espeak-ng (Debian package espeak-ng) is needed only here: nothing in training, inference or
 evaluation calls it. Everything is seeded; the same seed, machine and library versions give the same texts, waveforms

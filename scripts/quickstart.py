@@ -73,7 +73,7 @@ def main(options: Options) -> None:
     tokenize += ["--audio_tokenizer", "assets/mimi-small", "--output", str(codes)]
     run("1. Turn the speech into codes", tokenize, environment)
 
-    interval = max(1, options.steps // 3)
+    interval = options.steps // 3
     train = [
         *("torchrun", f"--nproc_per_node={options.ranks}", "--local-ranks-filter", "0", "--role", "rank", "--tee", "3"),
         *("-m", "torchtitan.train", "--job.config_file", "config/debug.toml"),
