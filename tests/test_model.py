@@ -5,17 +5,20 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 from torchtitan.audio.token_stream import extend_tokenizer
 from torchtitan.components import loss as loss_module
 from torchtitan.components.hf_export import write_hf_files, write_weights
 from torchtitan.components.loss import IGNORE_INDEX, chunked_nll, chunked_nll_sum
-from torchtitan.config_manager import ActivationCheckpoint, Model
+from torchtitan.config_manager import ActivationCheckpoint, JobConfig, Model
+from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.models.base import BaseModel
 from torchtitan.models.llama3.activation_checkpoint import checkpoint_activations
 from torchtitan.models.llama3.args import Llama3Args, read_config
 from torchtitan.models.llama3.model import Llama3
+from torchtitan.models.llama3.parallel_model import ParallelModel
 from torchtitan.models.llama3.weights import SafetensorsFolder, hf_names, init_random, load_hf, materialize
 from torchtitan.tools.errors import UserError
 
@@ -235,15 +238,27 @@ def test_alignment_rows_are_outside_the_softmax(make_base_model, tokens, targets
     assert not model.output.weight.grad[STORED_ROWS:].any()
 
 
-def test_autocast_computes_in_bf16_with_fp32_gradients(make_base_model, tokens, targets):
-    model = load(make_base_model())
-    exact = model(tokens, targets)
-    with torch.autocast("cpu", torch.bfloat16):
-        low = model(tokens, targets)
-    low.backward()
+def test_one_rank_computes_in_bf16_as_many_do(make_base_model, tokens, targets):
+    """All activations in bf16, the residual stream too; weights and their gradients in fp32."""
+    folder, config = make_base_model(), JobConfig()
+    exact = load(folder)(tokens, targets)
+    seen = []
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        args = Llama3Args.from_hf(read_config(folder))
+        model = ParallelModel(config, args, ParallelDims(), torch.device("cpu"))
+        load_hf(model, folder, STORED_ROWS)
+        for block in model.parts[0].layers.values():
+            block.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].dtype))
+        low = model.backward(tokens, targets, None, 1.0)
+        gradients = [parameter.grad for _, parameter in model.weights()]
+    finally:
+        dist.destroy_process_group()
+    assert config.training.mixed_precision_param == "bfloat16"
+    assert seen == [torch.bfloat16] * args.n_layers
     assert low.item() != exact.item()
     assert low.item() == pytest.approx(exact.item(), rel=0.02)
-    assert {p.grad.dtype for p in model.parameters()} == {torch.float32}
+    assert {t.dtype for t in (*gradients, *dict(model.weights()).values())} == {torch.float32}
 
 
 # --- weights in

@@ -34,7 +34,7 @@ CPU = torch.device("cpu")
 ROW = 64
 LENGTHS = (23, 40, 7, 31, 1, 18, 2, 64, 12)  # one fills its row, one has no target, and rows end in padding
 KINDS = ["tied", "untied", "llama3-rope", "ungrouped"]
-WAYS = ["lengths", "mask", "flash", "flash of torch 2.11"]
+WAYS = ["lengths", "mask", "flash", "flash of torch 2.11", "flash of torch 2.11 that refuses groups"]
 
 Rows = list[list[int]]  # the samples of each row
 
@@ -93,14 +93,22 @@ def one_document_after_the_other(
 
 
 def flash(query, key, value, cu_q, cu_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False):
-    if enable_gqa:
-        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
-    assert scale is None and query.shape == key.shape
-    return one_document_after_the_other(query, key, value, cu_q, cu_k, max_q, max_k, window_size)
+    assert enable_gqa == (query.shape != key.shape)
+    return old_flash(query, key, value, cu_q, cu_k, max_q, max_k, scale=scale, window_size=window_size)
+
+
+def refusing_flash(query, key, value, cu_q, cu_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
+    if query.shape != key.shape:
+        raise RuntimeError("as many heads of keys as of queries are needed")
+    return old_flash(query, key, value, cu_q, cu_k, max_q, max_k, scale=scale, window_size=window_size)
 
 
 def old_flash(query, key, value, cu_q, cu_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
-    return flash(query, key, value, cu_q, cu_k, max_q, max_k, scale=scale, window_size=window_size)
+    """The kernel of torch 2.11 takes fewer heads of keys without being told so."""
+    groups = query.shape[1] // key.shape[1]
+    assert scale is None and query.shape[1] == groups * key.shape[1]
+    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    return one_document_after_the_other(query, key, value, cu_q, cu_k, max_q, max_k, window_size)
 
 
 @pytest.fixture
@@ -112,7 +120,9 @@ def attend_by(monkeypatch):
         if way.startswith("flash"):
             import torch.nn.attention.varlen as varlen
 
-            monkeypatch.setattr(varlen, "varlen_attn", flash if way == "flash" else old_flash)
+            kernel = {WAYS[2]: flash, WAYS[3]: old_flash, WAYS[4]: refusing_flash}[way]
+            monkeypatch.setattr(varlen, "varlen_attn", kernel)
+            monkeypatch.setattr(attention, "_grouping", None)
             monkeypatch.setattr(attention, "_flash_fits", lambda *_: True)
         used = []
 
@@ -274,18 +284,42 @@ def test_rotary_positions_begin_anew_with_each_document(make_model, attend_by, w
                 assert torch.equal(sin[row, 0, column], model.rope_sin[positions[row, column]])
 
 
+@pytest.mark.parametrize(
+    ("kernel", "grouping"), [(flash, "named"), (old_flash, "as they are"), (refusing_flash, "repeated")]
+)
+def test_how_the_kernel_gets_grouped_heads_is_found_out_by_trying(monkeypatch, kernel, grouping):
+    import torch.nn.attention.varlen as varlen
+
+    monkeypatch.setattr(varlen, "varlen_attn", kernel)
+    monkeypatch.setattr(attention, "_grouping", None)
+    attention._settle_grouping(CPU, torch.bfloat16, 16)
+    assert attention._grouping == grouping
+
+
+def test_a_kernel_that_mistakes_grouped_heads_gets_repeated_ones(monkeypatch):
+    import torch.nn.attention.varlen as varlen
+
+    def mistaken(query, key, value, *more, **named):
+        """Heads of keys are taken in turn, not each for neighbouring heads of queries."""
+        groups = query.shape[1] // key.shape[1]
+        return old_flash(query, key.repeat(1, groups, 1), value.repeat(1, groups, 1), *more, **named)
+
+    monkeypatch.setattr(varlen, "varlen_attn", mistaken)
+    assert not attention._takes_fewer_heads(CPU, torch.bfloat16, 16)
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_bf16_is_close(make_model, attend_by, way):
     model, samples = attend_by(make_model(), way), make_samples()
     exact = alone(model, samples)
-    with torch.autocast("cpu", torch.bfloat16):
-        unpacked = alone(model, samples)
-        packed = model(*pack(samples, best_fit(samples)))
+    wanted = gradients(model, exact)
+    model.bfloat16()
+    unpacked, packed = alone(model, samples), model(*pack(samples, best_fit(samples)))
     assert packed.item() != exact.item()
     assert packed.item() == pytest.approx(exact.item(), rel=0.01)
     wanted, usual, found = (
-        torch.cat([gradient.flatten() for gradient in gradients(model, loss).values()])
-        for loss in (exact, unpacked, packed)
+        torch.cat([gradient.flatten().float() for gradient in each.values()])
+        for each in (wanted, gradients(model, unpacked), gradients(model, packed))
     )
     # Each way adds up in another order, so rounding differs; it takes the gradients about as far as without packing.
     assert (found - wanted).norm() < 2 * (usual - wanted).norm() < 0.1 * wanted.norm()

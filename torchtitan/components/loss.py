@@ -62,7 +62,7 @@ def chunked_nll_sum(
         columns: which ids the rows are.
         compiled: compute each chunk with torch.compile, in fewer passes over its logits.
     """
-    hidden, weight, targets = _flatten(hidden, weight, targets)
+    hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     if hidden.device.type == "cpu":  # Choosing rows needs their number, which would make a GPU wait.
         real = targets != IGNORE_INDEX
         hidden, targets = hidden[real], targets[real]
@@ -75,25 +75,13 @@ def chunked_nll(
 ) -> torch.Tensor:
     """The negative log-likelihood of each target [...], in nats, fp32, without gradients; 0 where there is none."""
     shape = targets.shape
-    hidden, weight, targets = _flatten(hidden, weight, targets)
+    hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     losses, count = [], weight.shape[0] if columns.count is None else columns.count
-    with torch.autocast(hidden.device.type, enabled=False):
-        for h, t in zip(hidden.split(CHUNK_TOKENS), targets.split(CHUNK_TOKENS), strict=True):
-            logits, norm, picked = _norm_and_target(h, weight, t, columns.first, count)
-            norm, picked = _of_all_columns(logits, norm, picked, columns)
-            losses.append((norm - picked) * (t != IGNORE_INDEX))
+    for h, t in zip(hidden.split(CHUNK_TOKENS), targets.split(CHUNK_TOKENS), strict=True):
+        logits, norm, picked = _norm_and_target(h, weight, t, columns.first, count)
+        norm, picked = _of_all_columns(logits, norm, picked, columns)
+        losses.append((norm - picked) * (t != IGNORE_INDEX))
     return torch.cat(losses).view(shape)
-
-
-def _flatten(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Rows [N, D] and targets [N], in the dtype that autocast asks for."""
-    device_type = hidden.device.type
-    if torch.is_autocast_enabled(device_type):
-        dtype = torch.get_autocast_dtype(device_type)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
-    return hidden.reshape(-1, hidden.shape[-1]), weight, targets.reshape(-1)
 
 
 def _own(targets: torch.Tensor, first: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -164,25 +152,24 @@ class _ChunkedNLLSum(torch.autograd.Function):
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight: torch.Tensor | None = None
-        with torch.autocast(hidden.device.type, enabled=False):
-            for start in range(0, hidden.shape[0], CHUNK_TOKENS):
-                rows = slice(start, start + CHUNK_TOKENS)
-                h, t = hidden[rows], targets[rows]
-                logits, norm, picked = norm_and_target(h, weight, t, columns.first, count)
-                norm, picked = _of_all_columns(logits, norm, picked, columns)
-                total += ((norm - picked) * (t != IGNORE_INDEX)).sum()
-                if not (need_hidden or need_weight):
-                    continue
-                grad = grad_of_logits(logits, norm, t, columns.first, count)
-                if grad_hidden is not None:
-                    grad_hidden[rows] = grad @ weight
-                if grad_weight is not None and grad.dtype == grad_weight.dtype:
-                    grad_weight.addmm_(grad.T, h)  # without another tensor of this size
-                elif grad_weight is not None:
-                    grad_weight += grad.T @ h
-                elif need_weight:
-                    grad_weight = (grad.T @ h).float()
-                del logits, grad  # before the next chunk's are made
+        for start in range(0, hidden.shape[0], CHUNK_TOKENS):
+            rows = slice(start, start + CHUNK_TOKENS)
+            h, t = hidden[rows], targets[rows]
+            logits, norm, picked = norm_and_target(h, weight, t, columns.first, count)
+            norm, picked = _of_all_columns(logits, norm, picked, columns)
+            total += ((norm - picked) * (t != IGNORE_INDEX)).sum()
+            if not (need_hidden or need_weight):
+                continue
+            grad = grad_of_logits(logits, norm, t, columns.first, count)
+            if grad_hidden is not None:
+                grad_hidden[rows] = grad @ weight
+            if grad_weight is not None and grad.dtype == grad_weight.dtype:
+                grad_weight.addmm_(grad.T, h)  # without another tensor of this size
+            elif grad_weight is not None:
+                grad_weight += grad.T @ h
+            elif need_weight:
+                grad_weight = (grad.T @ h).float()
+            del logits, grad  # before the next chunk's are made
         if need_weight and grad_weight is None:  # no rows
             grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))

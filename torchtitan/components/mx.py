@@ -50,10 +50,6 @@ class MXLinear(nn.Linear):
         from torchao.prototype.mx_formats import config as formats
         from torchao.quantization.quantize_.common.kernel_preference import KernelPreference
 
-        x, weight = input, cast(torch.Tensor, self.weight)
-        if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
-            x, weight = x.to(dtype), weight.to(dtype)
         rows, columns = formats.MXFP8Dim0CastKernelChoice, formats.MXFP8Dim1CastKernelChoice
         by_triton = self.casts_by_triton and not self.emulate
         settings: tuple[Any, ...] = (
@@ -65,7 +61,7 @@ class MXLinear(nn.Linear):
             formats.ScaleCalculationMode.RCEIL,
             False,  # the gradient of the weight is computed in MXFP8 too
         )
-        return cast(torch.Tensor, mx_mm.apply(x.contiguous(), weight, *settings))
+        return cast(torch.Tensor, mx_mm.apply(input.contiguous(), cast(torch.Tensor, self.weight), *settings))
 
 
 def convert_to_mx(model: nn.Module, config: JobConfig) -> None:

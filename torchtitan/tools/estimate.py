@@ -284,14 +284,11 @@ class Precision:
     Attributes:
         param: bytes of an element in forward and backward passes.
         reduce: bytes of an element of gradients on their way.
-        autocast: products alone are in 16 bits and the residual stream in fp32, as on one rank, which has no FSDP to
-            cast its parameters.
         cuda: the kernels are CUDA's: a fused RMSNorm, and flash attention for 16 bits only.
     """
 
     param: int = 2
     reduce: int = 4
-    autocast: bool = False
     cuda: bool = True
 
 
@@ -311,13 +308,12 @@ def block_activations(
     """
     tokens = rows * length // context
     part = tokens // tensor
-    dim, size, stream = args.dim, precision.param, 4 if precision.autocast else precision.param
+    dim, size = args.dim, precision.param
     query, key = args.n_heads * args.head_dim // tensor, args.n_kv_heads * args.head_dim // tensor
     heads, hidden = args.n_heads // tensor, args.hidden_dim // tensor
     # The fused kernel keeps its input; the composite one an fp32 copy of it and what is normalized. Both the scale.
-    norm = part * ((stream * dim if precision.cuda else 8 * dim) + 4)
-    # Under autocast each projection casts its input by itself.
-    inputs = tokens * dim * size * (5 if precision.autocast else 2)
+    norm = part * ((size * dim if precision.cuda else 8 * dim) + 4)
+    inputs = tokens * dim * size * 2
     if precision.cuda and size == 4 and query != key:  # neither flash (16 bits) nor the efficient kernel (no groups)
         attention = tokens * 4 * (3 * query + heads * length)
     else:
@@ -350,8 +346,7 @@ def kept_activations(
     method = config.parallelism.context_parallel_rotate_method
     whole = sum(block_activations(args, rows, length, precision, tensor, context, method).values())
     tokens = rows * length // context
-    stream = 4 if precision.autocast else precision.param
-    entry = tokens // tensor * args.dim * stream
+    entry = tokens // tensor * args.dim * precision.param
     if _selects_operations(config):
         # Results of every second product (wq, wv, w1, w2) and of attention, as in TorchTitan.
         query, key = args.n_heads * args.head_dim // tensor, args.n_kv_heads * args.head_dim // tensor
@@ -374,8 +369,7 @@ def loss_bytes(rows: int, length: int, columns: int, dim: int, precision: Precis
     # Logits, their exponentials and the gradient in param and fp32; of the chunk before, logits and gradient live on.
     logits = chunk * columns * (12 if tokens > chunk else 10) if size == 2 else chunk * columns * 12
     kept = tokens * dim * size + columns * dim * size
-    cast = columns * dim * size if precision.autocast else 0
-    return logits + tokens * dim * size * 2 + columns * dim * 4 + cast, kept
+    return logits + tokens * dim * size * 2 + columns * dim * 4, kept
 
 
 @dataclass(frozen=True)
@@ -455,9 +449,9 @@ def _rank_memory(
 ) -> dict[str, dict[str, int]]:
     """{moment: {component: bytes}} of one rank."""
     training, parallelism = config.training, config.parallelism
-    sharded = num_gpus > 1 or training.enable_cpu_offload
     size, reduce = _BYTES[training.mixed_precision_param], _BYTES[training.mixed_precision_reduce]
-    precision = Precision(size, reduce, not sharded and size < 4, cuda)
+    sharded = num_gpus > 1 or training.enable_cpu_offload or size < 4
+    precision = Precision(size, reduce, cuda)
     own = _of_stage(args, dims, stage)
     pipelined = dims.pipeline > 1
     rows = parallelism.pipeline_parallel_microbatch_size if pipelined else training.local_batch_size
@@ -477,30 +471,28 @@ def _rank_memory(
     }
     gradients = 4 * kept
 
-    # Parameters gathered by FSDP, or cast by autocast.
+    # Parameters gathered, and cast, by FSDP.
     never = parallelism.fsdp_reshard_after_forward == "never" or (
         pipelined and parallelism.fsdp_reshard_after_forward == "default"
     )
     block, ends = own.block * size, own.ends * size
     weights_held = block * own.blocks if never else min(2, own.blocks) * block
     if not sharded:
-        block = ends = 0
-        weights_held = own.blocks * own.block * size if precision.autocast else 0
+        block = ends = weights_held = 0
     unsharded = 0
     if sharded and pipelined and accumulates:  # a pipeline reduces the gradients once, after its last microbatch
         unsharded = own.gathered * reduce
 
     # Activations.
     tokens = rows * length // (dims.context * dims.tensor)
-    stream = 4 if precision.autocast else size
     per_microbatch, again = kept_activations(
         args, config, rows, length, precision, own.blocks, dims.tensor, dims.context
     )
-    final_norm = tokens * (args.dim * (stream if cuda else 8) + 4) if stage.last else 0
+    final_norm = tokens * (args.dim * (size if cuda else 8) + 4) if stage.last else 0
     passed = tokens * args.dim * size * 2 if pipelined else 0  # hidden states received and sent
     held = stage.in_flight * (per_microbatch + passed) + final_norm
     hidden = args.hidden_dim // dims.tensor
-    work = tokens * dims.tensor * size * 2 * hidden + tokens * args.dim * (stream + size)
+    work = tokens * dims.tensor * size * 2 * hidden + tokens * args.dim * 2 * size
 
     # The loss.
     columns = -(-args.padded_vocab_size // dims.tensor)
@@ -512,8 +504,7 @@ def _rank_memory(
         if parallelism.disable_loss_parallel and dims.tensor > 1:
             computing += min(tokens * dims.tensor, CHUNK_TOKENS) * args.padded_vocab_size * 8
     if own.embedding:
-        gradient_size = 4 if precision.autocast else size
-        vocabulary = own.embedding * gradient_size
+        vocabulary = own.embedding * size
         # FSDP reduces the gradients of embedding, norm and head together, so the head's waits; without it, it stays.
         head_gradient = vocabulary if stage.last and (sharded or not args.tied or not accumulates) else 0
 
@@ -522,29 +513,29 @@ def _rank_memory(
     moments = {
         "loss": {
             "gradients (fp32)": before,
-            "gathered or cast weights": ends + (weights_held if never or not sharded else 0),
+            "gathered weights": ends + (weights_held if never else 0),
             "unsharded gradients": unsharded,
             "activations": held,
             "loss": computing,
         },
         "backward of the head": {
             "gradients (fp32)": before,
-            "gathered or cast weights": ends + (weights_held if never or not sharded else block),
+            "gathered weights": ends + (weights_held if never else block),
             "unsharded gradients": unsharded,
             "activations": held,
-            "loss": 2 * saved + (2 * head_gradient - saved if precision.autocast else 0),
+            "loss": 2 * saved,
         },
         "backward of the last block": {
             "gradients (fp32)": before,
-            "gathered or cast weights": ends + weights_held,
+            "gathered weights": ends + weights_held,
             "unsharded gradients": unsharded + head_gradient + own.block * size + reducing,
             "activations": held + again + work,
         },
         "end of the backward": {
             "gradients (fp32)": gradients,
-            "gathered or cast weights": ends + (block * own.blocks if never else 0),
+            "gathered weights": ends + (block * own.blocks if never else 0),
             "unsharded gradients": unsharded + (own.ends * (size + reduce) if sharded else vocabulary),
-            "activations": tokens * args.dim * stream,
+            "activations": tokens * args.dim * size,
         },
         "update": {
             "gradients (fp32)": gradients,

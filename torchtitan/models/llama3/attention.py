@@ -50,6 +50,7 @@ def find_documents(
     starts = positions == 0
     starts[:, 0] = True  # No document goes on from row to row.
     if _flash_fits(positions.device, dtype, head_dim):
+        _settle_grouping(positions.device, dtype, head_dim)
         return Documents(offsets=document_offsets(starts, num_documents))
     if positions.device.type == "cpu" and not compiled:
         return Documents(lengths=document_lengths(starts))
@@ -115,16 +116,52 @@ def _attend_flash(
     # Imported late: in newer versions of torch this imports torch._dynamo, which takes seconds.
     from torch.nn.attention.varlen import varlen_attn
 
-    # Under autocast the rotary tables, in fp32, have made q and k fp32; the kernel is not known to autocast.
-    q, k = q.to(v.dtype), k.to(v.dtype)
-    grouped: dict[str, Any] = {}
-    if q.shape[1] != k.shape[1]:
-        if "enable_gqa" in (varlen_attn.__kwdefaults__ or {}):
-            grouped["enable_gqa"] = True
-        else:  # torch 2.11
-            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    out = varlen_attn(q, k, v, offsets, offsets, longest, longest, window_size=(-1, 0), **grouped)
+    more: dict[str, Any] = {}
+    if (groups := q.shape[1] // k.shape[1]) > 1:
+        if _grouping == "named":
+            more["enable_gqa"] = True
+        elif _grouping == "repeated":
+            k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
+    out = varlen_attn(q, k, v, offsets, offsets, longest, longest, window_size=(-1, 0), **more)
     return cast(torch.Tensor, out)  # A pair only when more is asked for.
+
+
+# How the flash kernel gets keys and values that several heads of queries share: "named" by enable_gqa, "as they are"
+# (torch 2.11 has no name for it), or "repeated" for each head, which costs the memory of as many heads as queries have.
+# A variable of the module, since a compiled block cannot find out.
+_grouping: str | None = None
+
+
+def _settle_grouping(device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
+    """Find out once, by trying."""
+    global _grouping
+    if _grouping is None:
+        from torch.nn.attention.varlen import varlen_attn
+
+        named = "enable_gqa" in (varlen_attn.__kwdefaults__ or {})
+        _grouping = "named" if named else "as they are" if _takes_fewer_heads(device, dtype, head_dim) else "repeated"
+
+
+@torch.enable_grad()
+def _takes_fewer_heads(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether the kernel's results and gradients for fewer heads of keys and values are those for repeated ones."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    length, heads, groups = 64, 2, 2
+    offsets = torch.tensor([0, 24, length], dtype=torch.int32, device=device)
+    # Not random numbers: those of the run must not depend on this.
+    values = torch.arange(length * heads * groups * head_dim, dtype=torch.float32, device=device)
+    q = values.view(length, heads * groups, head_dim).sin().to(dtype).requires_grad_()
+    k, v = ((q.detach()[:, :heads] * factor).requires_grad_() for factor in (0.7, -1.3))
+    found = []
+    for repeats in (1, groups):
+        repeated = (x.repeat_interleave(repeats, dim=1) if repeats > 1 else x for x in (k, v))
+        try:
+            out = cast(torch.Tensor, varlen_attn(q, *repeated, offsets, offsets, length, length, window_size=(-1, 0)))
+            found.append([out, *torch.autograd.grad(out.float().square().sum(), (q, k, v))])
+        except (RuntimeError, ValueError):
+            return False
+    return all(torch.allclose(x.float(), y.float(), rtol=0.05, atol=0.05) for x, y in zip(*found, strict=True))
 
 
 def _attend_one_by_one(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: tuple[int, ...]) -> torch.Tensor:

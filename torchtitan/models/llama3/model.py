@@ -255,13 +255,10 @@ class Llama3(nn.Module):
         documents = None
         if positions is not None:
             cos, sin = cos[positions][:, None], sin[positions][:, None]
-            device_type = x.device.type
-            autocast = torch.is_autocast_enabled(device_type)
-            dtype = torch.get_autocast_dtype(device_type) if autocast else x.dtype
             if context is not None and context.method == "allgather":
                 documents = context.documents(positions)
             else:
-                documents = find_documents(positions, dtype, self.args.head_dim, self.compiled, num_documents)
+                documents = find_documents(positions, x.dtype, self.args.head_dim, self.compiled, num_documents)
         if context is not None:
             cos, sin = context.shard(cos, dim=-2), context.shard(sin, dim=-2)
         for layer in self.layers.values():

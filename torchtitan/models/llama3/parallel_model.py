@@ -103,11 +103,9 @@ class ParallelModel:
         self.pipeline: Pipeline | None = None
         self.precomputes_scales = config.float8.precompute_float8_dynamic_scale_for_fsdp
         self.compiles_backward = config.parallelism.enable_compiled_autograd
-        dtype = DTYPES[config.training.mixed_precision_param]
-        # FSDP casts parameters by itself; a model on one device has none.
-        self.sharded = dims.world_size > 1 or config.training.enable_cpu_offload
-        self.autocast = torch.autocast(device.type, dtype, enabled=not self.sharded and dtype != torch.float32)
         training, parallelism = config.training, config.parallelism
+        # FSDP2 is also what casts parameters, so that one rank computes with the same precision as many.
+        self.sharded = dims.world_size > 1 or training.enable_cpu_offload or training.mixed_precision_param != "float32"
         blocks, own = [range(args.n_layers)], [0]
         if dims.pipeline > 1:
             blocks = split_blocks(args.n_layers, parallelism)
@@ -212,9 +210,7 @@ class ParallelModel:
         with self._compiled_backward():
             if self.pipeline is not None:
                 return self.pipeline.backward(tokens, targets, positions, divisor)
-            with self.autocast:
-                loss = self.parts[0](tokens, targets, positions, documents)
-            loss = loss / divisor
+            loss = self.parts[0](tokens, targets, positions, documents) / divisor
             loss.backward()
         return loss.detach()
 
@@ -241,8 +237,7 @@ class ParallelModel:
         for part in self.parts:
             part.eval()
         try:
-            with self.autocast:
-                result = self.pipeline.losses(tokens, targets) if self.pipeline else self.parts[0](tokens, targets)
+            result = self.pipeline.losses(tokens, targets) if self.pipeline else self.parts[0](tokens, targets)
             context = self.parts[0].context
             if context is not None:
                 result = context.unshard(result)
