@@ -15,6 +15,7 @@ import torch.distributed.checkpoint as dcp
 
 from tests.test_train import STEPS, arguments, figures, launch  # noqa: F401 - a fixture
 from torchtitan import train
+from torchtitan.components import checkpoint
 from torchtitan.components.checkpoint import (
     CheckpointManager,
     find_checkpoint,
@@ -94,6 +95,26 @@ def test_weights_may_change_while_they_are_being_saved(one_rank, model, tmp_path
     manager.close()
     saved = load_full_parameters(path)
     assert all(torch.equal(saved[name], before[name]) for name in before)
+
+
+@pytest.mark.parametrize("mode", ["disabled", "async", "async_with_pinned_mem"])
+def test_the_device_is_waited_for_before_tensors_are_copied(one_rank, model, tmp_path, monkeypatch, mode):
+    order = []
+
+    def noting(name: str, function: Any) -> Any:
+        def call(*given: Any, **named: Any) -> Any:
+            order.append(name)
+            return function(*given, **named)
+
+        return call
+
+    monkeypatch.setattr(checkpoint, "wait_for_compute", noting("wait", checkpoint.wait_for_compute))
+    for name in ("save", "async_save"):
+        monkeypatch.setattr(dcp, name, noting("copy", getattr(dcp, name)))
+    manager = CheckpointManager(tmp_path, async_mode=mode)
+    save(manager, 1, model)
+    manager.close()
+    assert order[:2] == ["wait", "copy"]
 
 
 @ASYNC

@@ -44,7 +44,7 @@ def clips():
 @pytest.fixture
 def batches(monkeypatch):
     """Make the CPU encode in batches as a GPU does."""
-    monkeypatch.setitem(codec_module._BATCH_SECONDS, "cpu", 1000.0)
+    monkeypatch.setitem(codec_module.BATCH_SECONDS, "cpu", 1000.0)
     monkeypatch.setattr(codec_module, "CPU_CHUNK_SECONDS", codec_module.CHUNK_SECONDS)
 
 
@@ -117,13 +117,33 @@ def test_order_and_repetition_of_clips_do_not_matter(codec, clips, batches):
 
 
 def test_batches_stay_within_the_budget(codec, batches, monkeypatch):
-    monkeypatch.setitem(codec_module._BATCH_SECONDS, "cpu", 3.0)
+    monkeypatch.setitem(codec_module.BATCH_SECONDS, "cpu", 3.0)
     lengths = [RATE, 25 * RATE, RATE // 2, RATE, 2 * RATE, 30 * RATE]
     batches = codec._batches(lengths)
     assert sorted(i for batch in batches for i in batch) == list(range(6))
     for batch in batches:
         assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= 3 * RATE
     assert len(batches) < 6
+
+
+def test_a_batch_that_the_memory_does_not_hold_is_encoded_in_parts(codec, batches, clips, monkeypatch):
+    latents, sizes = codec._latents, []
+
+    def small_memory(x: torch.Tensor, *more):
+        sizes.append(x.shape[0])
+        if x.shape[0] > 2:
+            raise torch.OutOfMemoryError
+        return latents(x, *more)
+
+    chosen = [clips[n] for n in LENGTHS[:5]]
+    expected = [codec.encode([clip])[0] for clip in chosen]
+    monkeypatch.setattr(codec, "_latents", small_memory)
+    for found, codes in zip(codec.encode(chosen), expected, strict=True):
+        assert_same_codes(found, codes)
+    assert sizes == [5, 2, 3, 1, 2]
+    monkeypatch.setattr(codec, "_latents", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        codec.encode(chosen)
 
 
 def test_no_clips(codec):

@@ -2,9 +2,15 @@
 
 import itertools
 import math
+import os
 import re
+import subprocess
+import sys
 import threading
 import time
+from importlib.util import find_spec
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -18,8 +24,8 @@ from transformers import (
 
 from torchtitan.audio.token_stream import CODEBOOK_SIZE
 from torchtitan.generation import Engine, Request, Sampling, SpeechService, continue_codes, stream_speech, text_prompt
-from torchtitan.generation.engine import whole_frames
-from torchtitan.generation.linear import Int8
+from torchtitan.generation.engine import RecentlyUsed, whole_frames
+from torchtitan.generation.linear import Int8, _agrees, widened
 from torchtitan.generation.sampling import (
     candidate_words,
     candidates,
@@ -354,6 +360,38 @@ def test_the_rehearsal_of_a_capture_leaves_no_trace(lm, random_codes, monkeypatc
         assert torch.equal(result.codes, plain.codes)
 
 
+def test_what_was_not_used_for_longest_is_dropped():
+    kept, made = RecentlyUsed(2), []
+    for key in "abacab":
+        assert kept.get(key, lambda key=key: made.append(key) or key.upper()) == key.upper()
+    assert made == ["a", "b", "c", "b"]
+    with pytest.raises(ZeroDivisionError):
+        kept.get("d", lambda: 1 / 0)
+    assert kept.get("b", lambda: "anew") == "B"
+
+
+def test_graphs_are_bounded_however_requests_sample(lm, random_codes, monkeypatch):
+    """A GPU's way through :meth:`Engine._replay`, with calls in place of CUDA graphs."""
+    monkeypatch.setattr("torchtitan.generation.engine.MAX_GRAPHS", 3)
+    frame, captured = Engine._frame, []
+
+    def capture(engine: Engine, *key: Any) -> Any:
+        captured.append(key)
+        return SimpleNamespace(replay=lambda: frame(engine, *key))
+
+    monkeypatch.setattr(Engine, "_capture", capture)
+    engine = Engine(lm, 2, context=300)
+    for sampling in [*(Sampling(top_k=k) for k in (17, 20, 30, 32, 33, 64)), GREEDY, Sampling(top_p=0.9, top_k=None)]:
+        request = Request(random_codes(4, 3), 3, sampling=sampling)
+        (expected,) = Engine(lm, 2, context=300).generate([request])
+        with monkeypatch.context() as patch:
+            patch.setattr(Engine, "_frame", Engine._replay)
+            (result,) = engine.generate([request])
+        assert torch.equal(result.codes, expected.codes)
+    assert [plan.most for _, _, plan in captured] == [32, 64, None, None]
+    assert len(engine._graphs._kept) == 3
+
+
 def test_rotary_scaling_that_depends_on_the_length(lm, random_codes):
     lm.model.config.max_position_embeddings = 300  # the cache has 384 positions
     lm.model.config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 4.0}
@@ -549,6 +587,47 @@ def test_int8_weights_are_near_the_others(speech_model, random_codes):
     assert layer.weight.dtype == torch.int8
     (result,) = Engine(lm, int8=True).generate([Request(random_codes(4, 3), 20)])
     assert result.codes.shape[1] == 20 or result.ended
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="torch of this kind comes without Triton")
+def test_the_int8_kernel_of_gpus():
+    """Its arithmetic in Triton's interpreter (in fp16, since NumPy has no bf16), and that it compiles for GPUs."""
+    program = """
+import torch, triton
+from torchtitan.generation import int8_kernel
+from torchtitan.generation.linear import widened
+torch.manual_seed(0)
+for rows, outputs, inputs in ((1, 48, 64), (3, 520, 256), (17, 40, 200)):
+    x, weight = torch.randn(rows, inputs).half(), torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8)
+    scale = (torch.rand(outputs) / 100).half()
+    exact = widened(x.double(), weight, scale.double())
+    found = int8_kernel.multiply(x, weight, scale)
+    assert found.dtype == torch.float16 and found.shape == (rows, outputs)
+    assert (found.double() - exact).norm() / exact.norm() < 1e-3
+    assert torch.equal(int8_kernel.multiply(x[:1], weight, scale), found[:1])
+"""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from torchtitan.generation import int8_kernel
+
+    kinds = {"x": "*bf16", "weight": "*i8", "scale": "*bf16", "out": "*bf16", "rows": "i32", "outputs": "i32"}
+    constants = {"inputs": 2048, "block_rows": 16, "block_outputs": 32, "block_inputs": 128}
+    source = ASTSource(int8_kernel._kernel, {**kinds, **dict.fromkeys(constants, "constexpr")}, constants)
+    assert "mma" in triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
+
+
+@pytest.mark.parametrize(
+    ("product", "agrees"),
+    [(torch._weight_int8pack_mm, True), (lambda *given: 1.1 * widened(*given), False), (lambda *_: 1 / 0, False)],
+)
+def test_a_fast_int8_product_is_tried_before_it_is_used(product, agrees):
+    assert _agrees(product, torch.device("cpu"), torch.bfloat16) == agrees
 
 
 def test_consumed_weights_are_not_in_memory_twice(lm, random_codes):

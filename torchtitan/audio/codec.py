@@ -12,7 +12,8 @@ The window of the codec's own attention is the second choice: ``codec`` is the 2
 ``full`` attends over everything, as transformers 4.53 to 5.2 did when the published checkpoints' codes were made. It
 concerns encoding; decoding always uses the codec's own window.
 
-All weights and arithmetic are fp32: bf16 changes a quarter of the codes and more. Padding is integer arithmetic. Clips
+All weights are fp32, and so is the arithmetic of encoding: bf16 changes a quarter of the codes and more. (Decoding may
+use TF32 where torch's own switches allow it.) Padding is integer arithmetic. Clips
 over :data:`CHUNK_SECONDS` are encoded in chunks with carried state, which bounds the memory; on a CPU the chunks are
 short (:data:`CPU_CHUNK_SECONDS`), which is faster.
 """
@@ -23,7 +24,7 @@ import json
 import math
 import threading
 from collections.abc import Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ import torch.nn.functional as F
 
 from torchtitan.audio.token_stream import CODEBOOK_SIZE
 from torchtitan.audio.waveform import SAMPLE_RATE
-from torchtitan.tools.errors import UserError
+from torchtitan.tools.errors import UserError, first_line
 
 FRAME_SIZE = 1920
 FRAME_RATE = SAMPLE_RATE / FRAME_SIZE
@@ -48,8 +49,12 @@ CPU_CHUNK_SECONDS = 4
 FULL_WINDOW_MAX_SECONDS = 1200
 _FULL_WINDOW = 1 << 30
 
-# Seconds of audio, padding included, that one encoder call takes. Batching speeds up a GPU, not a CPU.
-_BATCH_SECONDS = {"cpu": 0.0, "cuda": 320.0, "mps": 80.0}
+# Seconds of audio, padding included, that one encoder call takes at most. Batching speeds up a GPU, not a CPU.
+BATCH_SECONDS = {"cpu": 0.0, "cuda": 320.0, "mps": 80.0}
+# What a second of audio needs in an encoder call of kyutai/mimi's size, measured; and the part of a GPU's free memory
+# that a call may take.
+ACTIVATION_BYTES = 27_000_000
+FREE_MEMORY_SHARE = 0.5
 
 
 class CodecError(UserError):
@@ -119,6 +124,8 @@ class Codec:
                 if isinstance(part, torch.nn.ELU):
                     part.inplace = True
         _set_window(self._transformer, config.sliding_window if window == "codec" else _FULL_WINDOW)
+        self._stream: torch.cuda.Stream | None = None
+        self._largest = 0.0  # seconds of the largest batch, whose memory its CUDA stream keeps for the next one
 
     @classmethod
     def load(
@@ -145,13 +152,14 @@ class Codec:
                 raise CodecError(f"{name}: a Mimi codec is needed, this is a {config.model_type} model.")
             model = MimiModel.from_pretrained(str(name), config=config, dtype=torch.float32, **options)
         except (OSError, SafetensorError) as error:
-            raise CodecError(f"{name}: no codec could be loaded from there ({_first_line(error)}).") from None
+            raise CodecError(f"{name}: no codec could be loaded from there ({first_line(error)}).") from None
         codec = cls(model, num_quantizers, padding, window, str(name))
         return codec.to(device)
 
     def to(self, device: torch.device | str) -> "Codec":
         """Move the codec; codebooks that transformers caches are made anew on the device."""
         self.model.to(device)
+        self._stream, self._largest = None, 0.0
         for module in self.model.modules():
             if hasattr(module, "embed_sum"):
                 module._embed = None
@@ -169,6 +177,9 @@ class Codec:
     def encode(self, waveforms: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Encode clips of any lengths.
 
+        On CUDA this happens on a stream of the codec's own, whatever the thread: training and validation, which encode
+        from threads of theirs, share the memory that it keeps.
+
         Args:
             waveforms: float32 tensors [n] at 24 kHz, n >= 1.
 
@@ -182,13 +193,13 @@ class Codec:
             if waveform.dim() != 1 or waveform.numel() == 0:
                 raise CodecError(f"a waveform must be [n] with n >= 1, not {list(waveform.shape)}")
         codes: dict[int, torch.Tensor] = {}
-        with no_tf32(self.device):
+        with no_tf32(self.device), self._own_stream():
             for batch in self._batches([waveform.numel() for waveform in waveforms]):
                 clips = [waveforms[i] for i in batch]
                 if len(clips) == 1 and self._num_chunks(clips[0].numel()) > 1:
                     results = [self._encode_long(clips[0])]
                 else:
-                    results = self._encode_batch(clips)
+                    results = self._encode_fitting(clips)
                 codes.update(zip(batch, results, strict=True))
         return [codes[i] for i in range(len(waveforms))]
 
@@ -238,8 +249,7 @@ class Codec:
 
             decoder = StreamingDecoder(self)
             return torch.cat([decoder.decode(part) for part in codes.split(chunk, dim=1)])
-        with no_tf32(self.device):
-            audio = self.model.decode(codes.to(self.device)[None]).audio_values
+        audio = self.model.decode(codes.to(self.device)[None]).audio_values
         return audio[0, 0].float().cpu()
 
     def fingerprint(self) -> str:
@@ -283,7 +293,7 @@ class Codec:
 
     def _batches(self, lengths: list[int]) -> list[list[int]]:
         """Group clips by length so that each padded batch stays within the device's budget; long ones alone."""
-        budget = _BATCH_SECONDS.get(self.device.type, 0.0) * SAMPLE_RATE
+        budget = self._batch_seconds() * SAMPLE_RATE
         batches: list[list[int]] = []
         longest = 0
         for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
@@ -294,6 +304,37 @@ class Codec:
                 batches.append([i])
                 longest = lengths[i]
         return batches
+
+    def _batch_seconds(self) -> float:
+        """Seconds of audio that a batch may have: on CUDA what fits into a part of the memory that is free."""
+        most = BATCH_SECONDS.get(self.device.type, 0.0)
+        if self.device.type != "cuda":
+            return most
+        free, _ = torch.cuda.mem_get_info(self.device)
+        return min(most, max(self._largest, FREE_MEMORY_SHARE * free / ACTIVATION_BYTES))
+
+    def _own_stream(self) -> AbstractContextManager:
+        """The stream on which all encoding takes place."""
+        if self.device.type != "cuda":
+            return nullcontext()
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(self.device)
+            self._stream.wait_stream(torch.cuda.current_stream(self.device))  # on which the weights came
+        return torch.cuda.stream(self._stream)
+
+    def _encode_fitting(self, clips: list[torch.Tensor]) -> list[torch.Tensor]:
+        """:meth:`_encode_batch`, in halves where the memory does not hold the whole."""
+        try:
+            codes = self._encode_batch(clips)
+        except torch.OutOfMemoryError:
+            if len(clips) == 1:
+                raise
+        else:
+            self._largest = max(self._largest, len(clips) * max(clip.numel() for clip in clips) / SAMPLE_RATE)
+            return codes
+        self._largest = 0.0
+        half = len(clips) // 2  # outside of the handler, where the traceback would keep the tensors of the whole
+        return self._encode_fitting(clips[:half]) + self._encode_fitting(clips[half:])
 
     def _encode_batch(self, clips: list[torch.Tensor]) -> list[torch.Tensor]:
         """Codes of clips that are encoded in one call, each as if it were alone."""
@@ -426,7 +467,3 @@ def no_tf32(device: torch.device):
             yield
         finally:
             torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, cudnn
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from torchtitan.audio.codec import FRAME_SIZE, Codec, no_tf32
+from torchtitan.audio.codec import FRAME_SIZE, Codec
 
 
 class StreamingDecoder:
@@ -46,12 +46,11 @@ class StreamingDecoder:
         """The next frames, codes [Q, T], any Q up to the codec's, to their float32 waveform [1920 * T] on the CPU."""
         if codes.shape[1] == 0:
             return torch.zeros(0)
-        with no_tf32(self._codec.device):
-            x = self._codec.model.quantizer.decode(codes.to(self._codec.device)[None])
-            x = self._transposed(self._upsample, x).transpose(1, 2)
-            x = self._transformer(x, past_key_values=self._cache, use_cache=True).last_hidden_state.transpose(1, 2)
-            for layer in self._seanet.layers:
-                x = self._apply(layer, x)
+        x = self._codec.model.quantizer.decode(codes.to(self._codec.device)[None])
+        x = self._transposed(self._upsample, x).transpose(1, 2)
+        x = self._transformer(x, past_key_values=self._cache, use_cache=True).last_hidden_state.transpose(1, 2)
+        for layer in self._seanet.layers:
+            x = self._apply(layer, x)
         assert x.shape[-1] == FRAME_SIZE * codes.shape[1]
         return x[0, 0].float().cpu()
 

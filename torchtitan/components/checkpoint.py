@@ -133,6 +133,13 @@ def load_full_parameters(checkpoint: Path) -> dict[str, torch.Tensor]:
     return {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
 
 
+def wait_for_compute() -> None:
+    """Return when the device has made the last update: what copies the tensors has a stream of its own, which does not
+    wait for the one that computes."""
+    if torch.cuda.is_available():
+        torch.cuda.current_stream().synchronize()
+
+
 def named_tensors(model: Weighted, optimizer: AnyOptimizer | None = None) -> Iterator[tuple[str, torch.Tensor]]:
     """The weights and, if there is one, the state of the optimizer, as a checkpoint names them.
 
@@ -202,6 +209,7 @@ class CheckpointManager:
             except OSError as error:
                 raise self._failed(error) from error
         dist.barrier(group=self._group)
+        wait_for_compute()
         tensors = dict(named_tensors(model, optimizer))
         if optimizer is None:
             tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}

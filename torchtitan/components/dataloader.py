@@ -7,7 +7,7 @@ exchange: each rank looks up those of its rows. A rank's threads are
 
     read      rows of files, a window of the order (1,024 recordings) ahead, of which a rank holds its share
     decode    ``num_workers`` threads: audio file to mono waveform at 24 kHz (libsndfile and torch release the lock)
-    encode    waveforms to codes, batched by length, on the training device and a CUDA stream of its own
+    encode    waveforms to codes, batched by length, on the training device, on CUDA on the codec's own stream
 
 and where nothing has to be exchanged, the last of them makes whole batches, ready for the step.
 
@@ -26,7 +26,6 @@ import threading
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -296,9 +295,7 @@ class SpeechDataLoader:
     def _encode_parts(self, closing: threading.Event) -> Generator[Part]:
         """For one part of the order after the other: its first draw, the draw after it, this rank's encoded draws."""
         start = self.draw
-        cuda = self.encodes and self.codec is not None and self.codec.device.type == "cuda"
-        side_stream = torch.cuda.stream(torch.cuda.Stream(self.codec.device)) if cuda else nullcontext()  # type: ignore
-        with side_stream, ThreadPoolExecutor(max(1, self.num_workers), "decode") as pool:
+        with ThreadPoolExecutor(max(1, self.num_workers), "decode") as pool:
             waiting: dict[int, Generator[_Pending]] = {}
             try:
                 while stop := self._part_end(start):

@@ -30,7 +30,7 @@ from typing import Any, BinaryIO, TypeVar
 import numpy as np
 
 from torchtitan.datasets.sources import AUDIO_EXTENSIONS, Source, kind_of
-from torchtitan.tools.errors import UserError
+from torchtitan.tools.errors import UserError, first_line
 from torchtitan.tools.logging import logger
 
 T = TypeVar("T")
@@ -136,15 +136,9 @@ def _retried(path: str, action: Callable[[], T], retries: int) -> T:
             if attempt >= retries or not _may_pass(error):
                 raise
             wait = FIRST_WAIT * 2**attempt
-            logger.warning(f"{path}: {_reason(error)}; trying again in {wait:g} s ({attempt + 1} of {retries})")
+            logger.warning(f"{path}: {first_line(error)}; trying again in {wait:g} s ({attempt + 1} of {retries})")
             time.sleep(wait)
     raise AssertionError("unreachable")
-
-
-def _reason(error: BaseException) -> str:
-    """The first line of an error's message, without a full stop."""
-    text = (getattr(error, "strerror", None) or str(error)).strip()
-    return text.splitlines()[0].rstrip(". ") if text else type(error).__name__
 
 
 def read_audio_file(path: str, retries: int) -> bytes:
@@ -338,7 +332,7 @@ class _Table(_Reader):
         try:
             recording = self._recording(path, audio)
         except Exception as error:  # a file on the hub that the table names
-            return Row(key, None, None, None, _reason(error))
+            return Row(key, None, None, None, first_line(error))
         return Row(key, recording, _text(values.get(self.source.text)), self._seconds(values))
 
 
@@ -422,7 +416,7 @@ class _Arrow(_Table):
                     if end > size:
                         raise _Damage("the file is cut off")
                 except (_Damage, IndexError, ValueError) as error:
-                    return blocks, f"the rest from byte {offset:,} on is missing: {_reason(error)}"
+                    return blocks, f"the rest from byte {offset:,} on is missing: {first_line(error)}"
                 if kind == _RECORD_BATCH:
                     blocks += _groups_of(rows, offset)
                 file.seek(end)
@@ -542,7 +536,7 @@ class _Tar(_Reader):
                     if sample.recording:
                         starts.append(sample.start)
             except (_Damage, tarfile.TarError) as error:
-                rest = f"the rest is missing: {_reason(error)}"
+                rest = f"the rest is missing: {first_line(error)}"
         if not starts and rest is None and names:
             wanted = f"of extension .{self.source.audio}" if self._named else "with audio"
             raise _Damage(f"there is no member {wanted} (extensions: {', '.join(sorted(names)[:8])})")
@@ -684,7 +678,7 @@ class _Manifest(_Reader):
             key = self._key(path, number, name or inside)
             recording = self._recording(path, audio)
         except Exception as error:
-            return Row(key, None, None, None, _reason(error))
+            return Row(key, None, None, None, first_line(error))
         names = TEXT_KEYS if self.source.text == "text" else (self.source.text,)
         text = next((_text(values[name]) for name in names if values.get(name) is not None), None)
         return Row(key, recording, text, self._seconds(values))
@@ -744,7 +738,7 @@ class _Manifest(_Reader):
             try:
                 record = next(records, None)
             except csv.Error as error:
-                yield start, f"the line cannot be read ({_reason(error)})"
+                yield start, f"the line cannot be read ({first_line(error)})"
                 continue
             if record is None:
                 return
@@ -816,7 +810,7 @@ class _AudioFiles(_Reader):
                 audio = self._contents(name) if name.startswith("hf://") else name
                 yield number, Row(name, audio, self._beside(name), None)
             except Exception as error:
-                yield number, Row(name, None, None, None, _reason(error))
+                yield number, Row(name, None, None, None, first_line(error))
 
     def _beside(self, path: str) -> str | None:
         """NAME.txt, or the line of NAME in LibriSpeech's *.trans.txt; not looked for on the hub."""
@@ -887,7 +881,7 @@ def index_files(source: Source, files: list[str], retries: int = 5, progress: bo
         try:
             return reader.index(path)
         except Exception as error:  # whatever a damaged file raises leaves out this file
-            return [], _reason(error)
+            return [], first_line(error)
 
     found: list[tuple[list[Block], str | None]] = []
     with ThreadPoolExecutor(min(INDEX_THREADS, len(files)), thread_name_prefix="index") as pool:
@@ -998,7 +992,7 @@ class AudioDataset:
                 done += 1
                 yield start + found, row
         except Exception as error:  # whatever a damaged file raises costs the rest of this group
-            reason = _reason(error)
+            reason = first_line(error)
         if done == len(wanted):
             return
         missing = wanted[done:]

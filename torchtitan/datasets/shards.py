@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
-from torchtitan.tools.errors import UserError
+from torchtitan.tools.errors import UserError, first_line
 
 if TYPE_CHECKING:  # imported where it is used: training on recordings in other formats does without
     import pyarrow as pa
@@ -184,7 +184,7 @@ def read_part(path: Path) -> "tuple[list[pa.RecordBatch], dict[str, Any]]":
     except (OSError, pa.ArrowException, ValueError) as error:
         if isinstance(error, ShardError):
             raise
-        raise ShardError(f"{path}: the shard is damaged or cut off ({_first_line(error)}).") from None
+        raise ShardError(f"{path}: the shard is damaged or cut off ({first_line(error)}).") from None
 
 
 def merge_parts(parts: Sequence[Path], path: Path, header: dict[str, Any]) -> None:
@@ -282,7 +282,7 @@ class _Shard:
                 self.seconds.append(_buffer(batch, "seconds", 1, np.float64, batch.num_rows))
                 self.codes.append(_buffer(batch, "codes", 3, np.uint16, size).reshape(-1, num_quantizers))
         except (ValueError, KeyError, TypeError) as error:  # pyarrow's are ValueErrors too
-            raise ShardError(f"{path}: the shard is damaged ({_first_line(error)}).") from None
+            raise ShardError(f"{path}: the shard is damaged ({first_line(error)}).") from None
 
 
 class ShardedCodes:
@@ -491,7 +491,3 @@ def _check_same(first_path: str, first: dict[str, Any], path: str, header: dict[
                 f"{path}: it does not belong to the same set as {first_path}: {key} is {header.get(key)!r} in one and "
                 f"{first.get(key)!r} in the other."
             )
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__

@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import quote
 
 from torchtitan.config_manager import HUB_NAME, ConfigError, read_sources
-from torchtitan.tools.errors import UserError
+from torchtitan.tools.errors import UserError, first_line
 
 # What libsndfile reads.
 AUDIO_EXTENSIONS = frozenset("wav flac ogg oga opus mp3 aiff aif aifc au snd caf w64 rf64 sph nist voc wve".split())
@@ -370,8 +370,7 @@ def _find_on_hub(repository: str, revision: str | None) -> tuple[list[str], str]
             f"hf://{root}/"
         )
     except (OSError, HfHubHTTPError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{repository}: the data set cannot be read from the hub ({reason}).") from None
+        raise UserError(f"{repository}: the data set cannot be read from the hub ({first_line(error)}).") from None
 
 
 def _select(source: Source, found: Iterable[str], inside: str) -> list[str]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torchtitan.tools.errors import UserError
+from torchtitan.tools.errors import UserError, first_line
 
 _ROWS_PER_READ = 16
 # Names that the files or folders of splits begin with, besides those that --splits asks for.
@@ -164,7 +164,7 @@ def _open_folder(name: str, folder: Path, columns: tuple[str, str], split: str) 
         try:
             parquet = pq.ParquetFile(file)
         except (pa.ArrowInvalid, OSError) as error:
-            raise DataError(f"{file}: not a readable parquet file ({_first_line(error)}).") from None
+            raise DataError(f"{file}: not a readable parquet file ({first_line(error)}).") from None
         schema = parquet.schema_arrow
         audio = [
             field.name
@@ -186,7 +186,7 @@ def _parquet_rows(files: list[Path]) -> Iterator[dict[str, Any]]:
             for batch in pq.ParquetFile(file).iter_batches(_ROWS_PER_READ):
                 yield from batch.to_pylist()
         except (pa.ArrowInvalid, OSError) as error:
-            raise DataError(f"{file}: the parquet file is damaged ({_first_line(error)}).") from None
+            raise DataError(f"{file}: the parquet file is damaged ({first_line(error)}).") from None
 
 
 def _open_hub(
@@ -204,7 +204,7 @@ def _open_hub(
     except (ValueError, OSError) as error:
         if isinstance(error, ValueError) and configuration and f"'{configuration}' not found" in str(error):
             return None
-        raise DataError(f"{repository}: the data set could not be loaded ({_first_line(error)}).") from None
+        raise DataError(f"{repository}: the data set could not be loaded ({first_line(error)}).") from None
     audio = [column for column, feature in rows.features.items() if isinstance(feature, datasets.Audio)]
     _require_columns(name, repository, columns, rows.column_names, audio)
     _require_pairs(name, repository, rows.num_rows)
@@ -234,7 +234,3 @@ def _require_columns(
 def _require_pairs(name: str, where: str, num_pairs: int) -> None:
     if num_pairs == 0:
         raise DataError(f"{where}: task {name} holds no pairs.")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__

@@ -19,8 +19,8 @@ the sample began there. Memory is constant, and no position is beyond those that
 """
 
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections import OrderedDict, deque
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -43,6 +43,9 @@ from torchtitan.models.speech_lm import SpeechLM
 from torchtitan.tools.errors import UserError
 
 _NO_LIMIT = 1 << 30
+# CUDA graphs that are kept: one for each number of rows, length and kind of sampling that occurs, of which a batch that
+# runs full meets a handful.
+MAX_GRAPHS = 32
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,12 +106,29 @@ class Generation:
 class Plan(NamedTuple):
     """What the sampling of a batch's rows needs; all that the compiled frame depends on beside its shapes."""
 
-    most: int | None  # the largest top_k
+    most: int | None  # the largest top_k, rounded up to a power of two, so that few plans differ in it
     top_k: bool
     top_p: bool
     penalty: bool
     draws: bool  # some row has a temperature
     greedy: bool  # some row has none
+
+
+class RecentlyUsed:
+    """Things that are costly to make, by a key: the last ``size`` ones that were used are kept."""
+
+    def __init__(self, size: int):
+        self.size = size
+        self._kept: OrderedDict[Hashable, Any] = OrderedDict()
+
+    def get(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """What is kept under a key, or what ``make`` gives, for which the one that was not used for longest goes."""
+        if key not in self._kept:
+            if len(self._kept) >= self.size:
+                self._kept.popitem(last=False)
+            self._kept[key] = make()
+        self._kept.move_to_end(key)
+        return self._kept[key]
 
 
 class Engine:
@@ -160,7 +180,7 @@ class Engine:
         self._active: list[Generation] = []  # in the order of their rows
         self._pending: deque[tuple[list[Generation], torch.Tensor, Any]] = deque()
         self._plan: Plan | None = None
-        self._graphs: dict[tuple[int, int, Plan], Any] = {}
+        self._graphs = RecentlyUsed(MAX_GRAPHS)
         self._pool: Any = None
 
     def _allocate(self, rows: int, dtype: torch.dtype) -> None:
@@ -441,21 +461,23 @@ class Engine:
         return seen.scatter_(1, units, True)[:, :size]
 
     def _replay(self, rows: int, length: int, plan: Plan) -> None:
-        """Run :meth:`_frame` as a CUDA graph, which is captured the first time."""
-        graph = self._graphs.get((rows, length, plan))
-        if graph is None:
-            stream = torch.cuda.Stream(self.device)
-            stream.wait_stream(torch.cuda.current_stream(self.device))
-            with torch.cuda.stream(stream):
-                self._rehearse(rows, length, plan)
-            torch.cuda.current_stream(self.device).wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            # Other threads may decode meanwhile, whose calls are none of the graph's business.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                self._frame(rows, length, plan)
-            self._pool = self._pool or graph.pool()
-            self._graphs[rows, length, plan] = graph
-        graph.replay()
+        """Run :meth:`_frame` as a CUDA graph, which is captured where none is kept."""
+        self._graphs.get((rows, length, plan), lambda: self._capture(rows, length, plan)).replay()
+
+    def _capture(self, rows: int, length: int, plan: Plan) -> Any:
+        """A CUDA graph of :meth:`_frame`."""
+        # A graph that is dropped for this one may still be running, and its memory is taken over.
+        torch.cuda.synchronize(self.device)
+        stream = torch.cuda.Stream(self.device)
+        with torch.cuda.stream(stream):
+            self._rehearse(rows, length, plan)
+        torch.cuda.current_stream(self.device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        # Other threads may decode meanwhile, whose calls are none of the graph's business.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            self._frame(rows, length, plan)
+        self._pool = self._pool or graph.pool()
+        return graph
 
     def _rehearse(self, rows: int, length: int, plan: Plan) -> None:
         """Run :meth:`_frame` twice and undo it, so that libraries and compiled code are set up before a capture."""
@@ -535,7 +557,7 @@ def _plan(samplings: list[Sampling]) -> Plan:
     limits = [sampling.top_k for sampling in drawing]
     known = [limit for limit in limits if limit is not None]
     return Plan(
-        most=max(known) if known and len(known) == len(limits) else None,
+        most=1 << (max(known) - 1).bit_length() if known and len(known) == len(limits) else None,
         top_k=bool(known),
         top_p=any(sampling.top_p < 1 for sampling in drawing),
         penalty=any(sampling.repetition_penalty != 1 for sampling in samplings),

@@ -9,13 +9,20 @@
 """
 
 import functools
+from collections.abc import Callable
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from torchtitan.tools.errors import first_line
+from torchtitan.tools.logging import logger
+
 # Batches are filled up to this, see Packed.
 MIN_ROWS = 2
+# Rows up to which 8-bit weights are widened as they are read, on CUDA.
+_FUSED_ROWS = 64
 
 
 class Dense(nn.Module):
@@ -59,15 +66,14 @@ class Int8(nn.Module):
         self.register_buffer("weight", (weight.float() / scale[:, None]).round().to(torch.int8))
         self.register_buffer("scale", scale.to(weight.dtype))
         self.register_buffer("bias", bias)
-        self.fused = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
+        self.product = int8_product(weight.device, weight.dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., inputs] to [..., outputs]."""
-        if self.fused:
-            flat = x.reshape(-1, x.shape[-1])
-            y = torch._weight_int8pack_mm(flat, self.weight, self.scale).view(*x.shape[:-1], -1)
-        else:
-            y = F.linear(x, self.weight.to(x.dtype)) * self.scale
+        flat = x.reshape(-1, x.shape[-1])
+        # Of many rows the arithmetic costs most, of which matrix products in 16 bits do more at a time.
+        product = widened if x.is_cuda and len(flat) > _FUSED_ROWS else self.product
+        y = product(flat, self.weight, self.scale).view(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias
 
 
@@ -84,6 +90,38 @@ def make_linear(
     if pack and weight.device.type == "cpu" and _can_pack(weight.dtype):
         return Packed(weight, bias)
     return Dense(weight, bias)
+
+
+def widened(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """(x W^T) * scale by way of the weights in the type of x, which are written and read again."""
+    return F.linear(x, weight.to(x.dtype)) * scale
+
+
+@functools.cache
+def int8_product(device: torch.device, dtype: torch.dtype) -> Callable[..., torch.Tensor]:
+    """The function of x [n, inputs], int8 weights and their scales that reads the fewest bytes on a device: one that
+    widens the weights as it reads them, if there is one and it gives what :func:`widened` does."""
+    fused = None
+    if device.type == "cpu" and dtype == torch.bfloat16:
+        fused = torch._weight_int8pack_mm
+    elif device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and find_spec("triton"):
+        from torchtitan.generation.int8_kernel import int8_linear
+
+        fused = int8_linear
+    return fused if fused is not None and _agrees(fused, device, dtype) else widened
+
+
+def _agrees(product: Callable[..., torch.Tensor], device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a product of int8 weights works on a device, seen by trying: operators and compilers differ there."""
+    weight = torch.arange(40 * 96, device=device).view(40, 96).mul(37).remainder(255).sub(127).to(torch.int8)
+    x, scale = (torch.linspace(-1, 1, n, device=device, dtype=dtype) for n in (3 * 96, 40))
+    arguments = (x.view(3, 96), weight, scale)
+    exact = widened(arguments[0].float(), weight, scale.float())
+    try:
+        return bool((product(*arguments) - exact).norm() < 0.02 * exact.norm())
+    except Exception as error:  # of whatever kind a compiler's are
+        logger.warning("fast products of 8-bit weights do not work here (%s); slower ones are used.", first_line(error))
+        return False
 
 
 @functools.cache

@@ -10,7 +10,7 @@ from torchtitan.config_manager import Model
 from torchtitan.models.llama3.args import Llama3Args, read_config
 from torchtitan.models.llama3.weights import SafetensorsFolder
 from torchtitan.models.speech_lm import PUBLISHED_CONVENTIONS, require_model_folder
-from torchtitan.tools.errors import UserError
+from torchtitan.tools.errors import UserError, first_line
 from torchtitan.tools.logging import logger
 
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
@@ -52,9 +52,8 @@ class BaseModel:
         try:
             tokenizer: Any = AutoTokenizer.from_pretrained(config.tokenizer_path or folder)
         except (OSError, ValueError, KeyError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             source = config.tokenizer_path or config.name
-            raise UserError(f"{source}: no tokenizer could be loaded from there ({reason}).") from None
+            raise UserError(f"{source}: no tokenizer could be loaded from there ({first_line(error)}).") from None
         if config.pretrained:
             SafetensorsFolder(folder)
         known = len(tokenizer)
@@ -106,5 +105,4 @@ def _fetch(name: str, weights: bool) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=[*_REST, *(_WEIGHTS if weights else ())]))
     except (OSError, HfHubHTTPError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{name}: the model cannot be downloaded ({reason}).") from None
+        raise UserError(f"{name}: the model cannot be downloaded ({first_line(error)}).") from None

@@ -15,7 +15,7 @@ from torchtitan.audio.codec import Codec
 from torchtitan.audio.token_stream import TokenStream
 from torchtitan.components.checkpoint import HF_FOLDER, find_checkpoint
 from torchtitan.components.hf_export import full_hf_tensors
-from torchtitan.tools.errors import UserError
+from torchtitan.tools.errors import UserError, first_line
 from torchtitan.tools.logging import quiet_transformers
 
 # The published checkpoints: kyutai/mimi through a transformers version that attended over the whole clip.
@@ -94,8 +94,9 @@ class SpeechLM:
         except UserError:
             raise
         except (OSError, KeyError, ValueError, SafetensorError) as error:
-            reason = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
-            raise UserError(f"{model_name}: no language model could be loaded from there ({reason}).") from None
+            raise UserError(
+                f"{model_name}: no language model could be loaded from there ({first_line(error)})."
+            ) from None
         rows = model.get_input_embeddings().weight.shape[0]
         if rows < stream.vocab_size:
             raise UserError(

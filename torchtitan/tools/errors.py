@@ -8,6 +8,12 @@ class UserError(ValueError):
     """Input that cannot be used; its message is one clear sentence for the person who gave it."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, without a full stop; the error's kind where it has none."""
+    text = (getattr(error, "strerror", None) or str(error)).strip()
+    return text.splitlines()[0].rstrip(". ") if text else type(error).__name__
+
+
 def run_command(main: Callable[[], int | None]) -> None:
     """Run a command-line program: a :class:`UserError` becomes one line on stderr and exit code 2.
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from torchtitan.audio.codec import ACTIVATION_BYTES, BATCH_SECONDS
 from torchtitan.components.loss import CHUNK_TOKENS
 from torchtitan.config_manager import ConfigError, JobConfig, accumulation_steps
 from torchtitan.distributed.parallel_dims import ParallelDims
@@ -31,8 +32,6 @@ _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 CONTEXT_BYTES = int(1.5 * GIB)  # CUDA context, cuBLAS workspaces, NCCL buffers
 FRAGMENTATION = 0.05  # of what is allocated: memory that the allocator holds and cannot use
 CODEC_BYTES = 96_100_000 * 4  # kyutai/mimi in fp32, codebooks included
-CODEC_ACTIVATION_BYTES = 27_000_000  # for each second of audio in one call, measured
-CODEC_BATCH_SECONDS = 320  # of audio in one call on a GPU
 CODEC_CLIPS = 32  # recordings that a GPU is given at once, at least
 AUDIO_BYTES_PER_HOUR = 64_000_000  # 16 kHz mono FLAC: LibriSpeech's 960 hours are 60 GB
 FRAMES_PER_SECOND = 12.5
@@ -441,7 +440,7 @@ def _of_stage(args: Llama3Args, dims: ParallelDims, stage: Stage) -> RankParamet
 
 def _codec_bytes(config: JobConfig) -> int:
     clips = max(config.training.local_batch_size, CODEC_CLIPS)
-    return CODEC_BYTES + int(min(CODEC_BATCH_SECONDS, clips * config.training.max_seconds) * CODEC_ACTIVATION_BYTES)
+    return CODEC_BYTES + int(min(BATCH_SECONDS["cuda"], clips * config.training.max_seconds) * ACTIVATION_BYTES)
 
 
 def _rank_memory(

@@ -155,9 +155,9 @@ def _takes_fewer_heads(device: torch.device, dtype: torch.dtype, head_dim: int) 
     k, v = ((q.detach()[:, :heads] * factor).requires_grad_() for factor in (0.7, -1.3))
     found = []
     for repeats in (1, groups):
-        repeated = (x.repeat_interleave(repeats, dim=1) if repeats > 1 else x for x in (k, v))
+        keys, values = (x.repeat_interleave(repeats, dim=1) if repeats > 1 else x for x in (k, v))
         try:
-            out = cast(torch.Tensor, varlen_attn(q, *repeated, offsets, offsets, length, length, window_size=(-1, 0)))
+            out: Any = varlen_attn(q, keys, values, offsets, offsets, length, length, window_size=(-1, 0))
             found.append([out, *torch.autograd.grad(out.float().square().sum(), (q, k, v))])
         except (RuntimeError, ValueError):
             return False
