@@ -25,6 +25,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from torchtitan.tools.errors import UserError, run_command
 from torchtitan.tools.plots import draw_losses, read_metrics
 
@@ -67,6 +69,9 @@ def main(options: Options) -> None:
     (output / MARK).touch()
     # Two ranks on two cores: one thread each; and parts this small gain nothing from more. Nothing needs the network.
     environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    if 0 < (gpus := torch.cuda.device_count()) < options.ranks:
+        print(f"{options.ranks} ranks would take a GPU each, and there are {gpus}: all runs on the CPU.")
+        environment["CUDA_VISIBLE_DEVICES"] = ""
 
     codes = output / "codes"
     tokenize = ["python", "scripts/tokenize_dataset.py", "--dataset", "assets/speech/peoples_speech"]

@@ -28,6 +28,12 @@ LLAMA3_SCALING = {
 }
 
 
+def require_devices(ranks: int) -> None:
+    """Skip a test whose ranks would each take a GPU, where there are some, but fewer."""
+    if torch.cuda.is_available() and (found := torch.cuda.device_count()) < ranks:
+        pytest.skip(f"{ranks} ranks take a GPU each, and there are {found}; CUDA_VISIBLE_DEVICES= runs this on the CPU")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory):
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))  # codes of evaluation clips

@@ -49,6 +49,20 @@ def test_failed_command_ends_it_and_the_folder_can_be_used_again(tmp_path, monke
     assert ran == ["1. Turn the speech into codes"] * 2
 
 
+def test_fewer_gpus_than_ranks_are_left_alone(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        quickstart, "run", lambda title, command, environment, stop_after=None: seen.append(environment)
+    )
+    monkeypatch.setattr(quickstart, "summarize", lambda *_: None)
+    for name in ("read_metrics", "draw_losses"):
+        monkeypatch.setattr(quickstart, name, lambda *_: {})
+    for gpus, used in ((0, True), (1, False), (2, True)):
+        monkeypatch.setattr("torch.cuda.device_count", lambda gpus=gpus: gpus)
+        quickstart.main(quickstart.Options(output=tmp_path / "new"))
+        assert ("CUDA_VISIBLE_DEVICES" not in seen[-1]) == used
+
+
 def test_run_shows_output_and_takes_the_exit_code_seriously(capsys):
     quickstart.run("A title", ["python", "-c", "print('said', 7)"], {})
     shown = capsys.readouterr().out

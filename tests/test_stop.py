@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests.conftest import require_devices
 from tests.test_kill import descendants
 from tests.test_parallel import make, microbatch
 from tests.test_train import ROOT, arguments, figures, launch  # noqa: F401 - a fixture
@@ -34,6 +35,7 @@ STEPS = 25
 def start(options: list[str], ranks: int, log: Path) -> subprocess.Popen:
     command = [sys.executable, "-m", "torchtitan.train", *options]
     if ranks > 1:
+        require_devices(ranks)
         torchrun = ["torch.distributed.run", f"--nproc_per_node={ranks}", "--rdzv-backend=c10d"]
         command[2:2] = [*torchrun, "--rdzv-endpoint=localhost:0", "-m"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

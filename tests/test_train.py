@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.conftest import require_devices
 from torchtitan import train
 from torchtitan.components.checkpoint import find_checkpoint, load_full_parameters, read_state
 from torchtitan.models.llama3.args import Llama3Args
@@ -45,10 +46,20 @@ def launch(arguments: list[str], ranks: int) -> None:
     if ranks == 1:
         assert train.main(arguments) == 0
         return
+    require_devices(ranks)
     torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--master_port=0"]
     command = [*torchrun, "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "-m", "torchtitan.train", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_tests_of_more_ranks_than_gpus_are_skipped(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(pytest.skip.Exception, match="2 ranks take a GPU each, and there are 1"):
+        launch([], 2)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    require_devices(2)
 
 
 def figures(folder: Path) -> dict[tuple[int, str], float]:
@@ -263,6 +274,7 @@ def test_packed_and_padded_rows_give_the_same_loss(arguments, tmp_path):
 
 def test_ranks_that_see_other_data_are_noticed(arguments, tmp_path, speech_folder, make_sound, write_code_shards):
     """Two machines with the same path, on one of which lies an older copy of the codes."""
+    require_devices(2)
     codec = arguments(tmp_path)[arguments(tmp_path).index("--model.audio_tokenizer") + 1]
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -330,6 +342,7 @@ def test_going_back_sets_later_checkpoints_aside(arguments, tmp_path):
 
 
 def test_an_error_of_ranks_whose_output_is_filtered_away_is_in_torchruns_report(arguments, tmp_path, write_rows):
+    require_devices(2)
     write_rows(tmp_path / "data" / "train-0.parquet", [(str(i), b"no sound", "t") for i in range(3)])
     more = ("--training.dataset_path", str(tmp_path / "data"))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--local-ranks-filter", "2"]
