@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import command
 import torch
 from models import QUANTIZERS, make_model
 
@@ -168,11 +169,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        import tyro
-
-        main(tyro.cli(Options, description=__doc__, use_underscores=True))
-    except ModuleNotFoundError as error:
-        if error.name != "tyro":
-            raise
-        main(Options())
+    command.run(main, Options, __doc__)

@@ -21,6 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import command
 import torch
 from models import QUANTIZERS, make_model
 
@@ -206,6 +207,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    import tyro
-
-    main(tyro.cli(Options, use_underscores=True))
+    command.run(main, Options, __doc__)

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import command
 import numpy as np
 import torch
 
@@ -61,7 +62,12 @@ def write_shards(folder: Path, count: int, low: float, high: float) -> list[int]
         Recording(f"r{i}", random.integers(0, 2048, (n, 8), dtype=np.uint16), n / 12.5, None, "random")
         for i, n in enumerate(frames)
     ]
-    codec = {"audio_tokenizer": "none", "codec_fingerprint": "", "codec_padding": "exact", "codec_window": "codec"}
+    codec = {
+        "audio_tokenizer": "random/codes",
+        "codec_fingerprint": "",
+        "codec_padding": "exact",
+        "codec_window": "codec",
+    }
     header = {"format": 1, "num_quantizers": 8, **codec, "source": {"name": "random"}}
     shards = [recordings[i : i + 4096] for i in range(0, count, 4096)]
     for number, some in enumerate(shards):
@@ -219,13 +225,12 @@ def time_steps(options: Options, folder: Path) -> dict[str, Any]:
         model = Llama3(args)
     materialize(model, device, 1024)
     init_random(model, 0)
-    model.train()
+    model.train().to(torch.bfloat16 if cuda else torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
 
     def step(taken: Batch) -> None:
         tokens, targets = taken.tokens.to(device, non_blocking=True), taken.targets.to(device, non_blocking=True)
-        with torch.autocast(device.type, torch.bfloat16, enabled=cuda):
-            loss = model(tokens, targets)
+        loss = model(tokens, targets)
         (loss / taken.num_tokens).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -285,11 +290,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        import tyro
-
-        main(tyro.cli(Options, description=__doc__, use_underscores=True))
-    except ModuleNotFoundError as error:
-        if error.name != "tyro":
-            raise
-        main(Options())
+    command.run(main, Options, __doc__)

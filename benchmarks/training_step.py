@@ -1,11 +1,13 @@
 """A training step here, side by side with the plain way: ``uv run python benchmarks/training_step.py``.
 
-Plain: transformers' LlamaForCausalLM under FSDP2 with one unit a layer and one for the rest, every row padded to the
-row length, labels = input ids (padding among them), logits whole, AdamW fused.
-Ours: the trainer's own step (torchtitan.train.train_step) on the same samples: batches cut to their longest sample or,
-with ``--packing``, samples packed into rows; padding is no target; the loss in chunks.
-Both take the same samples a step, from random weights; ids are random, lengths those of clips of 3 to 20 s. The two run
-in turn, with fresh processes each time, so that each has its own peak of memory. On one H200, for the 1.3B:
+Plain: transformers' LlamaForCausalLM under FSDP2 with one unit a layer and one for the rest, every sample in a row of
+its own, padded to the row length, labels = input ids (padding among them), logits whole, AdamW fused.
+Ours: the trainer's own step (torchtitan.train.train_step), under the same FSDP2 with the same precision: rows cut to
+the longest or, with ``--packing``, of several samples; padding is no target; the loss in chunks.
+
+Both compute ``--batch`` rows a step, of ids that are random and samples as long as clips of 3 to 20 s. Packed rows hold
+as many samples as go into exactly that many rows. The two run in turn, in processes of their own, so that each has its
+own peak of memory; batches are made beforehand. On one H200, for the 1.3B:
 
     python benchmarks/training_step.py --size 1.3B --batch 32 --dtype bfloat16 --compile --packing --steps 10
 """
@@ -18,18 +20,24 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
+import command
 import torch
 import torch.distributed as dist
 
-SIZES: dict[str, dict[str, int]] = {
+SIZES: dict[str, dict[str, Any]] = {
     "tiny": {"dim": 128, "n_layers": 2, "n_heads": 2, "n_kv_heads": 1, "head_dim": 64, "hidden_dim": 256},
     "mid": {"dim": 768, "n_layers": 12, "n_heads": 12, "n_kv_heads": 3, "head_dim": 64, "hidden_dim": 2048},
     "1.3B": {"dim": 2048, "n_layers": 16, "n_heads": 32, "n_kv_heads": 8, "head_dim": 64, "hidden_dim": 8192},
+    "8B": {
+        **{"dim": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 8, "head_dim": 128, "hidden_dim": 14336},
+        "tied": False,
+    },
 }
 
 
@@ -37,8 +45,10 @@ SIZES: dict[str, dict[str, int]] = {
 class Options:
     """Sizes of the model and of a step."""
 
-    size: Literal["tiny", "mid", "1.3B"] = "mid"
-    """Of the model: 768 x 12 layers, or that of Llama-Mimi-1.3B."""
+    size: Literal["tiny", "mid", "1.3B", "8B"] = "mid"
+    """Of the model: 768 x 12 layers, or that of Llama-Mimi-1.3B or -8B."""
+    layers: int | None = None
+    """Blocks, instead of those of the size."""
     vocabulary: int = 136_450
     """Ids; the last 8,194 are those of audio."""
     ranks: int = 1
@@ -57,46 +67,87 @@ class Options:
     """On both sides."""
     audio_head: bool = False
     """Ours: logits of audio ids alone (training.audio_head). The samples then hold only these."""
+    step_in_backward: bool = False
+    """Ours: update each weight as soon as its gradient is there (optimizer.early_step_in_backward)."""
     steps: int = 3
-    """Measured steps of each turn, after two that are not measured."""
+    """Measured steps of each turn, after at least two that are not measured."""
     turns: int = 2
     """How often the two are run in turn."""
     ways: list[str] = field(default_factory=lambda: ["plain", "ours"])
     """Which ones are run."""
+    profile: bool = False
+    """Also trace two more steps on a GPU, and say how long the kernels of each kind took."""
+
+    def args(self) -> Any:
+        """The sizes of the model."""
+        from torchtitan.models.llama3.args import Llama3Args
+
+        sizes = {"tied": True, **SIZES[self.size]}
+        sizes["n_layers"] = self.layers or sizes["n_layers"]
+        return Llama3Args(vocab_size=self.vocabulary, **sizes)
 
 
-Samples = list[torch.Tensor]
+Rows = list[list[torch.Tensor]]  # the samples of each row
 
 
-def make_samples(options: Options, seed: int) -> Samples:
-    """Samples of 3 to 20 s at 50 ids a second, cut to the row length, for all ranks."""
+class Way(NamedTuple):
+    """One way to do a step: what makes a batch of this rank from the rows of all, and what computes it."""
+
+    batch: Callable[[Rows], Any]
+    step: Callable[[Any], None]
+
+
+class Figures(NamedTuple):
+    """What was measured of one way, over all ranks but for the memory.
+
+    Attributes:
+        mfu: share of the GPUs' peak that the FLOPs of the samples are, and that those of all computed positions are;
+            None where the peak is not known.
+        graphs: that were compiled before the timed steps, and during them.
+        kernels: see :func:`profile`.
+    """
+
+    real_tokens_per_second: float
+    positions_per_second: float
+    seconds_per_step: float
+    mfu_real: float | None
+    mfu_positions: float | None
+    peak_gib: float
+    graphs: tuple[int, int]
+    kernels: dict[str, Any] | None = None
+
+
+def make_rows(options: Options, seed: int, packed: bool) -> Rows:
+    """The samples of a step's rows, of all ranks: 3 to 20 s at 50 ids a second, cut to the row length.
+
+    Packed, samples are drawn until they no longer go into so many rows.
+    """
+    from torchtitan.datasets.packing import best_fit_decreasing
+
     generator = torch.Generator().manual_seed(seed)
-    count = options.batch * options.ranks
-    lengths = torch.randint(150, 1003, (count,), generator=generator).clamp(max=options.seq_len).tolist()
+    count, lengths = options.batch * options.ranks, []
+    rows: list[list[int]] = []
+    while len(rows) < count or packed:
+        drawn = int(torch.randint(150, 1003, (), generator=generator).clamp(max=options.seq_len))
+        found = [[i] for i in range(len(lengths) + 1)]
+        if packed:
+            found = best_fit_decreasing([*lengths, drawn], options.seq_len)
+        if len(found) > count:
+            break
+        lengths.append(drawn)
+        rows = found
     first = options.vocabulary - 8194
-    return [torch.randint(first, options.vocabulary, (length,), generator=generator) for length in lengths]
+    return [[torch.randint(first, options.vocabulary, (lengths[i],), generator=generator) for i in row] for row in rows]
 
 
-def plain(options: Options, rank: int, device: torch.device) -> Any:
-    """The plain step, as a function of all ranks' samples."""
+def plain(options: Options, rank: int, device: torch.device) -> Way:
+    """transformers' way."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    size = SIZES[options.size]
-    config = LlamaConfig(
-        vocab_size=options.vocabulary,
-        hidden_size=size["dim"],
-        intermediate_size=size["hidden_dim"],
-        num_hidden_layers=size["n_layers"],
-        num_attention_heads=size["n_heads"],
-        num_key_value_heads=size["n_kv_heads"],
-        head_dim=size["head_dim"],
-        tie_word_embeddings=True,
-        use_cache=False,
-    )
     with device:
-        model = LlamaForCausalLM(config).train()
+        model = LlamaForCausalLM(LlamaConfig(**{**options.args().to_hf(), "use_cache": False})).train()
     if options.activation_checkpoint == "full":
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     policy: dict[str, Any] = {
@@ -111,21 +162,24 @@ def plain(options: Options, rank: int, device: torch.device) -> Any:
     fully_shard(model, **policy)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
 
-    def step(samples: Samples) -> None:
-        own = samples[rank :: options.ranks]
-        ids = torch.zeros(len(own), options.seq_len, dtype=torch.int64)
-        for row, sample in zip(ids, own, strict=True):
+    def batch(rows: Rows) -> torch.Tensor:
+        own = rows[rank :: options.ranks]
+        ids = torch.zeros(len(own), options.seq_len, dtype=torch.int64, pin_memory=device.type == "cuda")
+        for row, (sample,) in zip(ids, own, strict=True):
             row[: sample.numel()] = sample
-        ids = ids.to(device)
+        return ids
+
+    def step(ids: torch.Tensor) -> None:
+        ids = ids.to(device, non_blocking=True)
         model(input_ids=ids, labels=ids).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
 
-    return step
+    return Way(batch, step)
 
 
-def make_batch(rows: list[Samples], options: Options) -> Any:
+def make_batch(rows: Rows, options: Options) -> Any:
     """Rows of samples, as the trainer's loader makes them."""
     from torchtitan.components.dataloader import LENGTH_MULTIPLE, Batch
     from torchtitan.components.loss import IGNORE_INDEX
@@ -148,16 +202,13 @@ def make_batch(rows: list[Samples], options: Options) -> Any:
     return Batch(tensors[0], tensors[1], real, {}, positions=tensors[2] if options.packing else None)
 
 
-def ours(options: Options, rank: int, device: torch.device) -> Any:
-    """The step of torchtitan.train, as a function of all ranks' samples."""
-    from torchtitan import train
+def make_run(options: Options, rank: int, device: torch.device, folder: Path) -> Any:
+    """What torchtitan.train.train_step needs of a Trainer, with random weights."""
     from torchtitan.components.checkpoint import CheckpointManager
     from torchtitan.components.gradients import FiniteGuard
     from torchtitan.components.optimizer import build_optimizer
     from torchtitan.config_manager import JobConfig
-    from torchtitan.datasets.packing import best_fit_decreasing
     from torchtitan.distributed.parallel_dims import ParallelDims
-    from torchtitan.models.llama3.args import Llama3Args
     from torchtitan.models.llama3.parallel_model import ParallelModel
     from torchtitan.models.llama3.weights import init_random
     from torchtitan.tools.signals import StopRequest
@@ -167,15 +218,15 @@ def ours(options: Options, rank: int, device: torch.device) -> Any:
     training.seq_len, training.local_batch_size = options.seq_len, options.batch
     training.mixed_precision_param, training.compile = options.dtype, options.compile
     config.activation_checkpoint.mode = options.activation_checkpoint
+    config.optimizer.early_step_in_backward = options.step_in_backward
     dims = ParallelDims(shard=options.ranks, rank=rank)
-    args = Llama3Args(vocab_size=options.vocabulary, tied=True, **SIZES[options.size])
     first_id = options.vocabulary - 8194 if options.audio_head else 0
-    model = ParallelModel(config, args, dims, device, first_id)
+    model = ParallelModel(config, options.args(), dims, device, first_id)
     init_random(model, 0)
     optimizer = build_optimizer(model, config.optimizer)
     group = dist.new_group(backend="gloo")
-    run: Any = SimpleNamespace(
-        inputs=SimpleNamespace(config=config, checkpoints=CheckpointManager(Path("unused"))),
+    return SimpleNamespace(
+        inputs=SimpleNamespace(config=config, checkpoints=CheckpointManager(folder)),
         dims=dims,
         device=device,
         data_group=group,
@@ -188,65 +239,162 @@ def ours(options: Options, rank: int, device: torch.device) -> Any:
         tokens_seen=0,
     )
 
-    def step(samples: Samples) -> None:
-        rows = [[sample] for sample in samples]
-        if options.packing:
-            packed = best_fit_decreasing([sample.numel() for sample in samples], options.seq_len)
-            rows = [[samples[i] for i in row] for row in packed]
-            rows += [[]] * (-len(rows) % options.ranks)
+
+def ours(options: Options, rank: int, device: torch.device) -> Way:
+    """torchtitan.train's way."""
+    from torchtitan import train
+
+    run = make_run(options, rank, device, Path("unused"))
+
+    def step(batch: Any) -> None:
         run.step += 1
-        train.train_step(run, [make_batch(rows[rank :: options.ranks], options)])
+        train.train_step(run, [batch])
 
-    return step
+    return Way(lambda rows: make_batch(rows[rank :: options.ranks], options), step)
 
 
-def measure(name: str, options: Options, rank: int, folder: str, results: Any) -> None:
-    """Time the steps of one way on one rank; rank 0 puts (real tokens a second, peak GiB) into ``results``."""
+def measure(name: str, options: Options, rank: int, folder: str) -> Figures:
+    """Time the steps of one way on one rank, as one of the processes that work together."""
+    from torch._dynamo.utils import counters
+
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    else:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // options.ranks))
+        torch.cuda.reset_peak_memory_stats()
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if cuda else "gloo",
-        init_method=f"file://{folder}/store",
+        init_method=f"file://{folder}/store-{name}",
         rank=rank,
         world_size=options.ranks,
     )
-    step = {"plain": plain, "ours": ours}[name](options, rank, device)
+    way = {"plain": plain, "ours": ours}[name](options, rank, device)
+    packed = name == "ours" and options.packing
+    rows = [make_rows(options, seed, packed) for seed in range(options.steps + 2)]
+    batches = [way.batch(each) for each in rows]
 
     def finish() -> None:
         if cuda:
             torch.cuda.synchronize()
         dist.barrier()
 
-    for seed in range(2):
-        step(make_samples(options, seed))
+    # Compiled blocks meet each of their shapes before the clock runs: of packed rows one for each size of their
+    # documents' offsets, which are rounded up to a power of two.
+    shapes = {0: batches[0], 1: batches[1]} | {_num_offsets(batch): batch for batch in batches if packed}
+    for batch in shapes.values():
+        way.step(batch)
     finish()
-    tokens, begin = 0, time.perf_counter()
-    for seed in range(2, options.steps + 2):
-        samples = make_samples(options, seed)
-        tokens += sum(sample.numel() for sample in samples)
-        step(samples)
+    compiled, begin = counters["stats"]["unique_graphs"], time.perf_counter()
+    for batch in batches[2:]:
+        way.step(batch)
     finish()
     seconds = time.perf_counter() - begin
+    compiled_later = counters["stats"]["unique_graphs"] - compiled
     if cuda:
         peak = torch.cuda.max_memory_allocated() / 2**30
     else:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
-    if rank == 0:
-        results.put((tokens / seconds, peak))
+    kernels = profile(way.step, batches[:2]) if options.profile and cuda else None
     dist.destroy_process_group()
+    lengths = [sample.numel() for each in rows[2:] for row in each for sample in row]
+    spans = [span for batch in batches[2:] for span in _spans(batch)]
+    return Figures(
+        real_tokens_per_second=sum(lengths) / seconds,
+        positions_per_second=sum(spans) * options.ranks / seconds,
+        seconds_per_step=seconds / options.steps,
+        mfu_real=mfu(options, lengths, seconds, options.ranks),
+        mfu_positions=mfu(options, spans, seconds, 1),
+        peak_gib=peak,
+        graphs=(compiled, compiled_later),
+        kernels=kernels,
+    )
 
 
-def run_once(name: str, options: Options) -> tuple[float, float]:
-    """One turn of one way: real tokens a second of all ranks, and the peak memory of one in GiB."""
+def _num_offsets(batch: Any) -> int:
+    """The number of documents of a packed batch, rounded as torchtitan.models.llama3.attention does; at least 2."""
+    return max(2, 1 << (int((batch.positions == 0).sum()) - 1).bit_length())
+
+
+def _spans(batch: Any) -> list[int]:
+    """The lengths that attention spans in a batch of either way: rows or, packed, documents, padding included."""
+    ids = batch if isinstance(batch, torch.Tensor) else batch.tokens
+    if ids is batch or batch.positions is None:
+        return [ids.shape[1]] * ids.shape[0]
+    starts = (batch.positions == 0).flatten().nonzero()[:, 0]
+    return starts.diff(append=starts.new_tensor([ids.numel()])).tolist()
+
+
+# What kernels do, by parts of their names; the first that fits counts.
+KINDS = {
+    "attention": ("flash", "fmha", "attention", "softmax"),
+    "communication": ("nccl",),
+    "optimizer": ("adam", "multi_tensor"),
+    "matrix products": ("gemm", "cutlass", "cublas", "nvjet", "xmma", "matmul"),
+    "copies": ("memcpy", "memset", "copy"),
+    "fused by the compiler": ("triton",),
+    "elementwise and reductions": ("elementwise", "reduce", "vectorized", "index", "scatter", "gather", "rms_norm"),
+}
+
+
+def kind_of(kernel: str) -> str:
+    """What a kernel does, by its name."""
+    name = kernel.lower()
+    return next((kind for kind, parts in KINDS.items() if any(part in name for part in parts)), "other")
+
+
+def profile(step: Callable[[Any], None], batches: list[Any]) -> dict[str, Any]:
+    """Seconds a step by kind of kernel, those in which the GPU did nothing, and the ten kernels that took longest."""
+    from torch.profiler import ProfilerActivity
+
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        begin = time.perf_counter()
+        for batch in batches:
+            step(batch)
+        torch.cuda.synchronize()
+        wall = time.perf_counter() - begin
+    taken: dict[str, float] = {}
+    for event in profiler.key_averages():
+        if event.device_type != torch.autograd.DeviceType.CPU and event.self_device_time_total:
+            taken[event.key] = taken.get(event.key, 0.0) + event.self_device_time_total / 1e6 / len(batches)
+    kinds: dict[str, float] = {}
+    for kernel, seconds in taken.items():
+        kinds[kind_of(kernel)] = kinds.get(kind_of(kernel), 0.0) + seconds
+    longest = sorted(taken, key=lambda kernel: -taken[kernel])[:10]
+    return {
+        "seconds_by_kind": dict(sorted(kinds.items(), key=lambda item: -item[1])),
+        "seconds_idle": max(0.0, wall / len(batches) - sum(kinds.values())),
+        "longest": {kernel[:100]: taken[kernel] for kernel in longest},
+    }
+
+
+def mfu(options: Options, spans: list[int], seconds: float, gpus: int) -> float | None:
+    """Share of some GPUs' peak that training on documents of these lengths is, each of which attention spans:
+    6 N + 12 L H T FLOPs a token (PaLM, arXiv 2204.02311, appendix B)."""
+    from torchtitan.tools.utils import peak_flops
+
+    if not torch.cuda.is_available() or (peak := peak_flops(torch.device("cuda", 0))) is None:
+        return None
+    args = options.args()
+    flops = sum(span * args.flops_per_token(span) for span in spans)
+    return flops / (seconds * peak * gpus)
+
+
+def _process(name: str, options: Options, rank: int, folder: str, results: Any) -> None:
+    """One rank in a process of its own; rank 0 puts what it measured into ``results``."""
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // options.ranks))
+    figures = measure(name, options, rank, folder)
+    if rank == 0:
+        results.put(figures)
+
+
+def run_once(name: str, options: Options) -> Figures:
+    """One turn of one way."""
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
     with tempfile.TemporaryDirectory() as folder:
         ranks = [
-            context.Process(target=measure, args=(name, options, rank, folder, results))
+            context.Process(target=_process, args=(name, options, rank, folder, results))
             for rank in range(options.ranks)
         ]
         for process in ranks:
@@ -258,42 +406,30 @@ def run_once(name: str, options: Options) -> tuple[float, float]:
         return results.get()
 
 
-def mfu(options: Options, tokens_per_second: float) -> float | None:
-    """Share of the GPUs' peak that the real tokens' own work is: 6 N + 12 L H T FLOPs a token, T the row length."""
-    from torchtitan.models.llama3.args import Llama3Args
-    from torchtitan.tools.utils import peak_flops
-
-    if not torch.cuda.is_available() or (peak := peak_flops(torch.device("cuda", 0))) is None:
-        return None
-    flops = Llama3Args(vocab_size=options.vocabulary, tied=True, **SIZES[options.size]).flops_per_token(options.seq_len)
-    return tokens_per_second * flops / (peak * options.ranks)
-
-
 def main(options: Options) -> None:
     """Run both ways in turn and print the medians and their ratio as JSON."""
-    figures: dict[str, list[tuple[float, float]]] = {name: [] for name in options.ways}
+    measured: dict[str, list[Figures]] = {name: [] for name in options.ways}
     for _ in range(options.turns):
-        for name, measured in figures.items():
-            measured.append(run_once(name, options))
-            print(f"{name}: {measured[-1][0]:.1f} real tokens/s, peak {measured[-1][1]:.2f} GiB a rank", flush=True)
-    speed = {name: statistics.median(tokens for tokens, _ in measured) for name, measured in figures.items()}
-    memory = {name: max(peak for _, peak in measured) for name, measured in figures.items()}
-    report: dict[str, Any] = {"real_tokens_per_second": speed, "peak_gib": memory}
-    if len(figures) == 2:
-        report |= {"speed_ratio": speed["ours"] / speed["plain"], "memory_ratio": memory["ours"] / memory["plain"]}
-    if torch.cuda.is_available():
-        report["mfu"] = {name: mfu(options, tokens) for name, tokens in speed.items()}
-        report["device"] = torch.cuda.get_device_name()
-    report |= {"threads": torch.get_num_threads(), "torch": torch.__version__, "options": vars(options)}
+        for name, turns in measured.items():
+            turns.append(run_once(name, options))
+            speed, peak = turns[-1].real_tokens_per_second, turns[-1].peak_gib
+            print(f"{name}: {speed:.1f} real tokens/s, peak {peak:.2f} GiB a rank", flush=True)
+    report: dict[str, Any] = {
+        name: sorted(turns, key=lambda turn: turn.seconds_per_step)[len(turns) // 2]._asdict()
+        for name, turns in measured.items()
+    }
+    speed = {name: statistics.median(turn.real_tokens_per_second for turn in turns) for name, turns in measured.items()}
+    if len(measured) == 2:
+        report["speed_ratio"] = speed["ours"] / speed["plain"]
+        report["memory_ratio"] = report["ours"]["peak_gib"] / report["plain"]["peak_gib"]
+    report |= {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "options": vars(options),
+    }
     print(json.dumps(report, indent=1))
 
 
 if __name__ == "__main__":
-    try:
-        import tyro
-
-        main(tyro.cli(Options, description=__doc__, use_underscores=True))
-    except ModuleNotFoundError as error:
-        if error.name != "tyro":
-            raise
-        main(Options())
+    command.run(main, Options, __doc__)
