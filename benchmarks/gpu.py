@@ -173,7 +173,8 @@ def start_context(gpu: bool) -> Any:
     # Otherwise a package that asks at its import whether there is a GPU spoils that.
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     context: Any = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["gpu_cases"])
+    # The compiler's import asks for a GPU in any case.
+    context.set_forkserver_preload(["gpu_cases"] if gpu else ["gpu_cases", "torch._dynamo.backends.common"])
     if gpu:
         with tempfile.TemporaryDirectory() as folder:
             result = Path(folder) / "works"
@@ -267,6 +268,8 @@ def main(argv: list[str] | None = None) -> int:
     for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):  # one machine: no name has to be looked up
         os.environ.setdefault(name, "lo")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    if not gpu:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads that share the cores wait for each other
     context = start_context(gpu)
     failed, left = [], []
     for case in options.cases:

@@ -7,6 +7,7 @@ Each is drawn twice, ``NAME-light`` and ``NAME-dark``, for the two kinds of page
 - ``training-curve`` (SVG): the losses of a run, from its metrics.jsonl.
 - ``continuation`` (PNG): waveform and spectrogram of a prompt and what a model made follow it.
 - ``benchmarks`` (SVG): how many times as fast as the plain way, from benchmarks/results.json.
+- ``gpu`` (SVG, only when asked for): the same on a GPU, from what benchmarks/gpu.py wrote.
 
 The same input gives the same bytes. A figure whose input is missing is named, the others are drawn all the same, and
 the exit code is 2.
@@ -16,6 +17,7 @@ import itertools
 import json
 import math
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -30,7 +32,7 @@ from torchtitan.audio.waveform import SAMPLE_RATE, load_audio
 from torchtitan.tools.errors import UserError, run_command
 from torchtitan.tools.plots import THEMES, Shades, Theme, draw_losses, drawn_for, read_metrics
 
-Name = Literal["architecture", "training-curve", "continuation", "benchmarks"]
+Name = Literal["architecture", "training-curve", "continuation", "benchmarks", "gpu"]
 SANS = "-apple-system, 'Segoe UI', 'Noto Sans', Helvetica, Arial, 'Liberation Sans', sans-serif"
 MONO = "ui-monospace, SFMono-Regular, Menlo, Consolas, 'Liberation Mono', monospace"
 WIDTH = 840
@@ -54,6 +56,8 @@ class Options:
     """Audio file of the prompt: the waveform of the first figure, and how long the prompt is in the continuation."""
     results: Path = Path("benchmarks/results.json")
     """Ratios that were measured by benchmarks/*.py."""
+    gpu: Path = Path("benchmarks/gpu")
+    """Folder of the results of benchmarks/gpu.py."""
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -325,6 +329,64 @@ def read_results(path: Path) -> Results:
     return results
 
 
+def read_gpu_results(folder: Path) -> Results:
+    """Ratios from the JSON files that benchmarks/gpu.py wrote, with the card, the versions and the date.
+
+    Raises:
+        UserError: there are none, or they are of several cards or versions.
+    """
+    cases: dict[str, dict[str, Any]] = {}
+    for file in sorted(folder.glob("*.json")):
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+            cases |= {f"{found['part']}/{name}": case for name, case in found["cases"].items() if case.get("ok")}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{file}: not a file of benchmarks/gpu.py ({type(error).__name__}: {error}).") from None
+    try:
+        bars = list(_gpu_bars(cases))
+    except (KeyError, TypeError, ZeroDivisionError) as error:
+        raise UserError(f"{folder}: the results lack something ({type(error).__name__}: {error}).") from None
+    if not bars:
+        raise UserError(f"{folder}: it holds no results that can be compared; benchmarks/gpu.py writes some.")
+    facts = ("device", "torch", "transformers", "smoke")
+    made = {tuple(case["on"][key] for key in facts): case["on"]["date"][:10] for case in cases.values()}
+    if len(made) > 1:
+        raise UserError(f"{folder}: its results are of several machines or versions: {', '.join(map(str, made))}.")
+    ((device, torch_version, transformers_version, smoke), date) = made.popitem()
+    machine = f"{device}, torch {torch_version}, transformers {transformers_version}, {date}"
+    note = "1.3B in bfloat16, codec in float32; the bound is what memory can read"
+    trained = {name.split("/")[1]: case["figures"]["rows"] for name, case in cases.items() if "training/" in name}
+    if len(set(trained.values())) > 1:  # one of them needs more memory
+        note += "; rows a step: " + ", ".join(f"{name} {rows}" for name, rows in trained.items())
+    note = "small sizes, which only show that the suite works" if smoke else note
+    return Results(machine, note, bars)
+
+
+def _gpu_bars(cases: dict[str, dict[str, Any]]) -> Iterator[Bar]:
+    for name in ("ours", "ours packed", "ours compiled", "ours packed compiled"):
+        plain = cases.get(f"training/plain{' compiled' if 'compiled' in name else ''}")
+        if (case := cases.get(f"training/{name}")) and plain:
+            ours, theirs = case["figures"], plain["figures"]
+            speed = ours["real_tokens_per_second"]
+            mfu = "" if ours["mfu_positions"] is None else f", {100 * ours['mfu_positions']:.0f} % MFU"
+            how = name.removeprefix("ours").strip() or "as it is"
+            yield Bar("Training", f"{how}: {speed:,.0f} tokens/s{mfu}", speed / theirs["real_tokens_per_second"])
+    for name in ("1 row", "1 row compiled", "8 rows", "64 rows"):
+        if case := cases.get(f"generation/{name}"):
+            ours = case["figures"]
+            label = f"{name}: {ours['ids_per_second']:,.0f} ids/s, {100 * ours['share']:.0f} % of the bound"
+            yield Bar("Generation", label, ours["ratio"])
+    if case := cases.get("codec/encoding"):
+        speed = case["audio_seconds_per_second"]
+        most = max((name for name in speed if name.endswith("clips")), key=lambda name: int(name.split()[0]))
+        yield Bar("Tokenization", f"{most} at once: {speed[most]:,.0f} s of audio a second", speed["ratio"])
+    if case := cases.get("evaluation/pairs"):
+        ours = case["figures"]
+        for name, label in (("ours", "pairs of clips"), ("ours, codes kept", "codes kept")):
+            speed = ours[f"pairs_per_second, {name}"]
+            yield Bar("Evaluation", f"{label}: {speed:,.1f} a second", ours[f"ratio, {name}"])
+
+
 def draw_benchmarks(results: Results, theme: Theme, path: Path) -> None:
     """Draw ratios as bars from 1 on a logarithmic scale, neighbours of the same group together.
 
@@ -341,7 +403,9 @@ def draw_benchmarks(results: Results, theme: Theme, path: Path) -> None:
 
     # Below 1 there is only as much room as the bars need.
     low, high = min(0.9, *(0.95 * bar.ratio for bar in bars)), max(2.0, *(bar.ratio for bar in bars))
-    begin, end = 404, WIDTH - LEFT - 44
+    # Labels are about so many pixels a letter.
+    begin = max(404, LEFT + 134 + round(6.4 * max(len(bar.label) for bar in bars)))
+    end = WIDTH - LEFT - 44
 
     def place(ratio: float) -> float:
         return begin + (end - begin) * math.log(ratio / low) / math.log(high / low)
@@ -355,7 +419,7 @@ def draw_benchmarks(results: Results, theme: Theme, path: Path) -> None:
             shape = {"x": left, "y": y + 4, "width": max(1.0, right - left), "height": row - 8, "rx": 2}
             drawing.add("rect", **shape, fill=shades.line, **{"class": "bar"})
             drawing.text(LEFT + 122, y + row / 2, bar.label, anchor="start")
-            drawing.text(right + 7, y + row / 2, f"{bar.ratio:g}×", anchor="start", style="bold")
+            drawing.text(right + 7, y + row / 2, f"{bar.ratio:.3g}×", anchor="start", style="bold")
             y += row
         y += gap
 
@@ -454,7 +518,8 @@ def draw(name: Name, options: Options, theme: Theme, path: Path) -> None:
     elif name == "continuation":
         draw_continuation(options.continuation, options.prompt, theme, path)
     else:
-        draw_benchmarks(read_results(options.results), theme, path)
+        results = read_gpu_results(options.gpu) if name == "gpu" else read_results(options.results)
+        draw_benchmarks(results, theme, path)
 
 
 if __name__ == "__main__":

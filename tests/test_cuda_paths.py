@@ -70,6 +70,8 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if func is torch.ops.prim.device.default:  # nothing computed, and torch asks all the time
+            return func(*args, **kwargs)
         leaves = tree_leaves((args, kwargs))
         given = [x for x in leaves if isinstance(x, torch.Tensor)]
         devices = {x.device.type for x in given}
@@ -453,6 +455,7 @@ def test_frames_are_drawn_without_a_value(make_engine, kind, constrained):
         assert ops["aten.argmax"] == QUANTIZERS * (greedy + draws)
         assert ops["aten.log1p"] == QUANTIZERS * draws
         assert ops["aten.index_copy_"] == QUANTIZERS * LAYERS * 2  # keys and values
+        assert ops["aten.rms_norm"] == QUANTIZERS * (LAYERS * 2 + 1)  # in one kernel each
         assert ops["torchtitan.int8_linear"] == (QUANTIZERS * (LAYERS * 4 + 1) if kind == "int8" else 0)
 
 
@@ -481,7 +484,7 @@ def test_a_frame_is_read_while_the_next_one_is_computed(monkeypatch, make_engine
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     launched = []
     generations = [Generation(Request(torch.zeros(QUANTIZERS, 0, dtype=torch.int64), 5)) for _ in range(3)]
-    for generation, length in zip(generations, (20, 129 - QUANTIZERS, 7), strict=True):
+    for generation, length in zip(generations, (20, 300, 7), strict=True):
         generation.length = length
     with gpu() as watch:
         engine = make_engine("bfloat16", rows)
@@ -493,7 +496,7 @@ def test_a_frame_is_read_while_the_next_one_is_computed(monkeypatch, make_engine
         with pytest.raises(DataDependentOutputException):
             engine.advance()
         assert watch.to_host == 2
-    assert [how[:2] for how in launched] == [(batch, 256)] * 2
+    assert [how[:2] for how in launched] == [(batch, 512)] * 2
     assert [generation.launched for generation in generations] == [2, 2, 2]
 
 
@@ -698,10 +701,10 @@ def test_one_graph_serves_numbers_of_documents_up_to_a_power_of_two(graphs, flas
     with fake_gpu():
         model, ids = make_llama(torch.bfloat16, n_layers=3), make_ids()
         compile_blocks(model)
-        for count in (None, None, 5, 8, 7, 9):
+        for count in (None, 5, 8, 7, 9, 17):
             assert_is(model(ids, ids, None if count is None else ids, count), torch.float32)
             found.append(graphs.frame_count)
-    assert found == [1, 1, 2, 2, 2, 3]
+    assert found == [1, 2, 2, 2, 3, 4]
 
 
 def test_graphs_of_the_loss_are_few(graphs):

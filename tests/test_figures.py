@@ -257,3 +257,44 @@ def test_command_line(options):
     done = subprocess.run(command, cwd=ROOT, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in options.output.iterdir()) == ["benchmarks-dark.svg", "benchmarks-light.svg"]
+
+
+# Results of a GPU
+
+
+def gpu_results(folder: Path, **changes) -> Path:
+    """A folder as benchmarks/gpu.py writes it, with two comparisons and a case that failed."""
+    on = {"device": "NVIDIA H200", "torch": "2.11.0", "transformers": "5.17.0", "smoke": False, **changes}
+    on["date"] = "2026-11-27T10:00:00+00:00"
+    step = {"real_tokens_per_second": 20_000.0, "mfu_positions": 0.25, "rows": 32}
+    ours = {**step, "real_tokens_per_second": 50_000.0, "mfu_positions": 0.523}
+    training = {"plain compiled": {"figures": step}, "ours packed compiled": {"figures": ours}}
+    generation = {"1 row": {"figures": {"ids_per_second": 770.0, "share": 0.35, "ratio": 4.8}}}
+    folder.mkdir(exist_ok=True)
+    for part, cases in (("training", training), ("generation", generation)):
+        content = {"part": part, "cases": {name: {"ok": True, **case, "on": on} for name, case in cases.items()}}
+        content["cases"]["8 rows"] = {"ok": False, "error": "it was ended after 100 s", "on": on}
+        (folder / f"{part}.json").write_text(json.dumps(content))
+    return folder
+
+
+def test_results_of_a_gpu_say_the_card_the_versions_and_the_date(options, tmp_path):
+    options.gpu = gpu_results(tmp_path / "gpu")
+    said = words(draw(options, "gpu")["gpu-light"])
+    assert "NVIDIA H200, torch 2.11.0, transformers 5.17.0, 2026-11-27; both ways in one run; logarithmic scale" in said
+    for text in ("packed compiled: 50,000 tokens/s, 52 % MFU", "2.5×", "1 row: 770 ids/s, 35 % of the bound", "4.8×"):
+        assert text in said
+    assert not any("8 rows" in text for text in said)
+
+
+def test_results_of_two_cards_are_not_drawn_as_one(options, tmp_path, capsys):
+    options.gpu, options.only = gpu_results(tmp_path / "gpu"), ("gpu",)
+    other = json.loads((gpu_results(tmp_path / "other", device="NVIDIA H100") / "generation.json").read_text())
+    (options.gpu / "generation.json").write_text(json.dumps(other))
+    assert main(options) == 2
+    assert "of several machines or versions" in capsys.readouterr().err
+    for content, sentence in (("[]", "not a file of benchmarks/gpu.py"), ('{"part": "x", "cases": {}}', "no results")):
+        for file in options.gpu.iterdir():
+            file.write_text(content)
+        assert main(options) == 2
+        assert sentence in capsys.readouterr().err
