@@ -326,13 +326,13 @@ def _spans(batch: Any) -> list[int]:
 
 # What kernels do, by parts of their names; the first that fits counts.
 KINDS = {
-    "attention": ("flash", "fmha", "attention", "softmax"),
+    "attention": ("flash", "fmha", "attention"),
     "communication": ("nccl",),
     "optimizer": ("adam", "multi_tensor"),
     "matrix products": ("gemm", "cutlass", "cublas", "nvjet", "xmma", "matmul"),
     "copies": ("memcpy", "memset", "copy"),
     "fused by the compiler": ("triton",),
-    "elementwise and reductions": ("elementwise", "reduce", "vectorized", "index", "scatter", "gather", "rms_norm"),
+    "elementwise and reductions": ("elementwise", "reduce", "softmax", "index", "scatter", "gather", "norm"),
 }
 
 
