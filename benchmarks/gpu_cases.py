@@ -26,8 +26,8 @@ import generation
 import torch
 import torch.distributed as dist
 import training_step
-import transformers  # noqa: F401 - what takes long to import, before the cases are forked
 from models import QUANTIZERS, make_codec, make_model
+from transformers import LlamaForCausalLM, MimiModel  # noqa: F401 - take long to import, before cases are forked
 
 from torchtitan.audio.codec import FRAME_RATE, SAMPLE_RATE, no_tf32
 from torchtitan.audio.streaming import StreamingDecoder
