@@ -40,6 +40,7 @@ from torchtitan.models.llama3.args import Llama3Args
 from torchtitan.models.llama3.attention import Documents
 from torchtitan.models.llama3.model import Llama3
 from torchtitan.models.llama3.parallelize import compile_blocks
+from torchtitan.models.llama3.pipeline import Pipeline
 from torchtitan.models.llama3.weights import init_random, materialize
 from torchtitan.models.speech_lm import SpeechLM
 
@@ -267,6 +268,23 @@ def test_documents_that_nobody_counted_are_waited_for(flash_calls):
         with pytest.raises(DataDependentOutputException):
             model(ids, ids, ids)
     assert not flash_calls
+
+
+def test_a_pipeline_counts_the_documents_of_each_microbatch(monkeypatch):
+    """Its stages would wait for the GPU to count them otherwise."""
+    pipeline, given = Pipeline.__new__(Pipeline), []
+    pipeline.rows, pipeline.device, pipeline.stages, pipeline.num_stages = 2, CPU, [(1, None)], 3
+    monkeypatch.setattr(pipeline, "_step", lambda args, kwargs, *_: given.extend(kwargs), raising=False)
+    ids, positions = torch.zeros(4, LENGTH, dtype=torch.int64), torch.arange(LENGTH).repeat(4, 1)
+    positions[1] %= 16
+    positions[3] %= 32
+    assert pipeline.backward(ids, ids, positions, 1.0) == 0
+    assert [each["num_documents"] for each in given] == [1 + 4, 1 + 2]
+    for number, each in enumerate(given):
+        assert torch.equal(each["positions"], positions[2 * number : 2 * number + 2])
+    given.clear()
+    pipeline.backward(ids, ids, None, 1.0)
+    assert [list(each) for each in given] == [["targets"]] * 2
 
 
 # --- the loss
@@ -571,6 +589,13 @@ def test_speech_is_decoded_piece_by_piece_without_a_value(make_codec):
             copies.append((watch.to_host - before[0], watch.from_host - before[1]))
         assert [to_host for to_host, _ in copies] == [1, 1, 1]  # the waveform
         assert [from_host for _, from_host in copies][1:] == [1, 1]  # the codes, once the cache is there
+
+
+def test_speech_is_decoded_at_once_without_a_value(make_codec):
+    with gpu() as watch:
+        codec = make_codec()
+        assert tuple(codec.decode(torch.zeros(4, 3, dtype=torch.int64)).shape) == (3 * FRAME_SIZE,)
+        assert watch.to_host == 1
 
 
 def seconds_that_fit(seconds: float) -> int:

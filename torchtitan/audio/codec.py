@@ -239,12 +239,13 @@ class Codec:
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
         """Codes [Q, T], any Q up to the codec's, to a float32 waveform [1920 * T] on the CPU.
 
-        What is longer than :data:`CHUNK_SECONDS` is decoded in chunks with carried state.
+        What is longer than :data:`CHUNK_SECONDS` is decoded in chunks with carried state; on a GPU whatever there is,
+        as transformers' own decoding reads the lengths of its paddings back at every convolution.
         """
         if codes.shape[1] == 0:
             return torch.zeros(0)
         chunk = round(CHUNK_SECONDS * FRAME_RATE)
-        if codes.shape[1] > chunk:
+        if codes.shape[1] > chunk or self.device.type == "cuda":
             from torchtitan.audio.streaming import StreamingDecoder
 
             decoder = StreamingDecoder(self)

@@ -203,13 +203,15 @@ class ParallelModel:
         Returns:
             This rank's part of the loss: the sum over its targets, divided. 0 where the head is on another rank.
         """
-        # Counted here, so that the model need not wait for the GPU to count.
-        documents = None if positions is None else int((positions == 0).sum())
         tokens, targets = (ids.to(self.device, non_blocking=True) for ids in (tokens, targets))
-        positions = None if positions is None else positions.to(self.device, non_blocking=True)
         with self._compiled_backward():
             if self.pipeline is not None:
                 return self.pipeline.backward(tokens, targets, positions, divisor)
+            documents = None
+            if positions is not None:
+                # Counted here, so that the model need not wait for the GPU to count.
+                documents = int((positions == 0).sum())
+                positions = positions.to(self.device, non_blocking=True)
             loss = self.parts[0](tokens, targets, positions, documents) / divisor
             loss.backward()
         return loss.detach()

@@ -257,11 +257,17 @@ class Pipeline:
     def backward(
         self, tokens: torch.Tensor, targets: torch.Tensor, positions: torch.Tensor | None, divisor: float
     ) -> torch.Tensor:
-        """Forward and backward passes of a batch [B, S]; the loss, divided, or 0 without the last stage."""
+        """Forward and backward passes of a batch [B, S]; the loss, divided, or 0 without the last stage.
+
+        ``positions`` are on the CPU, where the documents of each microbatch are counted without waiting for a GPU.
+        """
         self.divisor = divisor
         rows = list(targets.split(self.rows))
-        packed = [None] * len(rows) if positions is None else positions.split(self.rows)
-        kwargs = [{"targets": t, "positions": p} for t, p in zip(rows, packed, strict=True)]
+        kwargs: list[dict[str, Any]] = [{"targets": row} for row in rows]
+        if positions is not None:
+            on_device = positions.to(self.device, non_blocking=True).split(self.rows)
+            for given, here, there in zip(kwargs, positions.split(self.rows), on_device, strict=True):
+                given |= {"positions": there, "num_documents": int((here == 0).sum())}
         numbers = [number for number, _ in self.stages]
         args = [(ids,) for ids in tokens.split(self.rows)] if 0 in numbers else None
         losses: list[torch.Tensor] = []
