@@ -15,7 +15,7 @@ import pytest
 import soundfile
 import torch
 
-from torchtitan.audio.token_stream import extend_tokenizer
+from torchtitan.audio.token_stream import TokenStream, extend_tokenizer
 from torchtitan.audio.waveform import load_audio, load_beginning
 from torchtitan.components import dataloader
 from torchtitan.components.dataloader import BadRows, Batch, SpeechDataLoader, max_frames_of
@@ -67,7 +67,9 @@ def make_loader(codec, tokenizer, speech_folder):
             max_frames = min(max_frames, stream.max_frames(options["seq_len"]))
         streams, mixture = open_streams(found, seed, max_frames, split, 0, shuffle=endless)
         bad = len(found.bad_files)
-        return SpeechDataLoader(streams, mixture, stream, codec, tokenizer, num_bad_files=bad, **options)
+        texts = options.pop("tokenizer", tokenizer)
+        ids = TokenStream.from_tokenizer(texts)
+        return SpeechDataLoader(streams, mixture, ids, codec, texts, num_bad_files=bad, **options)
 
     return make
 
@@ -775,6 +777,24 @@ def test_special_tokens_in_a_transcription_make_a_bad_row(make_loader, tmp_path,
     (batch,) = take(make_loader(path, task="tts"))
     assert batch.tokens.shape[0] == 1
     assert sum("contains the name of an audio token or a special one" in message for message in log) == 2
+
+
+def test_ordinary_text_that_a_tokenizer_calls_special_is_text(
+    make_loader, make_tokenizer, tmp_path, write_rows, make_sound, log
+):
+    """The published models pad with "!", which makes transformers call it special."""
+    own = make_tokenizer()
+    own.add_special_tokens({"pad_token": "!", "additional_special_tokens": ["[CLS]"]})
+    extend_tokenizer(own, 4)
+    assert own.added_tokens_decoder[own.pad_token_id].special
+    rows = [(str(i), make_sound(0, 0.2), text) for i, text in enumerate(("Stop! Go!", "a [CLS] b"))]
+    path = write_rows(tmp_path / "train-0.parquet", rows)
+    text = own("Stop! Go!", add_special_tokens=False)["input_ids"]
+    assert own.pad_token_id in text
+    for task in ("tts", "asr"):
+        (batch,) = take(make_loader(path, task=task, tokenizer=own))
+        assert str(text)[1:-1] in str(batch.tokens.flatten().tolist())
+    assert sum("skipped" in message and "special one" in message for message in log) == 2
 
 
 def test_bad_rows_are_not_listed_again_by_a_resumed_run(make_loader, bad_file, tmp_path):

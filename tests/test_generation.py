@@ -755,6 +755,15 @@ def test_requests_that_cannot_be(lm, random_codes):
         Engine(lm)
 
 
+def test_a_text_may_have_an_exclamation_mark(lm):
+    """The published models pad with it, which makes transformers call it special."""
+    lm.tokenizer.pad_token = "!"
+    assert lm.tokenizer.pad_token_id in lm.tokenizer.all_special_ids
+    assert lm.tokenizer.pad_token_id in text_prompt(lm, "Stop!")
+    with pytest.raises(UserError, match="text to speak contains the name of a special token"):
+        text_prompt(lm, f"Stop!{lm.tokenizer.eos_token}")
+
+
 @pytest.mark.parametrize("text", ["", "say <3_1> now", "<audio>", "<|end_of_text|>"])
 def test_texts_that_cannot_be_spoken(lm, text):
     with pytest.raises(UserError, match="text to speak"):

@@ -188,6 +188,21 @@ def extend_tokenizer(tokenizer: Any, num_quantizers: int) -> TokenStream:
     return TokenStream.from_tokenizer(tokenizer, num_quantizers)
 
 
+def mark_ids(tokenizer: Any) -> frozenset[int]:
+    """Ids of the special tokens that no transcription may contain: BOS, EOS, and those that are written as marks.
+
+    A mark is text in angle or square brackets, as ``<|start_header_id|>`` and ``[PAD]`` are. Ordinary text that a
+    tokenizer calls special is none: the published models pad with "!".
+    """
+    marks = (n for n, token in tokenizer.added_tokens_decoder.items() if token.special and _is_mark(token.content))
+    ends = (number for number in (tokenizer.bos_token_id, tokenizer.eos_token_id) if number is not None)
+    return frozenset((*marks, *ends))
+
+
+def _is_mark(text: str) -> bool:
+    return re.fullmatch(r"<.+>|\[.+\]", text.strip(), re.DOTALL) is not None
+
+
 def _bos_id(tokenizer: Any) -> int:
     if tokenizer.bos_token_id is None:
         raise TokenStreamError(f"The tokenizer {_name(tokenizer)} has no BOS token, which starts every sample.")

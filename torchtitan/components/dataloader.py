@@ -36,7 +36,7 @@ import torch
 import torch.distributed as dist
 
 from torchtitan.audio.codec import FRAME_RATE, FRAME_SIZE, Codec, CodecError
-from torchtitan.audio.token_stream import TokenStream
+from torchtitan.audio.token_stream import TokenStream, mark_ids
 from torchtitan.audio.waveform import SAMPLE_RATE, AudioError
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.datasets.decoding import UnreadError, decode_row
@@ -242,8 +242,7 @@ class SpeechDataLoader:
         self.bad_rows, self.max_bad_share, self.seed = bad_rows or BadRows(), max_bad_share, seed
         self.num_bad_files, self.group, self.read_retries = num_bad_files, group, read_retries
         self.share, self.length_multiple = share or (rank, world_size), length_multiple
-        added = tokenizer.added_tokens_decoder if task != "a2a" else {}
-        self._special_ids = np.array([number for number, token in added.items() if token.special])
+        self._mark_ids = np.array([] if task == "a2a" else sorted(mark_ids(tokenizer)))
         self.max_frames = max_frames_of(max_seconds)
         self.encodes = any(isinstance(stream, AudioStream) for stream in streams)
         self._cache: dict[tuple[int, int], Encoded] = {}
@@ -456,7 +455,7 @@ class SpeechDataLoader:
                 results.append((_NO_TEXT, f"the row has no transcription, which task {self.task} needs."))
                 continue
             text_ids = np.array(next(ids), dtype=np.int32)
-            special = (text_ids >= self.stream.base_size).any() or np.isin(text_ids, self._special_ids).any()
+            special = (text_ids >= self.stream.base_size).any() or np.isin(text_ids, self._mark_ids).any()
             reason = "the transcription contains the name of an audio token or a special one." if special else None
             results.append((text_ids, reason))
         return results

@@ -11,6 +11,7 @@ import torch
 
 from torchtitan.audio.codec import FRAME_RATE
 from torchtitan.audio.streaming import StreamingDecoder
+from torchtitan.audio.token_stream import mark_ids
 from torchtitan.generation.engine import Continuation, Engine, Generation, Request
 from torchtitan.generation.sampling import Sampling
 from torchtitan.models.speech_lm import SpeechLM
@@ -88,8 +89,8 @@ def text_prompt(lm: SpeechLM, text: str) -> tuple[int, ...]:
     ids = lm.tokenizer(text, add_special_tokens=False)["input_ids"]
     if not ids:
         raise UserError("the text to speak is empty.")
-    special = set(lm.tokenizer.all_special_ids)
-    if any(i >= lm.stream.base_size or i in special for i in ids):
+    marks = mark_ids(lm.tokenizer)
+    if any(i >= lm.stream.base_size or i in marks for i in ids):
         raise UserError(f"the text to speak contains the name of a special token: {text!r}.")
     return tuple(ids)
 
