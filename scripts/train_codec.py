@@ -40,7 +40,7 @@ import torch.nn.functional as F
 import torchaudio
 from tqdm import tqdm
 
-from torchtitan.audio.codec import FRAME_SIZE, Codec, no_tf32
+from torchtitan.audio.codec import FRAME_SIZE, Codec, no_tf32, published_names
 from torchtitan.audio.token_stream import CODEBOOK_SIZE
 from torchtitan.audio.waveform import SAMPLE_RATE, AudioError
 from torchtitan.datasets.decoding import decode_row, open_recordings
@@ -1030,11 +1030,12 @@ class Training:
 
 
 def save_codec(model: Any, folder: Path) -> None:
-    """The folder that MimiModel.from_pretrained loads: weights in float16, to be run in float32."""
+    """The folder that MimiModel.from_pretrained of any version loads: weights in float16, to be run in float32."""
     from safetensors.torch import save
 
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: value.detach().cpu().half().contiguous() for name, value in model.state_dict().items()}
+    weights = published_names(weights)
     partial = folder / "model.safetensors.partial"
     partial.write_bytes(save(weights, metadata={"format": "pt"}))  # with the permissions of other files
     os.replace(partial, folder / "model.safetensors")

@@ -12,6 +12,7 @@ import soundfile
 import torch
 import torchaudio
 from pystoi import stoi
+from safetensors import safe_open
 from transformers import AutoConfig, AutoTokenizer, EncodecFeatureExtractor, MimiModel
 
 from torchtitan.eval.benchmark import SALMON
@@ -81,7 +82,10 @@ def test_train_lengths_and_voices():
 
 def test_assets_are_small():
     assert sum(path.stat().st_size for path in SPEECH.rglob("*") if path.is_file()) <= 6_000_000
-    assert (ASSETS / "mimi-small" / "model.safetensors").stat().st_size <= 6_000_000
+    file = ASSETS / "mimi-small" / "model.safetensors"
+    assert file.stat().st_size <= 6_000_000
+    with safe_open(file, "pt") as weights:  # in the layout of kyutai/mimi's files, which every version loads
+        assert {"encoder.layers.0.conv.weight", "downsample.conv.weight", "upsample.conv.weight"} <= set(weights.keys())
 
 
 @pytest.mark.parametrize("table", ["SALMon/speaker_consistency", "SALMon/gender_consistency", "sBLIMP"])

@@ -460,6 +460,20 @@ def export(make_base_model, tmp_path_factory):
     return make
 
 
+def test_further_special_tokens_are_exported_as_every_version_reads_them(make_base_model, tmp_path):
+    """transformers 4.53 takes no list under the name that version 5 writes."""
+    from transformers import AutoTokenizer
+
+    settings = Model(name=str(make_base_model()), num_quantizers=1, audio_tokenizer="some/codec")
+    base = BaseModel.load(settings)
+    base.tokenizer.add_special_tokens({"additional_special_tokens": ["<|more|>", "[MORE]"]})
+    write_hf_files(tmp_path, base.args, base.tokenizer, base.stream, settings)
+    written = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert written["additional_special_tokens"] == ["<|more|>", "[MORE]"]
+    assert "extra_special_tokens" not in written
+    assert {"<|more|>", "[MORE]"} <= set(AutoTokenizer.from_pretrained(tmp_path).all_special_tokens)
+
+
 @pytest.mark.parametrize("kind", [*KINDS[:3]])
 def test_exported_model_gives_the_same_logits_in_transformers(export, kind):
     model, base, folder = export(**kind)

@@ -441,6 +441,29 @@ class Codec:
         return conv(x)
 
 
+# Where transformers 5.23 has the parts of a Mimi, and where all versions before it, kyutai/mimi's files too, have them.
+_NESTED_PARTS = {
+    **{f"encoder.{part}": part for part in ("encoder_transformer", "downsample")},
+    **{f"decoder.{part}": part for part in ("decoder_transformer", "upsample")},
+    **{"encoder.encoder_seanet": "encoder", "decoder.decoder_seanet": "decoder"},
+}
+
+
+def published_names(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights of a Mimi under the names of kyutai/mimi's files, which every version of transformers loads.
+
+    Those of 5.23 and later make an older one start from random weights, with no more than a warning.
+    """
+
+    def published(name: str) -> str:
+        for nested, flat in _NESTED_PARTS.items():
+            if name.startswith(f"{nested}."):
+                return flat + name.removeprefix(nested)
+        return name
+
+    return {published(name): value for name, value in weights.items()}
+
+
 def _set_window(transformer: Any, window: int) -> None:
     """Give an encoder transformer its own attention window; the decoder, which may share its config, keeps its."""
     config = copy.deepcopy(transformer.config)

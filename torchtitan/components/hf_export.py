@@ -57,7 +57,7 @@ def write_hf_files(folder: Path, args: Llama3Args, tokenizer: Any, stream: Token
     """Write everything but the weights: config.json, generation_config.json and the tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(folder)
-    _name_tokenizer_class(folder)
+    _suit_every_version(folder)
     token_ids = {"bos_token_id": stream.bos_id, "eos_token_id": stream.audio_end_id}
     hf_config = {
         **args.to_hf(),
@@ -139,11 +139,14 @@ def absolute_if_local(name: str) -> str:
     return str(path.resolve()) if path.is_dir() else name
 
 
-def _name_tokenizer_class(folder: Path) -> None:
-    """Name the class that every transformers version knows; 4.53 cannot load the one that version 5 writes."""
+def _suit_every_version(folder: Path) -> None:
+    """Write the tokenizer's config as every version of transformers reads it. 4.53 fails at what version 5 writes:
+    the name of the class, and a list of further special tokens."""
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text())
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(config.get("extra_special_tokens"), list):
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
     for key in ("is_local", "local_files_only"):  # of this machine, not of the tokenizer
         config.pop(key, None)
     _write_json(path, config)
