@@ -186,8 +186,10 @@ def main(options: Options) -> None:
     waits = []
     for _ in range(options.turns + 1):
         start = time.perf_counter()
-        next(iter(stream_speech(engine, request, prompt=False)))
+        stream = stream_speech(engine, request, prompt=False)
+        next(stream)
         waits.append(time.perf_counter() - start)
+        stream.close()  # which waits for the frame at work
     print(
         f"first new audio after {1000 * statistics.median(waits[1:]):.0f} ms (prompt of {options.prompt_seconds:g} s)"
     )

@@ -75,7 +75,7 @@ CASES = (
     Case("paths/codec", "check_codec", 60),
     Case("paths/engine", "check_engine", 90),
     Case("training/ours packed compiled", "time_training", 150, ("ours", True, True)),
-    Case("training/plain compiled", "time_training", 120, ("plain", False, True)),
+    Case("training/plain compiled", "time_training", 180, ("plain", False, True)),
     Case("generation/1 row", "time_generation", 100, (1,)),
     Case("run/saved and resumed", "check_run", 240),
     Case("paths/compiled", "check_compiled", 120),
@@ -288,6 +288,9 @@ def main(argv: list[str] | None = None) -> int:
             continue
         else:
             found = run(case, context, options.smoke, seconds, log)
+            if not found["ok"] and seconds < case.seconds and "was ended after" in found["error"]:
+                left.append(case.name)  # and what an earlier call found stays
+                continue
             if not found["ok"]:
                 failed.append(case.name)
         file = options.output / f"{case.part}.json"

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import _async_process_executor
 
 from tests.test_train import STEPS, arguments, figures, launch  # noqa: F401 - a fixture
 from torchtitan import train
@@ -47,6 +48,14 @@ def test_runs_that_save_in_the_background_save_the_same(arguments, tmp_path, mod
         assert all(torch.equal(before[name], after[name]) for name in before)
         assert read_state(plain)["ranks"] == read_state(other)["ranks"]
     assert not list((tmp_path / "other" / "run" / "checkpoint").glob(".*"))
+
+
+def test_a_machine_whose_name_leads_nowhere_saves_in_the_background(arguments, tmp_path, monkeypatch):  # noqa: F811
+    """As that of a container without a network, where torch would look it up."""
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    monkeypatch.setattr(_async_process_executor, "_get_fq_hostname", lambda: "no-such-host.invalid")
+    launch(arguments(tmp_path, 1, "--checkpoint.async_mode", "async_with_pinned_mem"), 1)
+    assert find_steps(tmp_path / "run" / "checkpoint") == [3, STEPS]
 
 
 @ASYNC

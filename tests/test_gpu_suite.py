@@ -199,6 +199,7 @@ def test_kinds_of_kernels(gpu):
         "nvjet_hsh_128x256_64x4_1x2_h_bz_coopA_NTN": "matrix products",
         "void flash::flash_bwd_dq_dk_dv_loop_seqk_parallel_kernel": "attention",
         "triton_poi_fused_mul_silu_4": "fused by the compiler",
+        "triton_poi_fused__scaled_dot_product_flash_attention_view_3": "fused by the compiler",
         "void at::native::(anonymous namespace)::multi_tensor_apply_kernel<FusedAdamMathFunctor>": "optimizer",
         "ncclDevKernel_AllGather_RING_LL": "communication",
         "Memcpy HtoD (Pinned -> Device)": "copies",

@@ -57,6 +57,8 @@ def init_distributed(comm: Comm, folder: Path | None = None) -> torch.device:
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
     else:
+        # By it torch's process that saves in the background finds this one: the machine's own name may lead nowhere.
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     return device
 

@@ -7,11 +7,13 @@ CUDA graph.
 """
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from torchtitan.generation.linear import make_linear
 
@@ -22,8 +24,9 @@ BLOCK = 128
 class Layer(nn.Module):
     """One block: pre-norm attention over the cache and SwiGLU, each with a residual connection."""
 
-    def __init__(self, layer: Any, config: Any, **options: bool):
+    def __init__(self, layer: Any, config: Any, capacity: int, **options: bool):
         super().__init__()
+        self.capacity = capacity
         attention, mlp = layer.self_attn, layer.mlp
         self.num_kv_heads = config.num_key_value_heads
         self.num_heads = config.num_attention_heads
@@ -73,12 +76,14 @@ class Layer(nn.Module):
             cos, sin: [n, 1, Dh].
             places: where keys and values go, int64 [n * kv heads], as indices into the cache's first three dimensions.
             mask: [n, 1, 1, L], 0 where a position is attended and -inf elsewhere.
-            keys, values: this block's cache [rows, kv heads, capacity, Dh], of which n rows and L positions are read.
+            keys, values: this block's cache, flat [rows * kv heads * capacity, Dh], of which n rows and L positions are
+                read. (Compiled, a cache that is flattened here would be copied, not updated.)
         """
         q, k, v = self.project(x, cos, sin)
-        keys.view(-1, self.head_dim).index_copy_(0, places, k.reshape(-1, self.head_dim))
-        values.view(-1, self.head_dim).index_copy_(0, places, v.reshape(-1, self.head_dim))
+        keys.index_copy_(0, places, k.reshape(-1, self.head_dim))
+        values.index_copy_(0, places, v.reshape(-1, self.head_dim))
         rows, length = x.shape[0], mask.shape[-1]
+        keys, values = (x.view(-1, self.num_kv_heads, self.capacity, self.head_dim) for x in (keys, values))
         # Queries that share keys are attended as if they were positions of one head, so nothing is repeated.
         attended = F.scaled_dot_product_attention(
             q.view(rows, self.num_kv_heads, -1, self.head_dim),
@@ -122,15 +127,15 @@ class Decoder(nn.Module):
         device, dtype = weight.device, weight.dtype
         self.embedding = weight
         self.norm, self.eps = model.model.norm.weight, config.rms_norm_eps
+        self.capacity = -(-capacity // BLOCK) * BLOCK
         self.layers = nn.ModuleList()
         for layer in model.model.layers:
-            self.layers.append(Layer(layer, config, int8=int8, pack=pack))
+            self.layers.append(Layer(layer, config, self.capacity, int8=int8, pack=pack))
             if consume:
                 for linear in (part for part in layer.modules() if isinstance(part, nn.Linear)):
                     linear.weight = nn.Parameter(torch.empty(0, device=device, dtype=dtype), requires_grad=False)
         self.num_kv_heads = config.num_key_value_heads
         head_dim = model.model.layers[0].self_attn.head_dim
-        self.capacity = -(-capacity // BLOCK) * BLOCK
         # Some kinds of scaling depend on the largest position; those past the model's context are never reached.
         positions = torch.arange(self.capacity, device=device).clamp(max=config.max_position_embeddings - 1)
         cos, sin = model.model.rotary_emb(weight[:1, :1], positions[None])
@@ -160,7 +165,8 @@ class Decoder(nn.Module):
             q, k, v = (part.transpose(0, 1)[None] for part in layer.project(x, cos, sin))
             keys[row, :, :length], values[row, :, :length] = k[0], v[0]
             keys[row, :, length:], values[row, :, length:] = 0, 0
-            attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+            with _own_kernels(x.device):
+                attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
             x = layer.finish(x, attended[0].transpose(0, 1).reshape(length, -1))
         self.mask[row] = -torch.inf
         self.mask[row, ..., :length] = 0
@@ -179,8 +185,9 @@ class Decoder(nn.Module):
         places = (self.head_places[:rows] + positions[:, None]).view(-1)
         cos, sin, mask = self.cos[positions], self.sin[positions], self.mask[:rows, ..., :length]
         x = F.embedding(ids, self.embedding)
-        for layer, keys, values in self._blocks():
-            x = layer(x, cos, sin, places, mask, keys, values)
+        with _own_kernels(x.device):
+            for layer, keys, values in self._blocks():
+                x = layer(x, cos, sin, places, mask, *(part.view(-1, layer.head_dim) for part in (keys, values)))
         positions += 1
         return rms_norm(x, self.norm, self.eps)
 
@@ -196,6 +203,14 @@ class Decoder(nn.Module):
             cache[:, target, :, length:] = 0
         self.mask[target] = self.mask[source]
         self.positions[target] = self.positions[source]
+
+
+def _own_kernels(device: torch.device) -> AbstractContextManager:
+    """On CUDA keep attention from cuDNN, which torch prefers on newer GPUs: it prepares for every new length, anew in
+    every thread, and lengths are what changes here all the time."""
+    if device.type != "cuda":
+        return nullcontext()
+    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -182,6 +182,7 @@ class Engine:
         self._plan: Plan | None = None
         self._graphs = RecentlyUsed(MAX_GRAPHS)
         self._pool: Any = None
+        self._side: torch.cuda.Stream | None = None  # for what goes before a capture
 
     def _allocate(self, rows: int, dtype: torch.dtype) -> None:
         """The state of the rows, in tensors that stay where they are."""
@@ -468,10 +469,10 @@ class Engine:
         """A CUDA graph of :meth:`_frame`."""
         # A graph that is dropped for this one may still be running, and its memory is taken over.
         torch.cuda.synchronize(self.device)
-        stream = torch.cuda.Stream(self.device)
-        with torch.cuda.stream(stream):
+        self._side = self._side or torch.cuda.Stream(self.device)  # one: libraries keep a workspace for each
+        with torch.cuda.stream(self._side):
             self._rehearse(rows, length, plan)
-        torch.cuda.current_stream(self.device).wait_stream(stream)
+        torch.cuda.current_stream(self.device).wait_stream(self._side)
         graph = torch.cuda.CUDAGraph()
         # Other threads may decode meanwhile, whose calls are none of the graph's business.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):

@@ -4,7 +4,7 @@ import functools
 import hashlib
 import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from collections.abc import Generator as PythonGenerator
 
 import torch
@@ -276,7 +276,7 @@ class SpeechService:
 
 def stream_speech(
     engine: Engine, request: Request, prompt: bool = True, chunk_frames: int = 1
-) -> Iterator[torch.Tensor]:
+) -> PythonGenerator[torch.Tensor, None, None]:
     """The speech of one request while it is being made, see :meth:`SpeechService.listen`."""
     with SpeechService(engine) as service:
         yield from service.listen(service.submit(request), prompt, chunk_frames)

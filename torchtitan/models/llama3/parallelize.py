@@ -140,6 +140,6 @@ def shard(
         fully_shard(ends, **policy, reshard_after_forward=reshard == "always")
     fully_shard(model, **policy, reshard_after_forward=blocks_reshard)
     for module in model.modules():
-        if isinstance(module, FSDPModule):
+        if isinstance(module, FSDPModule) and mesh.size() > 1:  # one rank divides by 1, which would be another pass
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)

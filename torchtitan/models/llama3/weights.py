@@ -34,6 +34,10 @@ _LAYER_NAMES = {
 }
 
 
+# Parameters of up to so many elements get their random values from the CPU, where more would take long.
+_DRAWN_ON_CPU = 1 << 22
+
+
 class Weighted(Protocol):
     """A model, or this rank's part of one, whose parameters have the names that they have in the whole."""
 
@@ -83,7 +87,8 @@ def init_random(model: Weighted, seed: int) -> None:
         std = model.args.dim**-0.5
         if name.endswith(("wo.weight", "w2.weight")):
             std /= math.sqrt(2 * model.args.n_layers)
-        full = torch.empty(parameter.shape, device=parameter.device)
+        # A device has random numbers of its own: small models are the same on every one.
+        full = torch.empty(parameter.shape, device="cpu" if parameter.numel() <= _DRAWN_ON_CPU else parameter.device)
         digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
         full.normal_(0.0, std, generator=torch.Generator(full.device).manual_seed(int.from_bytes(digest[:7], "big")))
         if name in vocabulary_parameters(model.args):
