@@ -117,13 +117,18 @@ def test_a_case_that_ends_badly_ends_alone(gpu, tmp_path, monkeypatch, capsys):
 
 
 def test_what_the_time_does_not_suffice_for_is_named(gpu, tmp_path, monkeypatch, capsys):
+    """Also what had begun, of which an earlier result stays."""
     (tmp_path / "stand_ins.py").write_text(CASES)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("CHILD", str(tmp_path / "child"))
     hanging = gpu.Case("some/hangs", "hangs", 60, module="stand_ins")
     monkeypatch.setattr(gpu, "CASES", (hanging, gpu.Case("some/works", "works", 60, module="stand_ins")))
-    assert gpu.main(["--smoke", "--output", str(tmp_path / "out"), "--minutes", "0.1"]) == 1
-    assert f'the next call: --output {tmp_path / "out"} --parts "some/works"' in capsys.readouterr().out
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "some.json").write_text('{"part": "some", "cases": {"hangs": {"ok": true}}}')
+    assert gpu.main(["--smoke", "--output", str(out), "--minutes", "0.1"]) == 0
+    assert f'the next call: --output {out} --parts "some/hangs" "some/works"' in capsys.readouterr().out
+    assert json.loads((out / "some.json").read_text())["cases"] == {"hangs": {"ok": True}}
 
 
 def test_a_suite_that_is_ended_ends_its_case(tmp_path):
