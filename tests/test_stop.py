@@ -93,6 +93,10 @@ def test_what_is_started_under_a_shield_outlives_a_signal():
         with shielded():
             process = subprocess.Popen(["sleep", "60"])
             os.kill(os.getpid(), signal.SIGUSR1)
+        # A thread of a library may take the signal, and then Python hears of it a moment later.
+        deadline = time.monotonic() + 10
+        while not received and time.monotonic() < deadline:
+            time.sleep(0.01)
         assert received == [signal.SIGUSR1]
     finally:
         signal.signal(signal.SIGUSR1, before)
