@@ -226,7 +226,10 @@ class LRScheduler:
     """Shape of the fall: a line, one minus a square root, or half a cosine."""
 
     lr_min: float = 0.0
-    """Where the fall ends, as a ratio of optimizer.lr: 0.1 is a tenth of it."""
+    """
+    Where the fall would end, one step after the last, as a ratio of optimizer.lr: 0.1 is a tenth of it. The last step
+    itself is still a step of the fall above it, as in TorchTitan.
+    """
 
 
 @dataclass
