@@ -67,7 +67,7 @@ def run(options: Options) -> None:
     if not 0 < options.max_seconds < math.inf:
         raise UserError(f"max_seconds must be a number of seconds over 0, not {options.max_seconds}.")
     stream, codec = load_ends(options.model_name, options.audio_tokenizer)
-    waveform = load_audio(options.prompt, options.max_seconds)
+    waveform = load_audio(options.prompt, options.max_seconds, resampler=codec.resampler)
     prompt = codec.encode([waveform])[0]
     room = int(options.max_seconds * FRAME_RATE + 1e-6) - prompt.shape[1]
     if room < 1:
@@ -129,9 +129,10 @@ def load_ends(model_name: str, audio_tokenizer: str | None) -> tuple[TokenStream
     except OSError as error:
         raise UserError(f"{model_name}: no configuration and tokenizer there ({str(error).splitlines()[0]}).") from None
     stream = TokenStream.from_tokenizer(tokenizer, getattr(config, "num_quantizers", None))
-    made = conventions_of(config)
+    made = conventions_of(config.to_dict())
     name = audio_tokenizer or made["audio_tokenizer"]
-    return stream, Codec.load(name, stream.num_quantizers, made["codec_padding"], made["codec_window"])
+    settings = (name, stream.num_quantizers, made["codec_padding"], made["codec_window"])
+    return stream, Codec.load(*settings, resampler=made["resampler"])
 
 
 def send(server: str, request: dict[str, Any]) -> Iterator[int]:

@@ -169,6 +169,12 @@ class Model:
     when the published models were trained. It matters for clips above 10 s.
     """
 
+    resampler: Literal["torchaudio", "soxr_hq", "ffmpeg"] = "torchaudio"
+    """
+    How recordings at other rates become 24 kHz, which decides some of the codes. "soxr_hq" (the package soxr) is what
+    the datasets library did before version 4, "ffmpeg" (torchcodec and FFmpeg's libraries) what it does since.
+    """
+
     converters: list[str] = field(default_factory=list)
     """Transformations of the model: "float8" or "mx", see the sections of these names."""
 

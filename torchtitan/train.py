@@ -144,9 +144,10 @@ def find_inputs(config: JobConfig) -> Inputs:
     if config.validation.enabled:
         validation_data = find_data(sources_from_config(config.validation, "validation"), retries, counts)
     model, saving = config.model, config.checkpoint
+    codec_settings = (model.audio_tokenizer, model.num_quantizers, model.codec_padding, model.codec_window)
     shards = [*train_data.shards.values(), *(validation_data.shards.values() if validation_data else ())]
     for codes in shards:
-        codes.check_codec(model.audio_tokenizer, model.num_quantizers, model.codec_padding, model.codec_window)
+        codes.check_codec(*codec_settings, model.resampler)
     if config.profiling.enable_memory_snapshot and not torch.cuda.is_available():
         raise UserError("profiling.enable_memory_snapshot = true: snapshots are of CUDA memory, and there is none.")
     folder = Path(config.job.dump_folder).expanduser() / run_name(config)
@@ -162,7 +163,7 @@ def find_inputs(config: JobConfig) -> Inputs:
     codec = None
     pairs = find_pairs(config.evaluation) if config.evaluation.enable_evaluation else []
     if train_data.files or (validation_data and validation_data.files) or pairs:
-        codec = Codec.load(model.audio_tokenizer, model.num_quantizers, model.codec_padding, model.codec_window)
+        codec = Codec.load(*codec_settings, resampler=model.resampler)
     base = BaseModel.load(model)
     base.warn_of_other_conventions(model)
     if initial is not None and is_hf_folder(initial):
@@ -190,7 +191,7 @@ def find_inputs(config: JobConfig) -> Inputs:
 
 # What a run cannot change on the way: what a token means and where it is in the data would no longer hold.
 FIXED_KEYS = (
-    *(f"model.{key}" for key in ("num_quantizers", "audio_tokenizer", "codec_padding", "codec_window")),
+    *(f"model.{key}" for key in ("num_quantizers", "audio_tokenizer", "codec_padding", "codec_window", "resampler")),
     *(f"training.{key}" for key in ("task", "max_seconds", "long_clips", "end_cut_clips")),
     *(f"training.{key}" for key in ("seq_len", "packing", "packing_window")),
 )

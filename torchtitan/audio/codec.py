@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 
 from torchtitan.audio.token_stream import CODEBOOK_SIZE
-from torchtitan.audio.waveform import SAMPLE_RATE
+from torchtitan.audio.waveform import SAMPLE_RATE, require_resampler
 from torchtitan.tools.errors import UserError, first_line
 
 FRAME_SIZE = 1920
@@ -78,6 +78,8 @@ class Codec:
         padding: ``exact`` or ``aligned``.
         window: ``codec`` or ``full``.
         name: where the model is from, for messages and records.
+        resampler: one of :data:`~torchtitan.audio.waveform.RESAMPLERS`; how recordings become the 24 kHz waveforms that
+            the codec is given. It is kept here for those who load them, and because the codes depend on it.
 
     Raises:
         CodecError: the model is not a 24 kHz, 12.5 Hz, 2,048-entry Mimi, has fewer codebooks, is not in fp32, or has
@@ -85,12 +87,19 @@ class Codec:
     """
 
     def __init__(
-        self, model: Any, num_quantizers: int, padding: str = "exact", window: str = "codec", name: str = "Mimi"
+        self,
+        model: Any,
+        num_quantizers: int,
+        padding: str = "exact",
+        window: str = "codec",
+        name: str = "Mimi",
+        resampler: str = "torchaudio",
     ):
         if padding not in PADDINGS:
             raise CodecError(f"codec_padding must be one of {', '.join(PADDINGS)}, not {padding!r}.")
         if window not in WINDOWS:
             raise CodecError(f"codec_window must be one of {', '.join(WINDOWS)}, not {window!r}.")
+        require_resampler(resampler)
         config = model.config
         if (config.sampling_rate, config.frame_size, config.codebook_size) != (SAMPLE_RATE, FRAME_SIZE, CODEBOOK_SIZE):
             raise CodecError(
@@ -113,6 +122,7 @@ class Codec:
         self.padding = padding
         self.window = window
         self.name = name
+        self.resampler = resampler
         # transformers 5.23 nests the encoder, earlier versions keep its parts at the top.
         encoder = model.encoder if hasattr(model.encoder, "encoder_seanet") else model
         self._seanet = encoder.encoder_seanet if encoder is not model else model.encoder
@@ -136,11 +146,13 @@ class Codec:
         window: str = "codec",
         device: torch.device | str = "cpu",
         revision: str | None = None,
+        resampler: str = "torchaudio",
     ) -> "Codec":
         """Load a codec by hub name or from a local folder, in fp32, onto ``device``.
 
         Raises:
             CodecError: there is no such codec, or it does not fit (see the class).
+            UserError: the resampler's package does not work here.
         """
         from safetensors import SafetensorError
         from transformers import MimiConfig, MimiModel
@@ -153,7 +165,7 @@ class Codec:
             model = MimiModel.from_pretrained(str(name), config=config, dtype=torch.float32, **options)
         except (OSError, SafetensorError) as error:
             raise CodecError(f"{name}: no codec could be loaded from there ({first_line(error)}).") from None
-        codec = cls(model, num_quantizers, padding, window, str(name))
+        codec = cls(model, num_quantizers, padding, window, str(name), resampler)
         return codec.to(device)
 
     def to(self, device: torch.device | str) -> "Codec":
@@ -290,7 +302,12 @@ class Codec:
 
     def conventions(self) -> dict[str, str]:
         """The codec's name and the choices that its codes depend on, under the keys of config files."""
-        return {"audio_tokenizer": self.name, "codec_padding": self.padding, "codec_window": self.window}
+        return {
+            "audio_tokenizer": self.name,
+            "codec_padding": self.padding,
+            "codec_window": self.window,
+            "resampler": self.resampler,
+        }
 
     def _batches(self, lengths: list[int]) -> list[list[int]]:
         """Group clips by length so that each padded batch stays within the device's budget; long ones alone."""

@@ -2,8 +2,12 @@
 
 The one place where audio is read, mixed and resampled: training, inference and the evaluations call
 :func:`load_audio`, so the same file gives the same samples everywhere. Decoding is libsndfile's (wav, flac, ogg, opus,
-mp3, aiff, ...), from a path or from bytes; resampling is ``torchaudio.functional.resample`` with its defaults, whose
-name (:data:`RESAMPLER`) is stored with everything that is derived from its output.
+mp3, aiff, ...), from a path or from bytes. Resampling is by one of :data:`RESAMPLERS`, whose name is stored with
+everything that is derived from its output, since it decides some of the codes:
+
+``torchaudio``  ``torchaudio.functional.resample`` with its defaults.
+``soxr_hq``     the SoX resampler at quality HQ, as the ``datasets`` library before version 4 called it through librosa.
+``ffmpeg``      FFmpeg's swresample with its defaults, as ``datasets`` calls it since, through torchcodec.
 """
 
 import io
@@ -20,13 +24,17 @@ import torch
 from torchtitan.tools.errors import UserError
 
 SAMPLE_RATE = 24_000
-RESAMPLER = "torchaudio.functional.resample(sinc_interp_hann, lowpass_filter_width=6, rolloff=0.99)"
+RESAMPLERS = ("torchaudio", "soxr_hq", "ffmpeg")
 
 # Below this rate no speech is left in a recording; a header that claims less is broken.
 MIN_RATE = 2_000
 # Full scale is 1.0. Loud float recordings overshoot a little; a file that reaches further was never normalised
 # (integer values stored as floats, say), and the codec would see something it was never trained on.
 MAX_PEAK = 16.0
+
+# Read beyond a limit, so that no resampler's filter looks past what was read:
+# the longest, that of soxr_hq, reaches about 100 samples.
+_LOOK_AHEAD_SECONDS = 0.1
 
 # torchaudio builds one filter per output phase: rates with a small common divisor (44,101 Hz) need gigabytes.
 _MAX_KERNEL_ELEMENTS = 1 << 24
@@ -38,13 +46,20 @@ class AudioError(UserError):
     """A file that cannot be used as audio; the message is one sentence that names the file and the reason."""
 
 
-def load_audio(source: str | Path | bytes, max_seconds: float | None = None, name: str | None = None) -> torch.Tensor:
+def load_audio(
+    source: str | Path | bytes,
+    max_seconds: float | None = None,
+    name: str | None = None,
+    resampler: str = "torchaudio",
+) -> torch.Tensor:
     """Read audio as a mono waveform at 24 kHz.
 
     Args:
         source: path of an audio file, or the bytes of one.
-        max_seconds: keep only this much from the start. The result equals the start of the whole file's result.
+        max_seconds: keep only this much from the start. The result equals the start of the whole file's result (with
+            soxr_hq up to rounding in fp32).
         name: what to call the audio in error messages; the path, if there is one, otherwise.
+        resampler: one of :data:`RESAMPLERS`.
 
     Returns:
         float32 tensor [n], n >= 1.
@@ -53,17 +68,20 @@ def load_audio(source: str | Path | bytes, max_seconds: float | None = None, nam
         AudioError: the audio is missing, unreadable, truncated, empty, not finite, not normalised or at a rate
             below 2 kHz.
     """
-    return load_beginning(source, max_seconds, name)[0]
+    return load_beginning(source, max_seconds, name, resampler)[0]
 
 
 def load_beginning(
-    source: str | Path | bytes, max_seconds: float | None = None, name: str | None = None
+    source: str | Path | bytes,
+    max_seconds: float | None = None,
+    name: str | None = None,
+    resampler: str = "torchaudio",
 ) -> tuple[torch.Tensor, float]:
     """As :func:`load_audio`, and the length of the whole recording in seconds, as its header states it."""
     samples, rate, num_samples = _read(
         source, max_seconds, name or (str(source) if not isinstance(source, bytes) else "audio")
     )
-    waveform = resample(samples, rate)
+    waveform = resample(samples, rate, resampler)
     if max_seconds is not None:
         waveform = waveform[: round(max_seconds * SAMPLE_RATE)]
     return waveform, num_samples / rate
@@ -91,8 +109,8 @@ def _read(source: str | Path | bytes, max_seconds: float | None, name: str) -> t
                     f"{name}: a sample rate of {rate} Hz holds no speech (at least {MIN_RATE:,} Hz needed)."
                 )
             wanted = -1
-            if max_seconds is not None:  # The resampling filter looks ahead by less than 1 % of a second.
-                wanted = math.ceil((max_seconds + 0.01) * rate)
+            if max_seconds is not None:
+                wanted = math.ceil((max_seconds + _LOOK_AHEAD_SECONDS) * rate)
             samples = file.read(wanted, dtype="float32", always_2d=True)
     except soundfile.LibsndfileError as error:
         reason = str(getattr(error, "error_string", error)).strip().rstrip(".")
@@ -144,14 +162,37 @@ def open_audio(source: str | Path | bytes) -> Iterator[Any]:
             yield file
 
 
-def resample(waveform: torch.Tensor, rate: int) -> torch.Tensor:
+def require_resampler(name: str) -> None:
+    """Refuse a resampler that there is none of, or whose package does not work here.
+
+    Raises:
+        UserError: with what to install.
+    """
+    if name not in RESAMPLERS:
+        raise UserError(f"resampler must be one of {', '.join(RESAMPLERS)}, not {name!r}.")
+    try:
+        resample(torch.zeros(8), 8_000, name)
+    except ModuleNotFoundError as error:
+        raise UserError(f'resampler = "{name}" needs the package {error.name} (pip install {error.name}).') from None
+    except (ImportError, RuntimeError, OSError):
+        raise UserError(
+            f'resampler = "{name}": torchcodec cannot be loaded; it needs the libraries of FFmpeg (apt install ffmpeg) '
+            "and a version of its own that suits the installed torch."
+        ) from None
+
+
+def resample(waveform: torch.Tensor, rate: int, resampler: str = "torchaudio") -> torch.Tensor:
     """Resample a waveform [n] from ``rate`` Hz to 24 kHz: float32 [ceil(n * 24000 / rate)].
 
-    Equals ``torchaudio.functional.resample`` with its defaults. Pairs of rates whose filter bank would not fit into
-    memory are computed tap by tap instead, from the same filter.
+    Each equals the call that :data:`RESAMPLERS` names; ``ffmpeg`` may give a sample less. With ``torchaudio``, pairs of
+    rates whose filter bank would not fit into memory are computed tap by tap instead, from the same filter.
     """
     if rate == SAMPLE_RATE:
         return waveform
+    if resampler == "soxr_hq":
+        return _resample_by_soxr(waveform, rate)
+    if resampler == "ffmpeg":
+        return _resample_by_ffmpeg(waveform, rate)
     import torchaudio.functional
 
     divisor = math.gcd(rate, SAMPLE_RATE)
@@ -160,6 +201,28 @@ def resample(waveform: torch.Tensor, rate: int) -> torch.Tensor:
     if reduced_target * (reduced_rate + 2 * width) <= _MAX_KERNEL_ELEMENTS:
         return torchaudio.functional.resample(waveform, rate, SAMPLE_RATE)
     return _resample_by_taps(waveform, reduced_rate, reduced_target)
+
+
+def _resample_by_soxr(waveform: torch.Tensor, rate: int) -> torch.Tensor:
+    """As ``librosa.resample(..., res_type="soxr_hq")``, which cuts or fills up to the exact length."""
+    import soxr
+
+    resampled = torch.from_numpy(soxr.resample(waveform.numpy(), rate, SAMPLE_RATE, quality="HQ"))
+    length = math.ceil(waveform.numel() * SAMPLE_RATE / rate)
+    return torch.nn.functional.pad(resampled, (0, length - resampled.numel()))
+
+
+def _resample_by_ffmpeg(waveform: torch.Tensor, rate: int) -> torch.Tensor:
+    """What torchcodec decodes of a WAV with these samples."""
+    import soundfile
+    from torchcodec.decoders import AudioDecoder
+
+    file = io.BytesIO()
+    soundfile.write(file, waveform.numpy(), rate, format="WAV", subtype="FLOAT")
+    resampled = AudioDecoder(file.getvalue(), sample_rate=SAMPLE_RATE).get_all_samples().data[0]
+    if resampled.numel() == 0:  # fewer samples than its filter is long
+        return torch.zeros(math.ceil(waveform.numel() * SAMPLE_RATE / rate))
+    return resampled
 
 
 def _resample_by_taps(waveform: torch.Tensor, rate: int, target: int, block: int = 1 << 18) -> torch.Tensor:

@@ -392,7 +392,8 @@ class SpeechDataLoader:
             return _Waveform(None, 0)
         # Cut to whole frames, so that codes that were stored uncut are the same.
         limit = None if self.split else self.max_frames * FRAME_SIZE / SAMPLE_RATE
-        waveform, seconds = decode_row(row, limit, self.read_retries)
+        assert self.codec is not None
+        waveform, seconds = decode_row(row, limit, self.read_retries, self.codec.resampler)
         if not source.admits(seconds):
             return _Waveform(None, 0)
         cut = limit is not None and waveform.numel() >= round(limit * SAMPLE_RATE)

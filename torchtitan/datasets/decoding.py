@@ -14,7 +14,9 @@ class UnreadError(AudioError):
     """A recording could not be read, which may pass; any other AudioError is a verdict on what was read."""
 
 
-def decode_row(row: Row, max_seconds: float | None, retries: int) -> tuple[torch.Tensor, float]:
+def decode_row(
+    row: Row, max_seconds: float | None, retries: int, resampler: str = "torchaudio"
+) -> tuple[torch.Tensor, float]:
     """The waveform of a row, as :func:`load_beginning` gives it, and the length of the whole recording in seconds.
 
     A recording in a file of its own that fails is read once more, as patiently as tables are.
@@ -31,14 +33,14 @@ def decode_row(row: Row, max_seconds: float | None, retries: int) -> tuple[torch
     try:
         if isinstance(audio, str):
             try:
-                return load_beginning(audio, max_seconds, name)
+                return load_beginning(audio, max_seconds, name, resampler)
             except (AudioError, OSError):
                 try:
                     audio = read_audio_file(audio, retries)
                 except OSError as error:
                     reason = "there is no such file" if isinstance(error, FileNotFoundError) else error.strerror
                     raise UnreadError(f"{name}: {reason or error}.") from None
-        return load_beginning(audio, max_seconds, name)
+        return load_beginning(audio, max_seconds, name, resampler)
     except AudioError:
         raise
     except Exception as error:  # one recording must not end anything, whatever it brings about

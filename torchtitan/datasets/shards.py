@@ -388,7 +388,9 @@ class ShardedCodes:
         """Id of recording ``i`` in its source."""
         return self._value("id", i)
 
-    def check_codec(self, audio_tokenizer: str, num_quantizers: int, padding: str, window: str) -> None:
+    def check_codec(
+        self, audio_tokenizer: str, num_quantizers: int, padding: str, window: str, resampler: str = "torchaudio"
+    ) -> None:
         """Refuse shards that a model's codec would not have made.
 
         A codec of another name, or in a local folder, is loaded and its weights are compared.
@@ -398,6 +400,7 @@ class ShardedCodes:
             num_quantizers: Q wanted; the shards may hold more.
             padding: ``exact`` or ``aligned``.
             window: ``codec`` or ``full``.
+            resampler: one of :data:`~torchtitan.audio.waveform.RESAMPLERS`.
 
         Raises:
             ShardError: something contradicts; all of it is named.
@@ -408,7 +411,7 @@ class ShardedCodes:
         wrong = []
         if num_quantizers > stored["num_quantizers"]:
             wrong.append(f"they hold {stored['num_quantizers']} quantizers and {num_quantizers} are asked for")
-        for key, wanted in (("codec_padding", padding), ("codec_window", window)):
+        for key, wanted in (("codec_padding", padding), ("codec_window", window), ("resampler", resampler)):
             if stored[key] != wanted:
                 wrong.append(f"{key} is {stored[key]} in them and {wanted} is asked for")
         if wrong:
@@ -475,7 +478,7 @@ def _check_header(header: Any) -> None:
         raise ValueError("its header is not readable")
     if header["format"] != FORMAT:
         raise ValueError(f"its format is {header['format']}, this version reads {FORMAT}")
-    codec = ("audio_tokenizer", "codec_fingerprint", "codec_padding", "codec_window", "num_quantizers")
+    codec = ("audio_tokenizer", "codec_fingerprint", "codec_padding", "codec_window", "resampler", "num_quantizers")
     for key in ("shard", "of", *codec, "source", "failed", "checksum"):
         if key not in header:
             raise ValueError(f"its header lacks {key}")

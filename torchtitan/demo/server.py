@@ -193,7 +193,7 @@ class DemoServer(ThreadingHTTPServer):
         limit = max_frames / FRAME_RATE
         # One at a time: a small file can hold a lot of audio.
         with self._reading:
-            waveform, seconds = load_beginning(body, limit + 1.0, name)
+            waveform, seconds = load_beginning(body, limit + 1.0, name, self.lm.codec.resampler)
             if waveform.numel() > limit * SAMPLE_RATE:
                 raise UserError(
                     f"{name}: the prompt lasts {seconds:.2f} s, and prompt and continuation together may last "

@@ -24,7 +24,7 @@ import torch.distributed as dist
 import torchtitan
 from torchtitan.audio.codec import FRAME_SIZE, Codec
 from torchtitan.audio.token_stream import TokenStream
-from torchtitan.audio.waveform import RESAMPLER, SAMPLE_RATE, AudioError, load_audio
+from torchtitan.audio.waveform import SAMPLE_RATE, AudioError, load_audio
 from torchtitan.eval.data import Task, open_tasks
 from torchtitan.eval.metrics import SIDES, Rule, TaskResult, judge
 from torchtitan.eval.results import Clip, format_table, make_folder, results_folder, samples_table, write_results
@@ -93,6 +93,9 @@ class Options:
     """Hub name or folder of a model in Hugging Face format, or a training checkpoint."""
     audio_tokenizer: str | None = None
     """Hub name or folder of the Mimi codec; the one that the model names by default."""
+    resampler: str | None = None
+    """How recordings become 24 kHz: torchaudio, soxr_hq or ffmpeg. Default: as the model's config.json says, else
+    torchaudio."""
     output_dir: str = "results"
     """Results go to <output_dir>/<benchmark>/<model_name>/."""
     limit: int | None = None
@@ -180,7 +183,7 @@ def command(benchmark: Benchmark, options: Options) -> int:
     if ranks > 1 and device in (None, "cuda") and torch.cuda.is_available():
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     lm = SpeechLM.load(
-        options.model_name, options.audio_tokenizer, device, options.dtype, revision=options.model_revision
+        options.model_name, options.audio_tokenizer, device, options.dtype, options.model_revision, options.resampler
     )
     options.rule(benchmark.rule).check(lm.stream.num_quantizers)
     folder = results_folder(options.output_dir, benchmark.name, options.model_name)
@@ -222,7 +225,7 @@ def command(benchmark: Benchmark, options: Options) -> int:
 def _cache_folder(name: str, codec: Codec) -> Path:
     """Where the codes of a codec are kept, with its conventions."""
     base = Path(name).expanduser() if name else default_cache_folder()
-    made_by = digest(codec.fingerprint(), codec.padding, codec.window, RESAMPLER)
+    made_by = digest(codec.fingerprint(), codec.padding, codec.window, codec.resampler)
     return base / made_by.hex()[:32]
 
 
@@ -378,7 +381,7 @@ def encode_pairs(
             try:
                 if source is None:
                     raise AudioError(f"{name}: the row holds no audio.")
-                waiting.append((clip, load_audio(source, name=name), key))
+                waiting.append((clip, load_audio(source, name=name, resampler=codec.resampler), key))
             except AudioError as error:
                 clip.error = str(error)
                 on_progress(1)
@@ -439,7 +442,6 @@ def _settings(benchmark: Benchmark, options: Options, tasks: list[Task], lm: Spe
             **lm.codec.conventions(),
             "num_quantizers": lm.stream.num_quantizers,
             "revision": getattr(lm.codec.model.config, "_commit_hash", None),
-            "resampler": RESAMPLER,
         },
         "data": {task.name: {"source": task.source, "revision": task.revision} for task in tasks},
         "rule": asdict(options.rule(benchmark.rule)),

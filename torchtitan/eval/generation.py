@@ -51,6 +51,9 @@ class Options:
     """Hub name or folder of a model in Hugging Face format, or a training checkpoint."""
     audio_tokenizer: str | None = None
     """Hub name or folder of the Mimi codec; the one that the model names by default."""
+    resampler: str | None = None
+    """How recordings become 24 kHz: torchaudio, soxr_hq or ffmpeg. Default: as the model's config.json says, else
+    torchaudio."""
     output_dir: str = "results"
     """Results go to <output_dir>/generation/<model_name>/."""
     metrics: list[Metric] = field(default_factory=lambda: ["speaker_similarity", "auto_bleu", "perplexity"])
@@ -107,7 +110,7 @@ class Options:
 
     # What the continuations depend on, besides the prompts.
     MADE_BY = (
-        *("model_name", "audio_tokenizer", "prompt_seconds", "max_seconds", "num_samples"),
+        *("model_name", "audio_tokenizer", "resampler", "prompt_seconds", "max_seconds", "num_samples"),
         *("temperature", "top_k", "top_p", "seed", "dtype"),
     )
 
@@ -219,14 +222,16 @@ def generate(prompts: list[Path], names: dict[Path, str], options: Options, samp
     missing = [path for path in prompts if names[path] not in done]
     if not missing:
         return
-    lm = SpeechLM.load(options.model_name, options.audio_tokenizer, options.device, options.dtype)
+    lm = SpeechLM.load(
+        options.model_name, options.audio_tokenizer, options.device, options.dtype, resampler=options.resampler
+    )
     max_frames = frame_bound(lm, options.max_seconds)
     rows = min(options.num_samples, BATCH_ROWS.get(lm.device.type, 8))
     engine = Engine(lm, rows, lm.stream.sample_length(max_frames), consume=True)
     for path in tqdm(missing, desc="continuations", unit="prompt"):
         name = names[path]
         try:
-            waveform = load_audio(path, options.prompt_seconds)
+            waveform = load_audio(path, options.prompt_seconds, resampler=lm.codec.resampler)
             (codes,) = lm.codec.encode([waveform])
             if codes.shape[1] >= max_frames:
                 raise AudioError(f"{path}: {codes.shape[1]} frames leave no room for a continuation in {max_frames}.")

@@ -9,7 +9,7 @@ from torchtitan.audio.token_stream import TokenStream, extend_tokenizer
 from torchtitan.config_manager import Model
 from torchtitan.models.llama3.args import Llama3Args, read_config
 from torchtitan.models.llama3.weights import SafetensorsFolder
-from torchtitan.models.speech_lm import PUBLISHED_CONVENTIONS, require_model_folder
+from torchtitan.models.speech_lm import conventions_of, require_model_folder
 from torchtitan.tools.errors import UserError, first_line
 from torchtitan.tools.logging import logger
 
@@ -81,8 +81,8 @@ class BaseModel:
 
     def warn_of_other_conventions(self, config: Model) -> None:
         """Warn when a speech model is trained further on codes that are made in another way than before."""
-        for key, default in PUBLISHED_CONVENTIONS.items():
-            before, now = self.hf_config.get(key, default), getattr(config, key)
+        for key, before in conventions_of(self.hf_config).items():
+            now = getattr(config, key)
             same = before == now or (Path(before).is_dir() and Path(before).resolve() == Path(now).resolve())
             if self.is_speech_model and not same:
                 logger.warning(

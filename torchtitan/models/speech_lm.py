@@ -19,7 +19,12 @@ from torchtitan.tools.errors import UserError, first_line
 from torchtitan.tools.logging import quiet_transformers
 
 # The published checkpoints: kyutai/mimi through a transformers version that attended over the whole clip.
-PUBLISHED_CONVENTIONS = {"audio_tokenizer": "kyutai/mimi", "codec_padding": "exact", "codec_window": "full"}
+PUBLISHED_CONVENTIONS = {
+    "audio_tokenizer": "kyutai/mimi",
+    "codec_padding": "exact",
+    "codec_window": "full",
+    "resampler": "torchaudio",
+}
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -51,6 +56,7 @@ class SpeechLM:
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
         revision: str | None = None,
+        resampler: str | None = None,
     ) -> "SpeechLM":
         """Load a model by hub name or folder.
 
@@ -60,11 +66,13 @@ class SpeechLM:
         Args:
             audio_tokenizer: the codec's hub name or folder; None takes the one named in the model's config.json.
             device: None takes cuda if there is one, then mps, then cpu.
+            resampler: one of :data:`~torchtitan.audio.waveform.RESAMPLERS`; None takes the one named in the model's
+                config.json.
             dtype: of the language model (the codec is always fp32); None is bfloat16 on cuda, float32 elsewhere.
 
         Raises:
             UserError: the folder or hub id does not exist, is no causal language model, has no audio tokens, its
-                codec cannot be loaded, or there is no such device.
+                codec cannot be loaded, it was trained with another resampler, or there is no such device.
         """
         from safetensors import SafetensorError
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
@@ -102,7 +110,9 @@ class SpeechLM:
             raise UserError(
                 f"{model_name}: the model has {rows:,} embeddings, its tokenizer {stream.vocab_size:,} ids."
             )
-        conventions = conventions_of(config)
+        conventions = conventions_of(config.to_dict())
+        if resampler is not None and (stated := getattr(config, "resampler", resampler)) != resampler:
+            raise UserError(f"{model_name}: the model was trained with resampler {stated}, not {resampler}.")
         codec_name = audio_tokenizer or conventions["audio_tokenizer"]
         if codec_name.startswith((".", "/", "~")) and not Path(codec_name).expanduser().is_dir():
             raise UserError(
@@ -114,6 +124,7 @@ class SpeechLM:
             conventions["codec_padding"],
             conventions["codec_window"],
             device,
+            resampler=resampler or conventions["resampler"],
         )
         path = Path(model_name).expanduser()
         folder = checkpoint or (path if path.is_dir() else None)
@@ -140,9 +151,9 @@ def _training_checkpoint(name: str) -> Path | None:
         return None
 
 
-def conventions_of(config: Any) -> dict[str, str]:
-    """The codec's name and conventions that a checkpoint's config states, or those of the published checkpoints."""
-    return {key: getattr(config, key, None) or default for key, default in PUBLISHED_CONVENTIONS.items()}
+def conventions_of(config: dict[str, Any]) -> dict[str, str]:
+    """The codec's name and conventions that a config.json states, or those of the published checkpoints."""
+    return {key: config.get(key) or default for key, default in PUBLISHED_CONVENTIONS.items()}
 
 
 def choose_device(name: str | torch.device | None = None) -> torch.device:
