@@ -509,12 +509,14 @@ def test_exported_model_can_be_trained_further(export):
 def test_exported_config_tells_the_codec_and_serves_transformers_4(export):
     _, _, folder = export(scaled=True)
     config = read_config(folder)
-    told = {key: config[key] for key in ("num_quantizers", "audio_tokenizer", "codec_padding", "codec_window")}
+    keys = ("num_quantizers", "audio_tokenizer", "codec_padding", "codec_window", "resampler")
+    told = {key: config[key] for key in keys}
     assert told == {
         "num_quantizers": 1,
         "audio_tokenizer": "some/codec",
         "codec_padding": "exact",
         "codec_window": "codec",
+        "resampler": "torchaudio",
     }
     assert (config["rope_theta"], config["rope_scaling"]["factor"], config["torch_dtype"]) == (5_000, 8, "float32")
     assert json.loads((folder / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"

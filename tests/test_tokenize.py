@@ -463,6 +463,7 @@ def test_unfinished_output_is_no_data_set(reference, tmp_path):
         ({"num_quantizers": 4}, "num_quantizers is 8 there and 4 now"),
         ({"codec_padding": "aligned"}, 'codec_padding is "exact" there and "aligned" now'),
         ({"codec_window": "full"}, 'codec_window is "codec" there and "full" now'),
+        ({"resampler": "soxr_hq"}, 'resampler is "torchaudio" there and "soxr_hq" now'),
         ({"max_seconds": 5.0}, "max_seconds is null there and 5.0 now"),
         ({"rows_per_shard": 8, "codec_window": "full"}, "now, and rows_per_shard is 7 there and 8 now"),
     ],
@@ -702,7 +703,7 @@ def test_a_read_of_a_recordings_own_file_is_tried_again(rows, tmp_path, monkeypa
 
 
 def test_whatever_a_recording_brings_about_is_its_own_failure(rows, monkeypatch):
-    def broken(audio, max_seconds, name):
+    def broken(*_):
         raise MemoryError("too \udce9 much")
 
     monkeypatch.setattr(decoding, "load_beginning", broken)

@@ -319,7 +319,11 @@ def test_a_run_is_not_resumed_on_other_data(arguments, tmp_path, capfd, make_sou
 
 
 @pytest.mark.parametrize(
-    "change", [("--training.task", "tts"), ("--model.codec_window", "full"), ("--training.seq_len", "100")]
+    "change",
+    [
+        *(("--training.task", "tts"), ("--training.seq_len", "100")),
+        *(("--model.codec_window", "full"), ("--model.resampler", "soxr_hq")),
+    ],
 )
 def test_a_run_is_not_resumed_with_other_codes_or_data(arguments, tmp_path, capfd, change):
     launch(arguments(tmp_path), 1)

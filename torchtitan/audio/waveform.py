@@ -162,6 +162,11 @@ def open_audio(source: str | Path | bytes) -> Iterator[Any]:
             yield file
 
 
+def recorded_resampler(record: str | None) -> str:
+    """The resampler that stored codes or a config.json name; without a name, or spelled out as once, ``torchaudio``."""
+    return "torchaudio" if record is None or record.startswith("torchaudio.") else record
+
+
 def require_resampler(name: str) -> None:
     """Refuse a resampler that there is none of, or whose package does not work here.
 
@@ -173,7 +178,8 @@ def require_resampler(name: str) -> None:
     try:
         resample(torch.zeros(8), 8_000, name)
     except ModuleNotFoundError as error:
-        raise UserError(f'resampler = "{name}" needs the package {error.name} (pip install {error.name}).') from None
+        package = str(error.name).partition(".")[0]
+        raise UserError(f'resampler = "{name}" needs the package {package} (pip install {package}).') from None
     except (ImportError, RuntimeError, OSError):
         raise UserError(
             f'resampler = "{name}": torchcodec cannot be loaded; it needs the libraries of FFmpeg (apt install ffmpeg) '

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
+from torchtitan.audio.waveform import recorded_resampler
 from torchtitan.tools.errors import UserError, first_line
 
 if TYPE_CHECKING:  # imported where it is used: training on recordings in other formats does without
@@ -411,9 +412,10 @@ class ShardedCodes:
         wrong = []
         if num_quantizers > stored["num_quantizers"]:
             wrong.append(f"they hold {stored['num_quantizers']} quantizers and {num_quantizers} are asked for")
+        recorded = {**stored, "resampler": recorded_resampler(stored.get("resampler"))}
         for key, wanted in (("codec_padding", padding), ("codec_window", window), ("resampler", resampler)):
-            if stored[key] != wanted:
-                wrong.append(f"{key} is {stored[key]} in them and {wanted} is asked for")
+            if recorded[key] != wanted:
+                wrong.append(f"{key} is {recorded[key]} in them and {wanted} is asked for")
         if wrong:
             raise ShardError(f"{where}: {', and '.join(wrong)}.")
         if audio_tokenizer == stored["audio_tokenizer"] and not Path(audio_tokenizer).expanduser().exists():
@@ -478,7 +480,7 @@ def _check_header(header: Any) -> None:
         raise ValueError("its header is not readable")
     if header["format"] != FORMAT:
         raise ValueError(f"its format is {header['format']}, this version reads {FORMAT}")
-    codec = ("audio_tokenizer", "codec_fingerprint", "codec_padding", "codec_window", "resampler", "num_quantizers")
+    codec = ("audio_tokenizer", "codec_fingerprint", "codec_padding", "codec_window", "num_quantizers")
     for key in ("shard", "of", *codec, "source", "failed", "checksum"):
         if key not in header:
             raise ValueError(f"its header lacks {key}")

@@ -13,6 +13,7 @@ import torch
 
 from torchtitan.audio.codec import Codec
 from torchtitan.audio.token_stream import TokenStream
+from torchtitan.audio.waveform import recorded_resampler
 from torchtitan.components.checkpoint import HF_FOLDER, find_checkpoint
 from torchtitan.components.hf_export import full_hf_tensors
 from torchtitan.tools.errors import UserError, first_line
@@ -111,8 +112,9 @@ class SpeechLM:
                 f"{model_name}: the model has {rows:,} embeddings, its tokenizer {stream.vocab_size:,} ids."
             )
         conventions = conventions_of(config.to_dict())
-        if resampler is not None and (stated := getattr(config, "resampler", resampler)) != resampler:
-            raise UserError(f"{model_name}: the model was trained with resampler {stated}, not {resampler}.")
+        trained_with = conventions["resampler"]
+        if resampler is not None and getattr(config, "resampler", None) and trained_with != resampler:
+            raise UserError(f"{model_name}: the model was trained with resampler {trained_with}, not {resampler}.")
         codec_name = audio_tokenizer or conventions["audio_tokenizer"]
         if codec_name.startswith((".", "/", "~")) and not Path(codec_name).expanduser().is_dir():
             raise UserError(
@@ -124,7 +126,7 @@ class SpeechLM:
             conventions["codec_padding"],
             conventions["codec_window"],
             device,
-            resampler=resampler or conventions["resampler"],
+            resampler=resampler or trained_with,
         )
         path = Path(model_name).expanduser()
         folder = checkpoint or (path if path.is_dir() else None)
@@ -153,7 +155,8 @@ def _training_checkpoint(name: str) -> Path | None:
 
 def conventions_of(config: dict[str, Any]) -> dict[str, str]:
     """The codec's name and conventions that a config.json states, or those of the published checkpoints."""
-    return {key: config.get(key) or default for key, default in PUBLISHED_CONVENTIONS.items()}
+    known = {key: config.get(key) or default for key, default in PUBLISHED_CONVENTIONS.items()}
+    return {**known, "resampler": recorded_resampler(known["resampler"])}
 
 
 def choose_device(name: str | torch.device | None = None) -> torch.device:
