@@ -24,6 +24,7 @@ from torchtitan.config_manager import Training
 from torchtitan.datasets import order
 from torchtitan.datasets.sources import Source, sources_from_config
 from torchtitan.datasets.streams import find_data, open_streams
+from torchtitan.tools import retries
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.logging import logger
 
@@ -659,7 +660,7 @@ def test_a_read_of_a_recordings_own_file_is_tried_again(make_loader, tmp_path, m
             raise error
         return open(path, "rb")
 
-    monkeypatch.setattr(readers, "FIRST_WAIT", 0.0)
+    monkeypatch.setattr(retries, "FIRST_WAIT", 0.0)
     monkeypatch.setattr(readers, "_open", open_or_fail)
     monkeypatch.setattr(decoding, "load_beginning", load)
     assert take(make_loader(tmp_path, read_retries=2))[0].counters.bad_rows == 0

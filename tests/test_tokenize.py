@@ -25,6 +25,7 @@ from torchtitan.datasets.readers import Row
 from torchtitan.datasets.shards import ShardedCodes, ShardError, find_shards
 from torchtitan.datasets.sources import Source
 from torchtitan.datasets.tokenization import Counts, Decoder, Options, tokenize
+from torchtitan.tools import retries
 from torchtitan.tools.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -694,7 +695,7 @@ def test_a_read_of_a_recordings_own_file_is_tried_again(rows, tmp_path, monkeypa
             raise OSError(5, "Input/output error")
         return torch.zeros(12_000), 0.5
 
-    monkeypatch.setattr(readers, "FIRST_WAIT", 0.0)
+    monkeypatch.setattr(retries, "FIRST_WAIT", 0.0)
     monkeypatch.setattr(readers, "_open", open_or_fail)
     monkeypatch.setattr(decoding, "load_beginning", load)
     rows.read = lambda numbers: iter([(0, Row("a", str(tmp_path / "a.wav"), None, None))])
