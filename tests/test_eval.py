@@ -464,6 +464,8 @@ def test_results_can_be_recomputed_from_samples_alone(lm, model_folder, tmp_path
     assert [row["frequency"] for row in rows[::2]] == ["3", "1", "4", "1", "5", "9", "x", "y"]
     assert json.loads(samples.schema.metadata[b"num_quantizers"]) == 4
     assert json.loads(samples.schema.metadata[b"settings"]) == results["settings"]
+    docs = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text("utf-8")
+    assert [key for key in results["settings"] if f"`{key}`" not in docs and f"`{key}." not in docs] == []
     assert sorted(os.listdir(folder)) == ["accuracy.json", "accuracy.png", "results.json", "samples.parquet"]
     assert (folder / "accuracy.png").read_bytes().startswith(b"\x89PNG")
     assert "sWUGGY" in capsys.readouterr().out

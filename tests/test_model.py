@@ -558,6 +558,14 @@ def test_debug_flavour_takes_only_the_tokenizer(make_base_model):
     assert base.args == Llama3Args(vocab_size=258 + 2 * 2048 + 2)
 
 
+def test_debugmodel_has_the_sizes_of_torchtitan(make_base_model):
+    settings = Model(name=str(make_base_model()), num_quantizers=1, flavor="debugmodel", pretrained=False)
+    args = BaseModel.load(settings).args
+    # 6 layers: 4 square projections for 16 heads of 16, 3 of 256 x 768, 2 norms; then a norm, an embedding and a head.
+    assert (args.dim, args.n_heads, args.n_kv_heads) == (256, 16, 16)
+    assert args.num_params == 6 * (4 * 256**2 + 3 * 256 * 768 + 2 * 256) + 256 + 2 * (258 + 2048 + 2) * 256
+
+
 def test_speech_model_of_another_q_is_refused_by_name(export):
     _, _, folder = export()
     with pytest.raises(UserError, match="has audio tokens for 1 quantizers, not 4"):

@@ -53,7 +53,7 @@ class Job:
     dump_folder: str = "./outputs"
     """Folder for all that a run writes. Each run has its own folder in it, named after the run."""
 
-    description: str = "Llama-Mimi training"
+    description: str = "default job"
     """Free text, logged at the start."""
 
     use_for_integration_test: bool = False
@@ -135,11 +135,11 @@ class Model:
     tokenizer the text tokens. One that already has the audio tokens (llm-jp/Llama-Mimi-1.3B) is trained further.
     """
 
-    flavor: Literal["", "debug", "1B", "3B", "8B"] = ""
+    flavor: Literal["", "debug", "debugmodel", "1B", "3B", "8B", "70B", "405B"] = ""
     """
-    Empty: the architecture of model.name. "debug": a small one of the same kind instead, without weights, for tests
-    (needs model.pretrained = false; the tokenizer is still that of model.name). A size: only asserts that model.name
-    is of that size, by its name.
+    Empty: the architecture of model.name. "debug", or TorchTitan's "debugmodel": a small one of the same kind instead,
+    without weights, for tests (needs model.pretrained = false; the tokenizer is still that of model.name). A size: only
+    asserts that model.name is of that size, by its name.
     """
 
     tokenizer_path: str | None = None
@@ -967,9 +967,15 @@ def check_values(config: JobConfig, origins: dict[str, str] | None = None) -> No
             refuse(key, f"{twin} is the same setting, but is {_show(values[twin])}")
 
     name, flavor = config.model.name, config.model.flavor
-    if flavor == "debug" and config.model.pretrained:
+    if name == "llama3" and flavor in PRESETS:
+        refuse(
+            "model.name",
+            f'this is a preset of TorchTitan; write model.name = "{PRESETS[flavor]}", or another Llama in Hugging Face '
+            "format, model.pretrained = false to start from random weights, and no model.tokenizer_path",
+        )
+    if flavor in DEBUG_SIZES and config.model.pretrained:
         refuse("model.flavor", "there are no weights for it, so it needs model.pretrained = false")
-    if flavor not in ("", "debug") and not re.search(rf"(?<![\d.]){flavor}", name, re.IGNORECASE):
+    if flavor not in ("", *DEBUG_SIZES) and not re.search(rf"(?<![\d.]){flavor}", name, re.IGNORECASE):
         refuse("model.flavor", f'model.name = "{name}" is not of that size by its name; leave model.flavor empty')
 
     shortest = config.model.num_quantizers + 3
@@ -1049,6 +1055,16 @@ def check_values(config: JobConfig, origins: dict[str, str] | None = None) -> No
         refuse("checkpoint.exclude_from_loading", f"there are only {', '.join(EXCLUDABLE)}")
 
 
+# Values of model.flavor that stand for small models, with what they have instead of the defaults of Llama3Args.
+DEBUG_SIZES: dict[str, dict[str, Any]] = {
+    "debug": {},
+    "debugmodel": {"n_layers": 6, "n_heads": 16, "n_kv_heads": 16, "head_dim": 16, "tied": False},
+}
+# What to name instead of TorchTitan's "llama3", by its flavor.
+PRESETS = {
+    "debugmodel": "./assets/llama-small",
+    **{size: f"meta-llama/Llama-3.1-{size}" for size in ("8B", "70B", "405B")},
+}
 # Parts of a checkpoint that checkpoint.exclude_from_loading can name.
 EXCLUDABLE = ("optimizer", "lr_scheduler", "dataloader", "random")
 # Converters of the model, each with the number of ids of which its products need a multiple.

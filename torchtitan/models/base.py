@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from torchtitan.audio.token_stream import TokenStream, extend_tokenizer
-from torchtitan.config_manager import Model
+from torchtitan.config_manager import DEBUG_SIZES, Model
 from torchtitan.models.llama3.args import Llama3Args, read_config
 from torchtitan.models.llama3.weights import SafetensorsFolder
 from torchtitan.models.speech_lm import conventions_of, require_model_folder
@@ -58,8 +58,8 @@ class BaseModel:
             SafetensorsFolder(folder)
         known = len(tokenizer)
         stream = extend_tokenizer(tokenizer, config.num_quantizers)
-        if config.flavor == "debug":
-            args = Llama3Args(vocab_size=stream.vocab_size)
+        if config.flavor in DEBUG_SIZES:
+            args = Llama3Args(stream.vocab_size, **DEBUG_SIZES[config.flavor])
         args = replace(args, vocab_size=len(tokenizer))
         return cls(folder, args, known, tokenizer, stream, hf_config)
 
