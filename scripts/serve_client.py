@@ -27,6 +27,7 @@ from torchtitan.audio.token_stream import TokenStream
 from torchtitan.audio.waveform import SAMPLE_RATE, load_audio
 from torchtitan.models.speech_lm import conventions_of, require_model_folder
 from torchtitan.tools.errors import UserError, run_command
+from torchtitan.tools.hub import local_copy
 from torchtitan.tools.logging import quiet_transformers
 
 STALL_SECONDS = 120.0  # between two chunks; the first waits for the server's queue
@@ -123,9 +124,10 @@ def load_ends(model_name: str, audio_tokenizer: str | None) -> tuple[TokenStream
 
     quiet_transformers()
     require_model_folder(model_name)
+    folder = local_copy(model_name, weights=False)
     try:
-        config = AutoConfig.from_pretrained(model_name)
-        tokenizer = AutoTokenizer.from_pretrained(model_name)
+        config = AutoConfig.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
     except OSError as error:
         raise UserError(f"{model_name}: no configuration and tokenizer there ({str(error).splitlines()[0]}).") from None
     stream = TokenStream.from_tokenizer(tokenizer, getattr(config, "num_quantizers", None))

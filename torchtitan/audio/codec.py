@@ -35,6 +35,7 @@ import torch.nn.functional as F
 from torchtitan.audio.token_stream import CODEBOOK_SIZE
 from torchtitan.audio.waveform import SAMPLE_RATE, require_resampler
 from torchtitan.tools.errors import UserError, first_line
+from torchtitan.tools.hub import commit_of, local_copy
 
 FRAME_SIZE = 1920
 FRAME_RATE = SAMPLE_RATE / FRAME_SIZE
@@ -77,7 +78,7 @@ class Codec:
         num_quantizers: Q, how many of the codec's codebooks to use.
         padding: ``exact`` or ``aligned``.
         window: ``codec`` or ``full``.
-        name: where the model is from, for messages and records.
+        name: where the model is from, for messages and records. :meth:`load` sets ``revision``, its commit on the hub.
         resampler: one of :data:`~torchtitan.audio.waveform.RESAMPLERS`; how recordings become the 24 kHz waveforms that
             the codec is given. It is kept here for those who load them, and because the codes depend on it.
 
@@ -123,6 +124,7 @@ class Codec:
         self.window = window
         self.name = name
         self.resampler = resampler
+        self.revision: str | None = None
         # transformers 5.23 nests the encoder, earlier versions keep its parts at the top.
         encoder = model.encoder if hasattr(model.encoder, "encoder_seanet") else model
         self._seanet = encoder.encoder_seanet if encoder is not model else model.encoder
@@ -158,14 +160,17 @@ class Codec:
         from transformers import MimiConfig, MimiModel
 
         try:
-            options: dict[str, Any] = {} if revision is None else {"revision": revision}
-            config = MimiConfig.from_pretrained(str(name), **options)
+            if str(name).startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
+                raise FileNotFoundError("there is no such folder")
+            folder = local_copy(name, revision)
+            config = MimiConfig.from_pretrained(folder)
             if config.model_type != "mimi":
                 raise CodecError(f"{name}: a Mimi codec is needed, this is a {config.model_type} model.")
-            model = MimiModel.from_pretrained(str(name), config=config, dtype=torch.float32, **options)
+            model = MimiModel.from_pretrained(folder, config=config, dtype=torch.float32)
         except (OSError, SafetensorError) as error:
             raise CodecError(f"{name}: no codec could be loaded from there ({first_line(error)}).") from None
         codec = cls(model, num_quantizers, padding, window, str(name), resampler)
+        codec.revision = commit_of(folder)
         return codec.to(device)
 
     def to(self, device: torch.device | str) -> "Codec":

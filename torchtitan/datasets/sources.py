@@ -16,6 +16,7 @@ from urllib.parse import quote
 
 from torchtitan.config_manager import HUB_NAME, ConfigError, read_sources
 from torchtitan.tools.errors import UserError, first_line
+from torchtitan.tools.retries import may_pass, retried
 
 # What libsndfile reads.
 AUDIO_EXTENSIONS = frozenset("wav flac ogg oga opus mp3 aiff aif aifc au snd caf w64 rf64 sph nist voc wve".split())
@@ -364,12 +365,14 @@ def _find_on_hub(repository: str, revision: str | None) -> tuple[list[str], str]
 
     root = f"datasets/{repository}" + (f"@{quote(revision, safe='')}" if revision else "")
     try:
-        listed: Iterable[str] = HfFileSystem().find(root)  # type: ignore[assignment]
+        listed: Iterable[str] = retried(repository, lambda: HfFileSystem().find(root))  # type: ignore[assignment]
         # A revision may come back quoted otherwise than it was asked for.
         return [re.sub(rf"datasets/{re.escape(repository)}(@[^/]*)?/", "", path, count=1) for path in listed], (
             f"hf://{root}/"
         )
-    except (OSError, HfHubHTTPError) as error:
+    except Exception as error:
+        if not (isinstance(error, (OSError, HfHubHTTPError)) or may_pass(error)):
+            raise
         raise UserError(f"{repository}: the data set cannot be read from the hub ({first_line(error)}).") from None
 
 

@@ -243,7 +243,7 @@ def prepare(options: Options) -> Plan:
         "format": FORMAT,
         "audio_tokenizer": options.audio_tokenizer,
         "codec_fingerprint": codec.fingerprint(),
-        "revision": getattr(codec.model.config, "_commit_hash", None),
+        "revision": codec.revision,
         "codec_padding": options.codec_padding,
         "codec_window": options.codec_window,
         "num_quantizers": options.num_quantizers,

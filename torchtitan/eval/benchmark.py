@@ -233,8 +233,7 @@ def _scores_of(lm: SpeechLM) -> bytes:
     """Identifies what scores depend on besides the ids."""
     files = [] if lm.folder is None else sorted(file for file in lm.folder.rglob("*") if file.is_file())
     weights = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-    revision = getattr(lm.model.config, "_commit_hash", None)
-    return digest(lm.name, revision, weights, str(lm.model.dtype), lm.device.type)
+    return digest(lm.name, lm.revision, weights, str(lm.model.dtype), lm.device.type)
 
 
 def score_task(
@@ -436,12 +435,12 @@ def _settings(benchmark: Benchmark, options: Options, tasks: list[Task], lm: Spe
         "model": {
             "name": lm.name,
             "folder": None if lm.folder is None else os.path.abspath(lm.folder),
-            "revision": getattr(lm.model.config, "_commit_hash", None) or options.model_revision,
+            "revision": lm.revision or options.model_revision,
         },
         "codec": {
             **lm.codec.conventions(),
             "num_quantizers": lm.stream.num_quantizers,
-            "revision": getattr(lm.codec.model.config, "_commit_hash", None),
+            "revision": lm.codec.revision,
         },
         "data": {task.name: {"source": task.source, "revision": task.revision} for task in tasks},
         "rule": asdict(options.rule(benchmark.rule)),

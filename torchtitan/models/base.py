@@ -11,10 +11,8 @@ from torchtitan.models.llama3.args import Llama3Args, read_config
 from torchtitan.models.llama3.weights import SafetensorsFolder
 from torchtitan.models.speech_lm import conventions_of, require_model_folder
 from torchtitan.tools.errors import UserError, first_line
+from torchtitan.tools.hub import local_copy
 from torchtitan.tools.logging import logger
-
-_WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
-_REST = ("*.json", "tokenizer*", "*.model")
 
 
 @dataclass
@@ -46,14 +44,16 @@ class BaseModel:
         """
         from transformers import AutoTokenizer
 
-        folder = _fetch(config.name, config.pretrained)
+        require_model_folder(config.name)
+        folder = Path(local_copy(config.name, weights=config.pretrained))
         hf_config = read_config(folder)
         args = Llama3Args.from_hf(hf_config, config.name)
         try:
-            tokenizer: Any = AutoTokenizer.from_pretrained(config.tokenizer_path or folder)
+            source = local_copy(config.tokenizer_path, weights=False) if config.tokenizer_path else folder
+            tokenizer: Any = AutoTokenizer.from_pretrained(source)
         except (OSError, ValueError, KeyError) as error:
-            source = config.tokenizer_path or config.name
-            raise UserError(f"{source}: no tokenizer could be loaded from there ({first_line(error)}).") from None
+            place = config.tokenizer_path or config.name
+            raise UserError(f"{place}: no tokenizer could be loaded from there ({first_line(error)}).") from None
         if config.pretrained:
             SafetensorsFolder(folder)
         known = len(tokenizer)
@@ -92,17 +92,3 @@ class BaseModel:
                     json.dumps(before),
                     json.dumps(now),
                 )
-
-
-def _fetch(name: str, weights: bool) -> Path:
-    """The local folder of a model; a hub name is downloaded, with its weights only if they are wanted."""
-    require_model_folder(name)
-    if Path(name).expanduser().is_dir():
-        return Path(name).expanduser()
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=[*_REST, *(_WEIGHTS if weights else ())]))
-    except (OSError, HfHubHTTPError) as error:
-        raise UserError(f"{name}: the model cannot be downloaded ({first_line(error)}).") from None

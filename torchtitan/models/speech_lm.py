@@ -17,6 +17,7 @@ from torchtitan.audio.waveform import recorded_resampler
 from torchtitan.components.checkpoint import HF_FOLDER, find_checkpoint
 from torchtitan.components.hf_export import full_hf_tensors
 from torchtitan.tools.errors import UserError, first_line
+from torchtitan.tools.hub import commit_of, local_copy
 from torchtitan.tools.logging import quiet_transformers
 
 # The published checkpoints: kyutai/mimi through a transformers version that attended over the whole clip.
@@ -40,6 +41,7 @@ class SpeechLM:
         stream: the id layout, Q included (``stream.num_quantizers``).
         codec: the codec with the checkpoint's conventions, on the model's device.
         folder: of the weights, where they are not from the hub; of a training run, its latest checkpoint.
+        revision: the commit of a model from the hub.
     """
 
     name: str
@@ -48,6 +50,7 @@ class SpeechLM:
     stream: TokenStream
     codec: Codec
     folder: Path | None = None
+    revision: str | None = None
 
     @classmethod
     def load(
@@ -89,14 +92,14 @@ class SpeechLM:
         checkpoint = _training_checkpoint(model_name)
         if checkpoint is None:
             require_model_folder(model_name)
-        source = model_name if checkpoint is None else str(checkpoint / HF_FOLDER)
+        source = local_copy(model_name, revision) if checkpoint is None else str(checkpoint / HF_FOLDER)
         model: Any
         try:
-            config = AutoConfig.from_pretrained(source, revision=revision)
-            tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+            config = AutoConfig.from_pretrained(source)
+            tokenizer = AutoTokenizer.from_pretrained(source)
             stream = TokenStream.from_tokenizer(tokenizer, getattr(config, "num_quantizers", None))
             if checkpoint is None:
-                model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, revision=revision)
+                model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
             else:
                 weights = dict(full_hf_tensors(checkpoint, dtype))
                 model = LlamaForCausalLM.from_pretrained(None, config=config, state_dict=weights, dtype=dtype)
@@ -130,7 +133,8 @@ class SpeechLM:
         )
         path = Path(model_name).expanduser()
         folder = checkpoint or (path if path.is_dir() else None)
-        return cls(model_name, model.to(device).eval().requires_grad_(False), tokenizer, stream, codec, folder)
+        model = model.to(device).eval().requires_grad_(False)
+        return cls(model_name, model, tokenizer, stream, codec, folder, commit_of(source))
 
     @property
     def device(self) -> torch.device:
