@@ -68,9 +68,6 @@ class Options:
     """The model: a hub name, a folder in Hugging Face format, or a training checkpoint as it is."""
     audio_tokenizer: str | None = None
     """The codec: a hub name or a folder. Default: the one that the model's config.json names, else kyutai/mimi."""
-    resampler: str | None = None
-    """How recordings become 24 kHz: torchaudio, soxr_hq or ffmpeg. Default: as the model's config.json says, else
-    torchaudio."""
     prompt: tuple[str, ...] | None = None
     """The speech to continue: audio files of any rate and channel count, http(s) addresses of such, or folders of them.
     Default: the one in assets/, or none with --text and --unconditional."""
@@ -116,6 +113,9 @@ class Options:
     dtype: Literal["float32", "bfloat16", "float16", "int8"] | None = None
     """Of the language model; int8 keeps its weights in 8 bits and computes in bfloat16. The codec is always in float32.
     Default: bfloat16 on cuda, float32 elsewhere."""
+    resampler: str | None = None
+    """How recordings become 24 kHz: torchaudio, soxr_hq or ffmpeg. Default: as the model's config.json says, else
+    torchaudio."""
     compile: bool = False
     """torch.compile the model's blocks: takes a minute at the start, pays for many prompts on a GPU."""
 

@@ -329,7 +329,7 @@ def test_dev_and_test_pairs_are_not_mixed_where_no_split_was_asked_for(tmp_path)
             open_tasks(str(name), STORY_CLOZE.tasks, STORY_CLOZE.columns, False)
     (folder / "pairs.parquet").write_bytes((folder / "dev.parquet").read_bytes())
     (task,), _ = open_tasks(str(folder), STORY_CLOZE.tasks, STORY_CLOZE.columns, False)
-    assert task.rows == [folder / "pairs.parquet"]
+    assert task.files == [folder / "pairs.parquet"]
 
 
 def test_a_file_is_no_folder(tmp_path):
@@ -362,36 +362,6 @@ def test_audio_may_be_a_path_beside_the_parquet_file(lm, tmp_path):
     (folder / "clip.wav").write_bytes(wav(0.2, 1))
     positive, negative = score_task(SLM21, open_task(folder, SLM21), lm)
     assert torch.equal(positive.codes, negative.codes)
-
-
-def test_hub_names_of_tasks(tmp_path, monkeypatch):
-    """Configurations of one data set for SALMon, data sets of one owner for the others."""
-    import datasets
-
-    write_task(tmp_path / "task", [(b"one", b"two")], SALMON.columns)
-    write_task(tmp_path / "other", [(b"one", b"two")], SLM21.columns)
-    asked = []
-
-    def load_dataset(repository, configuration, split):
-        asked.append((repository, configuration, split))
-        columns, folder = (SALMON.columns, "task") if configuration else (SLM21.columns, "other")
-        if configuration == "bg_alignment":
-            raise ValueError("BuilderConfig 'bg_alignment' not found. Available: []")
-        rows = datasets.Dataset(pq.read_table(tmp_path / folder))
-        for column in columns:
-            rows = rows.cast_column(column, datasets.Audio())
-        return rows
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    found, missing = open_tasks("slprl/SALMon", SALMON.tasks, SALMON.columns, True)
-    assert asked == [("slprl/SALMon", name, "train") for name in SALMON.tasks]
-    assert len(found) == 7
-    assert missing == ["bg_alignment"]
-    assert found[0].audio(next(found[0].pairs()), "negative_audio") == b"two"
-    asked.clear()
-    assert len(open_tasks("speed", SLM21.tasks, SLM21.columns, False)[0]) == 2
-    assert len(open_tasks("speed/sBLIMP", SLM21.tasks, SLM21.columns, False)[0]) == 1
-    assert [call[0] for call in asked] == ["speed/sWUGGY", "speed/sBLIMP", "speed/sBLIMP"]
 
 
 # From files to results.

@@ -16,6 +16,7 @@ from urllib.parse import quote
 
 from torchtitan.config_manager import HUB_NAME, ConfigError, read_sources
 from torchtitan.tools.errors import UserError, first_line
+from torchtitan.tools.logging import logger
 from torchtitan.tools.retries import may_pass, retried
 
 # What libsndfile reads.
@@ -105,6 +106,15 @@ SOURCES = {
         ),
         Source(
             name="librispeech_asr_train",
+            path="openslr/librispeech_asr",
+            format="parquet",
+            files=("**/train.500/*.parquet",),
+            exclude=("all", "clean"),
+            hours=500,
+            licence="CC BY 4.0",
+        ),
+        Source(
+            name="librispeech_960",
             path="openslr/librispeech_asr",
             format="parquet",
             files=("**/train.*/*.parquet",),
@@ -200,7 +210,7 @@ SOURCES = {
 }
 ALIASES = {
     "all": "mixture",
-    "librispeech": "librispeech_asr_train",
+    "librispeech": "librispeech_960",
     "librispeech_asr": "librispeech_asr_test",
 }
 
@@ -232,7 +242,8 @@ def sources_from_config(part: Any, what: str = "training") -> list[Source]:
         UserError: a table is wrong, or the data set is unknown.
     """
     if not part.source:
-        return [_at(find_source(part.dataset), part.dataset_path)]
+        source = find_source(part.dataset)
+        return [_at(source, part.dataset_path) if part.dataset_path else _at_home(source)]
     tables = read_sources(f"{what}.source", part.source)
     return [_from_table(table, f"[[{what}.source]] {number}") for number, table in enumerate(tables, start=1)]
 
@@ -241,7 +252,7 @@ def _from_table(table: dict[str, Any], where: str) -> Source:
     """A checked table to a source; what it does not say comes from the built-in entry of its name."""
     name, path = table.get("name"), table.get("path")
     if name in SOURCES or name in ALIASES:
-        source = _at(find_source(name), path)
+        source = _at(find_source(name), path) if path or "revision" in table else _at_home(find_source(name))
         if "split" in table and "files" not in table:
             # The patterns are those of the entry's own split. What repeats other files stays out.
             kept = tuple(word for word in source.exclude if word not in HELD_OUT)
@@ -271,6 +282,24 @@ def _at(source: Source, path: str | None) -> Source:
     if place.is_dir() and any(place.glob("codes-*.arrow")):
         return replace(source, path=path, format="codes", files=(), exclude=())
     return replace(source, path=path)
+
+
+def _at_home(source: Source) -> Source:
+    """A built-in source of the hub in ./data/NAME, where `hf download` is told to put it, if its files lie there."""
+    if _is_local(source.path):
+        return source
+    for name in dict.fromkeys((source.name, source.path.rsplit("/", 1)[-1])):
+        place = f"./data/{name}"
+        if os.path.isdir(place):
+            local = _at(source, place)
+            try:
+                find_files(local)
+            except UserError as error:
+                logger.warning("%s is read from the hub (%s)", source.name, first_line(error))
+                continue
+            logger.info("%s is read from %s", source.name, place)
+            return local
+    return source
 
 
 def _is_local(path: str) -> bool:

@@ -93,9 +93,6 @@ class Options:
     """Hub name or folder of a model in Hugging Face format, or a training checkpoint."""
     audio_tokenizer: str | None = None
     """Hub name or folder of the Mimi codec; the one that the model names by default."""
-    resampler: str | None = None
-    """How recordings become 24 kHz: torchaudio, soxr_hq or ffmpeg. Default: as the model's config.json says, else
-    torchaudio."""
     output_dir: str = "results"
     """Results go to <output_dir>/<benchmark>/<model_name>/."""
     limit: int | None = None
@@ -110,6 +107,9 @@ class Options:
     """Commit, branch or tag of the hub's data sets; the newest by default. Which one it was is written down."""
     model_revision: str | None = None
     """Commit, branch or tag of the hub's model; the newest by default. Which one it was is written down."""
+    resampler: str | None = None
+    """How recordings become 24 kHz: torchaudio, soxr_hq or ffmpeg. Default: as the model's config.json says, else
+    torchaudio."""
     targets: str | None = None
     """Targets that count: all, semantic, acoustic, or q0, q1, ... for one quantizer; the benchmark's own by default."""
     reduction: Literal["mean", "sum"] = "mean"

@@ -197,18 +197,18 @@ def _open_hub(
     """A task from the hub, whose parquet files are downloaded; None if the hub has no such data set or task."""
 
     def wanted(files: list[str]) -> list[str]:
-        return [
-            f for f in files if f.endswith(".parquet") and (not configuration or configuration in f.split("/")[:-1])
-        ]
+        tables = [file for file in files if file.endswith(".parquet")]
+        return [file for file in tables if configuration is None or configuration in file.split("/")[:-1]]
 
     try:
         folder, commit = fetch(repository, "dataset", wanted, revision)
     except NotOnHub:
         return None
-    if folder is None or not _parquet_files(folder / (configuration or ""), split):
+    if folder is not None and configuration is not None:
+        folder = next(folder.rglob(f"{configuration}/"), None)
+    if folder is None or not _parquet_files(folder, split):
         return None
-    task = _open_folder(name, folder / (configuration or ""), columns, split, repository)
-    return replace(task, revision=commit)
+    return replace(_open_folder(name, folder, columns, split, repository), revision=commit)
 
 
 def _require_columns(

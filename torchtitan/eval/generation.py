@@ -51,9 +51,6 @@ class Options:
     """Hub name or folder of a model in Hugging Face format, or a training checkpoint."""
     audio_tokenizer: str | None = None
     """Hub name or folder of the Mimi codec; the one that the model names by default."""
-    resampler: str | None = None
-    """How recordings become 24 kHz: torchaudio, soxr_hq or ffmpeg. Default: as the model's config.json says, else
-    torchaudio."""
     output_dir: str = "results"
     """Results go to <output_dir>/generation/<model_name>/."""
     metrics: list[Metric] = field(default_factory=lambda: ["speaker_similarity", "auto_bleu", "perplexity"])
@@ -92,6 +89,9 @@ class Options:
     """cpu, cuda, cuda:1, mps, ...; the best one there is by default."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Precision of the model; bfloat16 on cuda and float32 elsewhere by default."""
+    resampler: str | None = None
+    """How recordings become 24 kHz: torchaudio, soxr_hq or ffmpeg. Default: as the model's config.json says, else
+    torchaudio."""
 
     def sampling(self) -> Sampling:
         return Sampling(self.temperature, self.top_k, self.top_p, self.seed)

@@ -109,7 +109,7 @@ def split_words(text: str) -> list[str]:
 # --- models
 
 
-def _loaded(what: str, name: str, load: Callable[[str], Any]) -> Any:
+def _loaded(what: str, name: str, load: Callable[[], Any]) -> Any:
     """What a loading function returns; its failure as one sentence."""
     try:
         return load()

@@ -17,7 +17,7 @@ _OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".ot", ".on
 
 
 class NotOnHub(UserError):
-    """There is no such repository or revision on the hub, or none that may be read."""
+    """There is no such repository or revision on the hub."""
 
 
 def local_copy(name: str | Path, revision: str | None = None, weights: bool = True) -> str:
@@ -71,7 +71,7 @@ def fetch(
 
     Raises:
         NotOnHub: there is no such repository or revision.
-        UserError: it cannot be reached, and the cache does not hold it.
+        UserError: access has not been granted, or it cannot be reached and the cache does not hold it.
     """
     from huggingface_hub import HfApi, constants, snapshot_download
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
@@ -94,8 +94,9 @@ def fetch(
                 return None
             raise
 
-    def download(files: list[str], commit: str) -> Path:
-        folder = Path(snapshot_download(repository, repo_type=kind, revision=commit, allow_patterns=files))
+    def download(files: list[str]) -> Path:
+        # By the branch rather than the commit, so that the cache knows the branch without a network, too.
+        folder = Path(snapshot_download(repository, repo_type=kind, revision=revision, allow_patterns=files))
         if missing := [file for file in files if not (folder / file).is_file()]:
             raise ConnectionError(f"{missing[0]} has not come")
         return folder
@@ -106,9 +107,10 @@ def fetch(
             files = wanted([sibling.rfilename for sibling in info.siblings or []])
             if not files:
                 return None, info.sha
-            return retried(f"{repository} on the hub", lambda: download(files, info.sha)), info.sha
+            folder = retried(f"{repository} on the hub", lambda: download(files))
+            return folder, folder.name
     except GatedRepoError:
-        raise NotOnHub(
+        raise UserError(
             f"{repository}: access to this {what} must be asked for on its page, and `hf auth login` be called once."
         ) from None
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
@@ -117,7 +119,6 @@ def fetch(
         if not may_pass(error):
             raise UserError(f"{repository}: the {what} cannot be downloaded ({first_line(error)}).") from None
         reason = first_line(error)
-    folder = cached()
-    if folder is None:
+    if (kept := cached()) is None:
         raise UserError(f"{repository}: the {what} cannot be downloaded ({reason}).")
-    return folder, folder.name
+    return kept, kept.name
