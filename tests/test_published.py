@@ -160,6 +160,7 @@ FIXED = {
     "model.audio_tokenizer": "kyutai/mimi",
     "model.codec_padding": "exact",
     "model.codec_window": "full",
+    "model.resampler": "ffmpeg",  # datasets from 4 on, whose torchcodec its dependencies pin; before: "soxr_hq"
     "training.max_seconds": 20.0,
     "training.long_clips": "cut",
     "training.end_cut_clips": True,
