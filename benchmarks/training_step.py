@@ -207,7 +207,7 @@ def make_run(options: Options, rank: int, device: torch.device, folder: Path) ->
     from torchtitan.components.checkpoint import CheckpointManager
     from torchtitan.components.gradients import FiniteGuard
     from torchtitan.components.optimizer import build_optimizer
-    from torchtitan.config_manager import JobConfig
+    from torchtitan.config.job_config import JobConfig
     from torchtitan.distributed.parallel_dims import ParallelDims
     from torchtitan.models.llama3.parallel_model import ParallelModel
     from torchtitan.models.llama3.weights import init_random

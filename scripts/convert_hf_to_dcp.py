@@ -15,7 +15,8 @@ import torch.distributed as dist
 
 from torchtitan.components.checkpoint import CheckpointManager, find_steps
 from torchtitan.components.hf_export import write_hf_files
-from torchtitan.config_manager import Comm, JobConfig, to_dict
+from torchtitan.config.job_config import Comm, JobConfig
+from torchtitan.config_manager import to_dict
 from torchtitan.distributed.utils import init_distributed
 from torchtitan.models.base import BaseModel
 from torchtitan.models.llama3.model import Llama3

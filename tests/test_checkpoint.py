@@ -25,11 +25,11 @@ from torchtitan.components.checkpoint import (
     read_state,
 )
 from torchtitan.components.checkpoint_reader import CheckpointReader, read_metadata, read_tensors
-from torchtitan.config_manager import ConfigError, ConfigManager
+from torchtitan.config_manager import ConfigManager
 from torchtitan.models.llama3.args import Llama3Args
 from torchtitan.models.llama3.model import Llama3
 from torchtitan.models.llama3.weights import init_random, materialize
-from torchtitan.tools.errors import UserError
+from torchtitan.tools.errors import ConfigError, UserError
 
 ASYNC = pytest.mark.parametrize("mode", ["async", "async_with_pinned_mem"])
 

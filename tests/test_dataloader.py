@@ -20,7 +20,7 @@ from torchtitan.audio.waveform import load_audio, load_beginning
 from torchtitan.components import dataloader
 from torchtitan.components.dataloader import BadRows, Batch, SpeechDataLoader, max_frames_of
 from torchtitan.components.loss import IGNORE_INDEX
-from torchtitan.config_manager import Training
+from torchtitan.config.job_config import Training
 from torchtitan.datasets import order
 from torchtitan.datasets.sources import Source, sources_from_config
 from torchtitan.datasets.streams import find_data, open_streams

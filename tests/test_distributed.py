@@ -31,7 +31,7 @@ from torchtitan.components.dataloader import Batch
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.optimizer import build_optimizer
 from torchtitan.components.validate import ValidationResult, Validator
-from torchtitan.config_manager import Optimizer
+from torchtitan.config.job_config import Optimizer
 from torchtitan.models.llama3.args import Llama3Args, read_config
 from torchtitan.models.llama3.model import Llama3
 from torchtitan.models.llama3.parallelize import shard

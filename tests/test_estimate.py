@@ -14,14 +14,14 @@ from tests.test_train import ROOT, arguments, launch  # noqa: F401 - a fixture
 from torchtitan import train
 from torchtitan.components.checkpoint import find_checkpoint, read_state
 from torchtitan.components.optimizer import build_optimizer, optimizer_tensors
-from torchtitan.config_manager import ActivationCheckpoint, ConfigError, JobConfig
+from torchtitan.config.job_config import ActivationCheckpoint, JobConfig
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.models.llama3.activation_checkpoint import checkpoint_activations
 from torchtitan.models.llama3.args import Llama3Args
 from torchtitan.models.llama3.model import Llama3, TransformerBlock
 from torchtitan.models.llama3.parallel_model import ParallelModel
 from torchtitan.models.llama3.weights import init_random
-from torchtitan.tools.errors import UserError
+from torchtitan.tools.errors import ConfigError, UserError
 from torchtitan.tools.estimate import (
     MODEL_SIZES,
     Precision,

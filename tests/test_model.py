@@ -12,7 +12,7 @@ from torchtitan.audio.token_stream import extend_tokenizer
 from torchtitan.components import loss as loss_module
 from torchtitan.components.hf_export import write_hf_files, write_weights
 from torchtitan.components.loss import IGNORE_INDEX, chunked_nll, chunked_nll_sum
-from torchtitan.config_manager import ActivationCheckpoint, JobConfig, Model
+from torchtitan.config.job_config import ActivationCheckpoint, JobConfig, Model
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.models.base import BaseModel
 from torchtitan.models.llama3.activation_checkpoint import checkpoint_activations

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from torchtitan.components.loss import IGNORE_INDEX
-from torchtitan.config_manager import ActivationCheckpoint
+from torchtitan.config.job_config import ActivationCheckpoint
 from torchtitan.models.llama3 import attention
 from torchtitan.models.llama3.activation_checkpoint import checkpoint_activations
 from torchtitan.models.llama3.args import Llama3Args, read_config

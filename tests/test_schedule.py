@@ -5,7 +5,7 @@ import math
 import pytest
 
 from torchtitan.components.lr_scheduler import lr_factor
-from torchtitan.config_manager import LRScheduler
+from torchtitan.config.job_config import LRScheduler
 
 
 def factors(steps: int, **settings) -> list[float]:

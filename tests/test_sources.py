@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from torchtitan.config_manager import SOURCE_TYPES, ConfigError
+from torchtitan.config.keys import SOURCE_TYPES
 from torchtitan.datasets.sources import (
     ALIASES,
     HELD_OUT,
@@ -21,7 +21,7 @@ from torchtitan.datasets.sources import (
     kind_of,
     sources_from_config,
 )
-from torchtitan.tools.errors import UserError
+from torchtitan.tools.errors import ConfigError, UserError
 
 
 def touch(folder: Path, *names: str) -> Path:

@@ -49,18 +49,12 @@ from torchtitan.components.metrics import MetricsLogger
 from torchtitan.components.mx import check_mx
 from torchtitan.components.optimizer import AnyOptimizer, OptimizerInBackward, build_optimizer
 from torchtitan.components.validate import ValidationResult, Validator
-from torchtitan.config_manager import (
-    ConfigManager,
-    JobConfig,
-    accumulation_steps,
-    check,
-    from_dict,
-    run_name,
-    to_dict,
-)
+from torchtitan.config.job_config import JobConfig
+from torchtitan.config.rules import check
+from torchtitan.config_manager import ConfigManager, from_dict, run_name, to_dict
 from torchtitan.datasets.sources import sources_from_config
 from torchtitan.datasets.streams import FoundData, find_data, open_streams
-from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.distributed.parallel_dims import ParallelDims, accumulation_steps
 from torchtitan.distributed.utils import (
     broadcast_object,
     init_distributed,

@@ -15,7 +15,7 @@ from torchtitan.audio.codec import Codec
 from torchtitan.audio.token_stream import TokenStream
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.validate import Losses
-from torchtitan.config_manager import Evaluation
+from torchtitan.config.job_config import Evaluation
 from torchtitan.eval.benchmark import SALMON, encode_pairs
 from torchtitan.eval.data import Task, open_tasks, task_folders
 from torchtitan.eval.metrics import judge

@@ -2,7 +2,7 @@
 
 import math
 
-from torchtitan.config_manager import LRScheduler
+from torchtitan.config.job_config import LRScheduler
 
 
 def lr_factor(step: int, steps: int, config: LRScheduler) -> float:

@@ -6,6 +6,7 @@ other one, or changes a known one (:func:`sources_from_config`). :func:`find_fil
 hub; :mod:`torchtitan.datasets.readers` reads them.
 """
 
+import math
 import os
 import re
 from collections.abc import Callable, Iterable
@@ -14,8 +15,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from torchtitan.config_manager import HUB_NAME, ConfigError, read_sources
-from torchtitan.tools.errors import UserError, first_line
+from torchtitan.config.job_config import Training, Validation
+from torchtitan.config.keys import said
+from torchtitan.config.values import read_sources
+from torchtitan.tools.errors import ConfigError, UserError, first_line
+from torchtitan.tools.hub import HUB_NAME
 from torchtitan.tools.logging import logger
 from torchtitan.tools.retries import may_pass, retried
 
@@ -316,6 +320,60 @@ def check_place(source: Source) -> None:
     if _is_local(source.path) and not os.path.exists(os.path.expanduser(source.path)):
         hint = f"; for {source.name}, {source.download}" if source.download else ""
         raise UserError(f"{source.path}: there is no such data set folder{hint}.")
+
+
+def check_tables(section: str, tables: list[dict[str, Any]], dataset_path: str | None) -> None:
+    """Refuse source tables that contradict each other, themselves or other settings.
+
+    Raises:
+        ConfigError: what is wrong.
+    """
+    key = f"{section}.source"
+    if tables and dataset_path is not None:
+        raise ConfigError(
+            f"{said(f'{section}.dataset_path', dataset_path)}: the [[{key}]] tables say where the data lie, so it "
+            "must not be set."
+        )
+    for number, table in enumerate(tables, start=1):
+        where = f"[[{key}]] {number}"
+        for name in ("weight", "max_seconds"):
+            if table.get(name, 1) <= 0:
+                raise ConfigError(f"{where}: {said(name, table[name])}: it must be above 0.")
+        if table.get("min_seconds", 0) < 0:
+            raise ConfigError(f"{where}: {said('min_seconds', table['min_seconds'])}: it must be at least 0.")
+        if table.get("min_seconds", 0) > table.get("max_seconds", math.inf):
+            raise ConfigError(
+                f"{where}: {said('min_seconds', table['min_seconds'])}: it is above max_seconds = "
+                f"{table['max_seconds']}, so nothing would be left."
+            )
+        for name in ("name", "path", "audio", "text", "id"):
+            if not table.get(name, "x").strip():
+                raise ConfigError(f"{where}: {said(name, table[name])}: it must be not empty.")
+        if "name" not in table and "path" not in table:
+            raise ConfigError(f"{where}: path must say where the data lie.")
+    weighted = sum("weight" in table for table in tables)
+    if 0 < weighted < len(tables):
+        missing = next(number for number, table in enumerate(tables, start=1) if "weight" not in table)
+        raise ConfigError(f"[[{key}]] {missing}: weight is missing; either all tables have one or none.")
+
+
+def check_places(section: str, part: Training | Validation) -> None:
+    """What the source tables of a section name must be there.
+
+    Raises:
+        ConfigError: something is not.
+    """
+    if not part.source:
+        return
+    for number, source in enumerate(sources_from_config(part, section), start=1):
+        table = part.source[number - 1]
+        if "path" not in table:
+            check_place(source)
+        elif not os.path.exists(os.path.expanduser(source.path)) and not HUB_NAME.fullmatch(source.path):
+            raise ConfigError(
+                f"[[{section}.source]] {number}: {said('path', source.path)}: this is neither a data set's folder or "
+                "file that exists nor a hub name (owner/name)."
+            )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,18 +1,46 @@
 """What a run starts from: a Hugging Face Llama's sizes, tokenizer and, if wanted, weights."""
 
 import json
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torchtitan.audio.token_stream import TokenStream, extend_tokenizer
-from torchtitan.config_manager import DEBUG_SIZES, Model
+from torchtitan.config.job_config import JobConfig, Model
+from torchtitan.config.keys import Refuse
 from torchtitan.models.llama3.args import Llama3Args, read_config
 from torchtitan.models.llama3.weights import SafetensorsFolder
 from torchtitan.models.speech_lm import conventions_of, require_model_folder
 from torchtitan.tools.errors import UserError, first_line
 from torchtitan.tools.hub import local_copy
 from torchtitan.tools.logging import logger
+
+# Values of model.flavor that stand for small models, with what they have instead of the defaults of Llama3Args.
+DEBUG_SIZES: dict[str, dict[str, Any]] = {
+    "debug": {},
+    "debugmodel": {"n_layers": 6, "n_heads": 16, "n_kv_heads": 16, "head_dim": 16, "tied": False},
+}
+# What to name instead of TorchTitan's "llama3", by its flavor.
+PRESETS = {
+    "debugmodel": "./assets/llama-small",
+    **{size: f"meta-llama/Llama-3.1-{size}" for size in ("8B", "70B", "405B")},
+}
+
+
+def check_flavor(config: JobConfig, refuse: Refuse) -> None:
+    """Refuse a size that the model does not have by its name, and presets that only TorchTitan knows."""
+    name, flavor = config.model.name, config.model.flavor
+    if name == "llama3" and flavor in PRESETS:
+        refuse(
+            "model.name",
+            f'this is a preset of TorchTitan; write model.name = "{PRESETS[flavor]}", or another Llama in Hugging Face '
+            "format, model.pretrained = false to start from random weights, and no model.tokenizer_path",
+        )
+    if flavor in DEBUG_SIZES and config.model.pretrained:
+        refuse("model.flavor", "there are no weights for it, so it needs model.pretrained = false")
+    if flavor not in ("", *DEBUG_SIZES) and not re.search(rf"(?<![\d.]){flavor}", name, re.IGNORECASE):
+        refuse("model.flavor", f'model.name = "{name}" is not of that size by its name; leave model.flavor empty')
 
 
 @dataclass

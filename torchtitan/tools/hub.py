@@ -5,6 +5,7 @@ that may pass are tried again, with growing waits and a limit, and what was fetc
 """
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from typing import Any
 from torchtitan.tools.errors import UserError, first_line
 from torchtitan.tools.retries import may_pass, retried
 
+# owner/name
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 # Weights in formats that are not read where there are safetensors.
 _OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".ot", ".onnx", ".gguf", ".tflite")
 
