@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from torchtitan.audio.codec import FRAME_RATE, FRAME_SIZE
 from torchtitan.audio.waveform import SAMPLE_RATE, load_audio, open_audio
+from torchtitan.checkpoint.speech_lm import SpeechLM, choose_device
 from torchtitan.generation import (
     BATCH_ROWS,
     DEFAULT_MAX_IDS,
@@ -44,7 +45,6 @@ from torchtitan.generation import (
     stream_speech,
     text_prompt,
 )
-from torchtitan.models.speech_lm import SpeechLM, choose_device
 from torchtitan.tools.errors import UserError, run_command
 
 DEFAULT_PROMPT = str(Path(__file__).resolve().parent / "assets" / "prompt.flac")

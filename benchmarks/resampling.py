@@ -99,11 +99,12 @@ def measure_pairs(options: Options, model_name: str, resamplers: list[str]) -> d
     import pyarrow.parquet as pq
     import soundfile
 
-    from torchtitan.eval.benchmark import SALMON, SLM21, STORY_CLOZE, score_task
+    from torchtitan.checkpoint.speech_lm import SpeechLM
+    from torchtitan.eval.benchmark import score_task
     from torchtitan.eval.data import open_tasks
     from torchtitan.eval.metrics import pair_points
     from torchtitan.eval.results import samples_table
-    from torchtitan.models.speech_lm import SpeechLM
+    from torchtitan.eval.suites import SALMON, SLM21, STORY_CLOZE
 
     lm = SpeechLM.load(model_name, device="cpu")
     audio = pa.struct([("bytes", pa.binary()), ("path", pa.string())])

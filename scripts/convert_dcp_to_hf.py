@@ -14,8 +14,8 @@ from typing import Literal
 
 import torch
 
-from torchtitan.components.checkpoint import find_checkpoint
-from torchtitan.components.hf_export import export_checkpoint
+from torchtitan.checkpoint.hf_export import export_checkpoint
+from torchtitan.checkpoint.manager import find_checkpoint
 from torchtitan.tools.errors import run_command
 
 # The run of config/llama3_2_1b_peoples_speech.toml.

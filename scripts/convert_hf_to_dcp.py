@@ -13,15 +13,15 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from torchtitan.components.checkpoint import CheckpointManager, find_steps
-from torchtitan.components.hf_export import write_hf_files
+from torchtitan.audio.conventions import conventions_of
+from torchtitan.checkpoint.hf_export import write_hf_files
+from torchtitan.checkpoint.manager import CheckpointManager, find_steps
 from torchtitan.config.job_config import Comm, JobConfig
 from torchtitan.config_manager import to_dict
 from torchtitan.distributed.utils import init_distributed
 from torchtitan.models.base import BaseModel
 from torchtitan.models.llama3.model import Llama3
 from torchtitan.models.llama3.weights import load_hf, materialize
-from torchtitan.models.speech_lm import conventions_of
 from torchtitan.tools.errors import UserError, run_command
 
 

@@ -22,12 +22,12 @@ import soundfile
 import torch
 
 from torchtitan.audio.codec import FRAME_RATE, FRAME_SIZE, Codec
+from torchtitan.audio.conventions import conventions_of
 from torchtitan.audio.streaming import StreamingDecoder
 from torchtitan.audio.token_stream import TokenStream
 from torchtitan.audio.waveform import SAMPLE_RATE, load_audio
-from torchtitan.models.speech_lm import conventions_of, require_model_folder
 from torchtitan.tools.errors import UserError, run_command
-from torchtitan.tools.hub import local_copy
+from torchtitan.tools.hub import local_copy, require_model_folder
 from torchtitan.tools.logging import quiet_transformers
 
 STALL_SECONDS = 120.0  # between two chunks; the first waits for the server's queue

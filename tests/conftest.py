@@ -244,7 +244,7 @@ def speech_model(tmp_path_factory, mimi_folder, save_speech_model) -> Callable[[
 @pytest.fixture
 def load(speech_model) -> Callable[[int], Any]:
     """A function: number of quantizers to a freshly loaded SpeechLM, which the test may change."""
-    from torchtitan.models.speech_lm import SpeechLM
+    from torchtitan.checkpoint.speech_lm import SpeechLM
 
     return lambda num_quantizers: SpeechLM.load(str(speech_model(num_quantizers)), device="cpu")
 

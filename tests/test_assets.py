@@ -15,7 +15,7 @@ from pystoi import stoi
 from safetensors import safe_open
 from transformers import AutoConfig, AutoTokenizer, EncodecFeatureExtractor, MimiModel
 
-from torchtitan.eval.benchmark import SALMON
+from torchtitan.eval.suites import SALMON
 
 ASSETS = Path(__file__).parent.parent / "assets"
 SPEECH = ASSETS / "speech"

@@ -9,9 +9,9 @@ import pytest
 
 from torchtitan.config.job_config import DataSource, JobConfig
 from torchtitan.config.keys import RETIRED, SOURCE_TYPES, TYPES
-from torchtitan.config.rules import check
 from torchtitan.config_manager import ConfigManager, explanations, from_dict, run_name, to_dict
 from torchtitan.distributed.parallel_dims import accumulation_steps, data_parallel_degree
+from torchtitan.rules import check
 from torchtitan.tools.errors import ConfigError, UserError
 
 CONFIGS = sorted((Path(__file__).parents[1] / "config").glob("*.toml"))

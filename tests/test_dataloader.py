@@ -19,11 +19,11 @@ from torchtitan.audio.token_stream import TokenStream, extend_tokenizer
 from torchtitan.audio.waveform import load_audio, load_beginning
 from torchtitan.components import dataloader
 from torchtitan.components.dataloader import BadRows, Batch, SpeechDataLoader, max_frames_of
-from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.config.job_config import Training
 from torchtitan.datasets import order
 from torchtitan.datasets.sources import Source, sources_from_config
 from torchtitan.datasets.streams import find_data, open_streams
+from torchtitan.models.loss import IGNORE_INDEX
 from torchtitan.tools import retries
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.logging import logger

@@ -18,14 +18,15 @@ import soundfile
 import torch
 
 from torchtitan.audio.token_stream import TokenStream
+from torchtitan.checkpoint.speech_lm import SpeechLM
 from torchtitan.eval import scoring
-from torchtitan.eval.benchmark import SALMON, SLM21, STORY_CLOZE, Benchmark, Options, command, score_task
+from torchtitan.eval.benchmark import Options, command, score_task
 from torchtitan.eval.data import DataError, open_tasks
 from torchtitan.eval.metrics import Rule, clip_scores, judge
 from torchtitan.eval.results import Clip, results_folder, samples_table
 from torchtitan.eval.scoring import score
 from torchtitan.eval.store import ArrayStore, digest
-from torchtitan.models.speech_lm import SpeechLM
+from torchtitan.eval.suites import SALMON, SLM21, STORY_CLOZE, Benchmark
 from torchtitan.tools.errors import UserError
 
 REPOSITORY = Path(__file__).parents[1]

@@ -14,11 +14,12 @@ import pytest
 import torch
 
 from tests.test_eval import REPOSITORY, open_task, run, wav, write_task
+from torchtitan.checkpoint.speech_lm import SpeechLM
 from torchtitan.eval import benchmark, scoring, store
-from torchtitan.eval.benchmark import SALMON, SLM21, Options, command, encode_pairs
+from torchtitan.eval.benchmark import Options, command, encode_pairs
 from torchtitan.eval.results import results_folder
 from torchtitan.eval.store import ArrayStore, digest
-from torchtitan.models.speech_lm import SpeechLM
+from torchtitan.eval.suites import SALMON, SLM21
 
 
 @pytest.fixture(scope="module")

@@ -9,17 +9,17 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from torchtitan.audio.token_stream import extend_tokenizer
-from torchtitan.components import loss as loss_module
-from torchtitan.components.hf_export import write_hf_files, write_weights
-from torchtitan.components.loss import IGNORE_INDEX, chunked_nll, chunked_nll_sum
+from torchtitan.checkpoint.hf_export import write_hf_files, write_weights
 from torchtitan.config.job_config import ActivationCheckpoint, JobConfig, Model
 from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.models import loss as loss_module
 from torchtitan.models.base import BaseModel
 from torchtitan.models.llama3.activation_checkpoint import checkpoint_activations
 from torchtitan.models.llama3.args import Llama3Args, read_config
 from torchtitan.models.llama3.model import Llama3
 from torchtitan.models.llama3.parallel_model import ParallelModel
 from torchtitan.models.llama3.weights import SafetensorsFolder, hf_names, init_random, load_hf, materialize
+from torchtitan.models.loss import IGNORE_INDEX, chunked_nll, chunked_nll_sum
 from torchtitan.tools.errors import UserError
 
 CPU = torch.device("cpu")
@@ -523,7 +523,7 @@ def test_exported_config_tells_the_codec_and_serves_transformers_4(export):
 
 
 def test_export_in_several_files(make_base_model, tmp_path, monkeypatch, tokens):
-    monkeypatch.setattr("torchtitan.components.hf_export.MAX_SHARD_BYTES", 50_000)
+    monkeypatch.setattr("torchtitan.checkpoint.hf_export.MAX_SHARD_BYTES", 50_000)
     folder = make_base_model()
     model = load(folder)
     (tmp_path / "config.json").write_text(json.dumps(model.args.to_hf()))

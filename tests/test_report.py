@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from torchtitan.eval import report
-from torchtitan.eval.benchmark import SALMON
 from torchtitan.eval.metrics import (
     MetricsError,
     Rule,
@@ -28,6 +27,7 @@ from torchtitan.eval.metrics import (
 )
 from torchtitan.eval.results import Clip, samples_table
 from torchtitan.eval.statistics import compare, mcnemar_p_value, standard_error, wilson_interval
+from torchtitan.eval.suites import SALMON
 from torchtitan.tools.errors import UserError
 
 Q = 3

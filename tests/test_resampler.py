@@ -20,14 +20,15 @@ import torch
 import inference
 from torchtitan.audio.codec import Codec
 from torchtitan.audio.waveform import load_audio, require_resampler, resample
+from torchtitan.checkpoint.speech_lm import SpeechLM
 from torchtitan.components.dataloader import SpeechDataLoader, max_frames_of
 from torchtitan.datasets.shards import ShardedCodes, find_shards
 from torchtitan.datasets.sources import Source
 from torchtitan.datasets.streams import find_data, open_streams
 from torchtitan.datasets.tokenization import Options, tokenize
-from torchtitan.eval.benchmark import SLM21, command
 from torchtitan.eval.benchmark import Options as Evaluation
-from torchtitan.models.speech_lm import SpeechLM
+from torchtitan.eval.benchmark import command
+from torchtitan.eval.suites import SLM21
 from torchtitan.tools.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent

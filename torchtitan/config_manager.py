@@ -224,7 +224,7 @@ class ConfigManager:
         """
         The settings that `argv` (by default this process's) asks for: defaults, over them the file named by
         `--job.config_file`, over that the command line. Raises `ConfigError` for anything that cannot be right on any
-        machine; `torchtitan.config.rules.check` does the rest. `--help` prints the manual and exits.
+        machine; `torchtitan.rules.check` does the rest. `--help` prints the manual and exits.
         """
         argv = sys.argv[1:] if argv is None else argv
         if "--help" in argv or "-h" in argv:
@@ -243,7 +243,7 @@ class ConfigManager:
             raise ConfigError(f"job.config_file in {path}: it can only be given on the command line.")
         origins = dict.fromkeys(from_file, f"in {path}") | dict.fromkeys(given, COMMAND_LINE)
         config = _build(_without_retired(from_file | given, origins), schema)
-        from torchtitan.config.rules import check_values  # imports torch, which --help does without
+        from torchtitan.rules import check_values  # imports torch, which --help does without
 
         check_values(config, origins)
         return config

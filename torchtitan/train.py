@@ -30,7 +30,8 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from torchtitan.audio.codec import Codec
-from torchtitan.components.checkpoint import (
+from torchtitan.checkpoint.hf_export import export_checkpoint, write_hf_files
+from torchtitan.checkpoint.manager import (
     CheckpointManager,
     find_start,
     is_hf_folder,
@@ -39,18 +40,13 @@ from torchtitan.components.checkpoint import (
     restore_random_state,
 )
 from torchtitan.components.dataloader import LENGTH_MULTIPLE, BadRows, Batch, Counters, SpeechDataLoader, max_frames_of
-from torchtitan.components.evaluate import Evaluator, find_pairs
-from torchtitan.components.float8 import check_float8
 from torchtitan.components.gradients import FiniteGuard, clip_grad_norm, total_norm
-from torchtitan.components.hf_export import export_checkpoint, write_hf_files
-from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.lr_scheduler import lr_factor
 from torchtitan.components.metrics import MetricsLogger
-from torchtitan.components.mx import check_mx
 from torchtitan.components.optimizer import AnyOptimizer, OptimizerInBackward, build_optimizer
+from torchtitan.components.profiling import memory_snapshots, profile
 from torchtitan.components.validate import ValidationResult, Validator
 from torchtitan.config.job_config import JobConfig
-from torchtitan.config.rules import check
 from torchtitan.config_manager import ConfigManager, from_dict, run_name, to_dict
 from torchtitan.datasets.sources import sources_from_config
 from torchtitan.datasets.streams import FoundData, find_data, open_streams
@@ -63,14 +59,18 @@ from torchtitan.distributed.utils import (
     sum_over_ranks,
     world_size,
 )
+from torchtitan.estimate import estimate_here
 from torchtitan.eval.data import Task
+from torchtitan.eval.evaluator import Evaluator, find_pairs
 from torchtitan.models.base import BaseModel
+from torchtitan.models.float8 import check_float8
 from torchtitan.models.llama3.parallel_model import DTYPES, ParallelModel, check_split
 from torchtitan.models.llama3.weights import init_random, load_hf
+from torchtitan.models.loss import IGNORE_INDEX
+from torchtitan.models.mx import check_mx
+from torchtitan.rules import check
 from torchtitan.tools.errors import UserError
-from torchtitan.tools.estimate import estimate_here
 from torchtitan.tools.logging import init_logger, logger, quiet_transformers
-from torchtitan.tools.profiling import memory_snapshots, profile
 from torchtitan.tools.signals import StopRequest, stop_requests
 from torchtitan.tools.utils import GarbageCollection
 

@@ -32,13 +32,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from torchtitan.audio.streaming import StreamingDecoder
 from torchtitan.audio.token_stream import CODEBOOK_SIZE
-from torchtitan.audio.waveform import SAMPLE_RATE, require_resampler
+from torchtitan.audio.waveform import FRAME_RATE, FRAME_SIZE, SAMPLE_RATE, require_resampler
 from torchtitan.tools.errors import UserError, first_line
 from torchtitan.tools.hub import commit_of, local_copy
 
-FRAME_SIZE = 1920
-FRAME_RATE = SAMPLE_RATE / FRAME_SIZE
 PADDINGS = ("exact", "aligned")
 WINDOWS = ("codec", "full")
 
@@ -263,8 +262,6 @@ class Codec:
             return torch.zeros(0)
         chunk = round(CHUNK_SECONDS * FRAME_RATE)
         if codes.shape[1] > chunk or self.device.type == "cuda":
-            from torchtitan.audio.streaming import StreamingDecoder
-
             decoder = StreamingDecoder(self)
             return torch.cat([decoder.decode(part) for part in codes.split(chunk, dim=1)])
         audio = self.model.decode(codes.to(self.device)[None]).audio_values

@@ -24,6 +24,9 @@ import torch
 from torchtitan.tools.errors import UserError
 
 SAMPLE_RATE = 24_000
+# Samples in a frame of the codec, and frames a second.
+FRAME_SIZE = 1920
+FRAME_RATE = SAMPLE_RATE / FRAME_SIZE
 RESAMPLERS = ("torchaudio", "soxr_hq", "ffmpeg")
 
 # Below this rate no speech is left in a recording; a header that claims less is broken.

@@ -33,6 +33,7 @@ import torch
 
 from torchtitan.audio.codec import FRAME_RATE, FRAME_SIZE
 from torchtitan.audio.waveform import SAMPLE_RATE, load_beginning
+from torchtitan.checkpoint.speech_lm import SpeechLM
 from torchtitan.generation import (
     Engine,
     Request,
@@ -42,7 +43,6 @@ from torchtitan.generation import (
     require_room,
     sample_requests,
 )
-from torchtitan.models.speech_lm import SpeechLM
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.logging import logger
 

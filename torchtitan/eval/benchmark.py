@@ -1,4 +1,4 @@
-"""SALMon, sLM21 and StoryCloze, and the run of one from audio files to results.
+"""The run of a benchmark, from audio files to results.
 
 The scripts under eval/ are command lines over :func:`command`; :func:`score_task` and torchtitan.eval.metrics do the
 work and can be called on their own.
@@ -25,62 +25,19 @@ import torchtitan
 from torchtitan.audio.codec import FRAME_SIZE, Codec
 from torchtitan.audio.token_stream import TokenStream
 from torchtitan.audio.waveform import SAMPLE_RATE, AudioError, load_audio
+from torchtitan.checkpoint.speech_lm import SpeechLM, choose_device
+from torchtitan.eval.charts import draw
 from torchtitan.eval.data import Task, open_tasks
 from torchtitan.eval.metrics import SIDES, Rule, TaskResult, judge
 from torchtitan.eval.results import Clip, format_table, make_folder, results_folder, samples_table, write_results
 from torchtitan.eval.scoring import score
 from torchtitan.eval.store import ArrayStore, default_cache_folder, digest
-from torchtitan.models.speech_lm import SpeechLM, choose_device
+from torchtitan.eval.suites import Benchmark
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.memory import tune_malloc
 
 # Clips decoded before the codec is called: bounds the memory and lets it batch clips of similar length.
 _CLIPS_PER_ENCODE = 64
-
-
-@dataclass(frozen=True)
-class Benchmark:
-    """What sets a benchmark apart.
-
-    Attributes:
-        name: its folder under the output folder.
-        tasks: their names, which are those of their data sets, configurations or folders.
-        columns: columns with the positive and the negative clip.
-        item_column: the column with a pair's id, where the data set has one.
-        rule: how clips are scored.
-        as_configurations: on the hub the tasks are configurations of one data set, otherwise data sets of one owner.
-    """
-
-    name: str
-    tasks: tuple[str, ...]
-    columns: tuple[str, str]
-    item_column: str
-    rule: Rule
-    as_configurations: bool = False
-
-
-# Its hub configurations all, all_consistency and all_alignment are unions of these, not tasks.
-SALMON = Benchmark(
-    name="SALMON",
-    tasks=(
-        "sentiment_consistency",
-        "speaker_consistency",
-        "gender_consistency",
-        "bg_domain_consistency",
-        "bg_all_consistency",
-        "rir_consistency",
-        "sentiment_alignment",
-        "bg_alignment",
-    ),
-    columns=("positive_audio", "negative_audio"),
-    item_column="ind",
-    rule=Rule("all"),
-    as_configurations=True,
-)
-SLM21 = Benchmark("sLM21", ("sWUGGY", "sBLIMP"), ("positive", "negative"), "id", Rule("semantic"))
-STORY_CLOZE = Benchmark("sStoryCloze", ("sStoryCloze", "tStoryCloze"), ("positive", "negative"), "id", Rule("semantic"))
-
-BENCHMARKS = {benchmark.name: benchmark for benchmark in (SALMON, SLM21, STORY_CLOZE)}
 
 
 @dataclass
@@ -213,8 +170,6 @@ def command(benchmark: Benchmark, options: Options) -> int:
     seconds = round(time.monotonic() - start, 1)
     report = {"missing_tasks": missing, "date": date, "seconds": seconds, "ranks": ranks, "settings": settings}
     write_results(folder, samples, results, localized, report)
-    from torchtitan.eval.charts import draw
-
     draw(folder / "accuracy.png", benchmark.name, {lm.name: results})
     shutil.rmtree(scores.folder, ignore_errors=True)
     _print_results(benchmark, results)

@@ -19,6 +19,7 @@ import torch
 
 from torchtitan.audio.codec import FRAME_SIZE
 from torchtitan.audio.waveform import SAMPLE_RATE, AudioError, load_audio
+from torchtitan.checkpoint.speech_lm import SpeechLM, choose_device
 from torchtitan.eval.results import Replacing, make_folder, results_folder
 from torchtitan.eval.scorers import (
     Judge,
@@ -33,7 +34,6 @@ from torchtitan.eval.scorers import (
 )
 from torchtitan.eval.statistics import standard_error
 from torchtitan.generation import BATCH_ROWS, Engine, Sampling, frame_bound, sample_requests
-from torchtitan.models.speech_lm import SpeechLM, choose_device
 from torchtitan.tools.errors import UserError
 
 ENDINGS = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif")

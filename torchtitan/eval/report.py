@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from torchtitan.eval.benchmark import BENCHMARKS, Benchmark
 from torchtitan.eval.metrics import (
     SIDES,
     Rule,
@@ -28,6 +27,7 @@ from torchtitan.eval.metrics import (
 )
 from torchtitan.eval.results import Replacing, format_share, make_folder
 from torchtitan.eval.statistics import Comparison, compare
+from torchtitan.eval.suites import BENCHMARKS, Benchmark
 from torchtitan.tools.errors import UserError, run_command
 
 

@@ -6,14 +6,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torchtitan.audio.conventions import conventions_of
 from torchtitan.audio.token_stream import TokenStream, extend_tokenizer
 from torchtitan.config.job_config import JobConfig, Model
 from torchtitan.config.keys import Refuse
 from torchtitan.models.llama3.args import Llama3Args, read_config
 from torchtitan.models.llama3.weights import SafetensorsFolder
-from torchtitan.models.speech_lm import conventions_of, require_model_folder
 from torchtitan.tools.errors import UserError, first_line
-from torchtitan.tools.hub import local_copy
+from torchtitan.tools.hub import local_copy, require_model_folder
 from torchtitan.tools.logging import logger
 
 # Values of model.flavor that stand for small models, with what they have instead of the defaults of Llama3Args.

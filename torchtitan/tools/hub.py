@@ -125,3 +125,20 @@ def fetch(
     if (kept := cached()) is None:
         raise UserError(f"{repository}: the {what} cannot be downloaded ({reason}).")
     return kept, kept.name
+
+
+def require_model_folder(name: str) -> None:
+    """Refuse a name that can only be a local folder but is none, or a folder without config.json.
+
+    Raises:
+        UserError: with what is missing.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(
+                f"{name}: the folder holds no config.json, so it is not a model in Hugging Face format, and it is no "
+                "training checkpoint either."
+            )
+    elif name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise UserError(f"{name}: there is no such folder (a hub name has the form owner/name).")

@@ -7,12 +7,10 @@ import torch
 from torch import nn
 from torch.torch_version import TorchVersion
 
-from torchtitan.components.float8 import convert_to_float8, precompute_scales
-from torchtitan.components.loss import IGNORE_INDEX
-from torchtitan.components.mx import convert_to_mx
 from torchtitan.config.job_config import JobConfig
 from torchtitan.config.keys import Refuse
 from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.models.float8 import convert_to_float8, precompute_scales
 from torchtitan.models.llama3.activation_checkpoint import checkpoint_activations
 from torchtitan.models.llama3.args import Llama3Args
 from torchtitan.models.llama3.model import Llama3
@@ -32,6 +30,8 @@ from torchtitan.models.llama3.pipeline import (
     splits_backward,
 )
 from torchtitan.models.llama3.weights import materialize
+from torchtitan.models.loss import IGNORE_INDEX
+from torchtitan.models.mx import convert_to_mx
 from torchtitan.tools.errors import ConfigError
 from torchtitan.tools.logging import logger
 

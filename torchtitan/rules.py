@@ -6,7 +6,7 @@ of ranks and on this machine's files, before a process group exists.
 
 import os
 
-from torchtitan.components.checkpoint import check_saving
+from torchtitan.checkpoint.manager import check_saving
 from torchtitan.components.optimizer import check_updates
 from torchtitan.config.job_config import JobConfig
 from torchtitan.config.keys import RANGES, TYPES, Refuse, said, value_of

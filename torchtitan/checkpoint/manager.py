@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 
-from torchtitan.components.checkpoint_reader import checksum, find_damage, read_metadata, read_tensors
+from torchtitan.checkpoint.reader import checksum, find_damage, read_metadata, read_tensors
 from torchtitan.components.optimizer import AnyOptimizer, optimizer_tensors
 from torchtitan.config.job_config import JobConfig
 from torchtitan.config.keys import DEFAULTS, Refuse, value_of

@@ -10,7 +10,7 @@ import torch
 
 from torchtitan import __version__
 from torchtitan.audio.token_stream import TokenStream
-from torchtitan.components.checkpoint import HF_FOLDER, find_checkpoint, load_full_parameters, read_state
+from torchtitan.checkpoint.manager import HF_FOLDER, find_checkpoint, load_full_parameters, read_state
 from torchtitan.config.job_config import Model
 from torchtitan.models.llama3.args import Llama3Args
 from torchtitan.models.llama3.weights import to_hf_tensors

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 
 from torchtitan.audio.codec import ACTIVATION_BYTES, BATCH_SECONDS
-from torchtitan.components.loss import CHUNK_TOKENS
 from torchtitan.config.job_config import JobConfig
 from torchtitan.distributed.parallel_dims import ParallelDims, accumulation_steps
 from torchtitan.models.base import DEBUG_SIZES
 from torchtitan.models.llama3.args import Llama3Args
 from torchtitan.models.llama3.parallel_model import check_split
 from torchtitan.models.llama3.pipeline import own_stages, schedule_class, split_blocks
+from torchtitan.models.loss import CHUNK_TOKENS
 from torchtitan.tools.errors import ConfigError, UserError
 from torchtitan.tools.utils import peak_flops_of
 

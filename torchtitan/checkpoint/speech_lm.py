@@ -12,21 +12,13 @@ from typing import Any
 import torch
 
 from torchtitan.audio.codec import Codec
+from torchtitan.audio.conventions import conventions_of
 from torchtitan.audio.token_stream import TokenStream
-from torchtitan.audio.waveform import recorded_resampler
-from torchtitan.components.checkpoint import HF_FOLDER, find_checkpoint
-from torchtitan.components.hf_export import full_hf_tensors
+from torchtitan.checkpoint.hf_export import full_hf_tensors
+from torchtitan.checkpoint.manager import HF_FOLDER, find_checkpoint
 from torchtitan.tools.errors import UserError, first_line
-from torchtitan.tools.hub import commit_of, local_copy
+from torchtitan.tools.hub import commit_of, local_copy, require_model_folder
 from torchtitan.tools.logging import quiet_transformers
-
-# The published checkpoints: kyutai/mimi through a transformers version that attended over the whole clip.
-PUBLISHED_CONVENTIONS = {
-    "audio_tokenizer": "kyutai/mimi",
-    "codec_padding": "exact",
-    "codec_window": "full",
-    "resampler": "torchaudio",
-}
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -157,12 +149,6 @@ def _training_checkpoint(name: str) -> Path | None:
         return None
 
 
-def conventions_of(config: dict[str, Any]) -> dict[str, str]:
-    """The codec's name and conventions that a config.json states, or those of the published checkpoints."""
-    known = {key: config.get(key) or default for key, default in PUBLISHED_CONVENTIONS.items()}
-    return {**known, "resampler": recorded_resampler(known["resampler"])}
-
-
 def choose_device(name: str | torch.device | None = None) -> torch.device:
     """The device of a name; None takes cuda if there is one, then mps, then cpu.
 
@@ -179,20 +165,3 @@ def choose_device(name: str | torch.device | None = None) -> torch.device:
     if (device.index or 0) >= available.get(device.type, 0):
         raise UserError(f"device {str(name)!r} is not available on this machine; cpu always is.")
     return device
-
-
-def require_model_folder(name: str) -> None:
-    """Refuse a name that can only be a local folder but is none, or a folder without config.json.
-
-    Raises:
-        UserError: with what is missing.
-    """
-    path = Path(name).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise UserError(
-                f"{name}: the folder holds no config.json, so it is not a model in Hugging Face format, and it is no "
-                "training checkpoint either."
-            )
-    elif name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise UserError(f"{name}: there is no such folder (a hub name has the form owner/name).")
