@@ -219,8 +219,9 @@ def test_compressed_tars_ask_to_be_unpacked(tmp_path):
 
 
 def test_an_empty_folder(tmp_path):
-    assert "no parquet or Arrow files, tars, metadata.jsonl or audio files lie there" in refused(
-        Source("mine", str(tmp_path)), tmp_path
+    assert (
+        "no parquet or Arrow files, tars, manifests (metadata.jsonl, wav.scp, cuts.jsonl) or audio files lie"
+        in refused(Source("mine", str(tmp_path)), tmp_path)
     )
     assert "no tars of split 'train' lie there" in refused(
         Source("mine", str(tmp_path)), tmp_path, format="webdataset", split="train"

@@ -702,7 +702,7 @@ def test_a_read_of_a_recordings_own_file_is_tried_again(rows, tmp_path, monkeypa
 
 
 def test_whatever_a_recording_brings_about_is_its_own_failure(rows, monkeypatch):
-    def broken(audio, max_seconds, name):
+    def broken(*arguments):
         raise MemoryError("too \udce9 much")
 
     monkeypatch.setattr(decoding, "load_beginning", broken)
