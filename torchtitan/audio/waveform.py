@@ -106,8 +106,8 @@ def _read(source: AudioSource, max_seconds: float | None, name: str, part: Part)
         with open_audio(source) as file:
             rate, is_mp3 = file.samplerate, file.format.startswith("MP3")
             first, declared, wanted = _span(part, max_seconds, rate, file.frames, name)
-            if first:
-                _skip(file, first)
+            if part != Part():
+                _go_to(file, first)
             samples = file.read(wanted, dtype="float32", always_2d=True)
     except soundfile.LibsndfileError as error:
         reason = str(getattr(error, "error_string", error)).strip().rstrip(".")
@@ -137,7 +137,7 @@ def _read(source: AudioSource, max_seconds: float | None, name: str, part: Part)
             f"{name}: samples reach {peak:.4g} where full scale is 1.0; normalise the file to the range -1 to 1."
         )
     # A stream of unknown length states a huge number; then what was read is all that is known.
-    return waveform, rate, declared if wanted >= 0 and declared < _UNKNOWN else samples.shape[0]
+    return waveform, rate, declared if 0 <= wanted < declared < _UNKNOWN else samples.shape[0]
 
 
 def _span(part: Part, max_seconds: float | None, rate: Any, frames: int, name: str) -> tuple[int, int, int]:
@@ -154,15 +154,18 @@ def _span(part: Part, max_seconds: float | None, rate: Any, frames: int, name: s
     if part.stop is not None and last <= first:
         raise AudioError(f"{name}: the part from {part.start:g} s to {part.stop:g} s holds no samples.")
     length = (min(last, frames) if known else last) - first
-    wanted = -1 if part.stop is None else length
+    wanted = length if known or part.stop is not None else -1
     if max_seconds is not None:  # The resampling filter looks ahead by less than 1 % of a second.
         beginning = math.ceil((max_seconds + 0.01) * rate)
         wanted = beginning if wanted < 0 else min(wanted, beginning)
     return first, length, wanted
 
 
-def _skip(file: Any, samples: int) -> None:
-    """Go to a place in a file that is open at its start."""
+def _go_to(file: Any, samples: int) -> None:
+    """Go to a place in a file that is open at its start.
+
+    A start at 0 is sought, too: an MP3 gives other last bits then, the same as in all that slices it so.
+    """
     if file.seekable():
         file.seek(samples)
         return
