@@ -1126,7 +1126,8 @@ def _lhotse_source(recording: dict[str, Any], wanted: int | list[int] | None) ->
     if kinds:
         raise _Damage(f"{name} has a source of type {kinds[0]!r}, and only those of type 'file' are read")
     if len(sources) != 1:
-        raise _Damage(f"{name} has channel {wanted} in {len(sources)} files, not in one")
+        which = "its channels" if wanted is None else f"channel {wanted}"
+        raise _Damage(f"{name} has {which} in {len(sources)} files, not in one")
     own = sources[0]["channels"]
     if channels is None or set(own) <= channels:
         return sources[0]["source"], None
