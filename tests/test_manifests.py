@@ -13,7 +13,7 @@ import torch
 from torchtitan.audio.recording import Part
 from torchtitan.audio.waveform import AudioError, resample
 from torchtitan.datasets import readers
-from torchtitan.datasets.decoding import decode_row
+from torchtitan.datasets.decoding import UnreadError, decode_row
 from torchtitan.datasets.readers import AudioDataset, Row, index_files
 from torchtitan.datasets.sources import Source, find_files
 from torchtitan.tools.errors import UserError
@@ -342,6 +342,63 @@ def test_packed_manifests_that_are_too_large_or_damaged(tmp_path, wav, monkeypat
     assert refused(path).startswith(f"{path}: ")
     path.write_bytes(b"no gzip at all")
     assert refused(path).startswith(f"{path}: Not a gzipped file")
+
+
+# --- the hub
+
+
+@pytest.mark.parametrize("file_format", ["WAV", "FLAC", "MP3"])
+def test_parts_of_recordings_on_the_hub_are_read_where_they_are_cut(tmp_path, monkeypatch, file_format):
+    samples = 0.3 * np.random.default_rng(0).standard_normal(60 * RATE).clip(-1, 1)
+    path = tmp_path / f"long.{file_format.lower()}"
+    soundfile.write(path, samples, RATE, format=file_format)
+    read = 0
+
+    def opened(name):
+        nonlocal read
+        file = (tmp_path / name.removeprefix("hf://datasets/owner/name/")).open("rb")
+        whole = file.read
+
+        class Counting:
+            def __getattr__(self, attribute):
+                return getattr(file, attribute)
+
+            def read(self, size):
+                nonlocal read
+                read += len(data := whole(size))
+                return data
+
+        return Counting()
+
+    monkeypatch.setattr(readers, "_open", opened)
+    row = Row("key", f"hf://datasets/owner/name/{path.name}", None, None, None, Part(40.0, 41.5))
+    assert same_as_slice(row, sliced(path, 40 * RATE, round(41.5 * RATE)))
+    assert file_format == "MP3" or 0 < read < path.stat().st_size / 4  # both reads of the part together
+
+
+@pytest.mark.parametrize(
+    ("failure", "said"),
+    [
+        (lambda: OSError(5, "Input/output error"), "its audio: Input/output error."),
+        (lambda: FileNotFoundError(2, "x"), "its audio: there is no such file."),
+        (lambda: RuntimeError("a bug"), "its audio: a bug."),
+    ],
+)
+def test_a_recording_on_the_hub_that_cannot_be_read(tmp_path, monkeypatch, failure, said):
+    tries = 0
+
+    def opened(name):
+        nonlocal tries
+        tries += 1
+        raise failure()
+
+    monkeypatch.setattr(readers, "_open", opened)
+    monkeypatch.setattr(readers, "FIRST_WAIT", 0.0)
+    row = Row("key", "hf://datasets/owner/name/long.wav", None, None, None, Part(1.0, 2.0))
+    with pytest.raises(UnreadError) as error:
+        decode_row(row, None, 2)
+    assert str(error.value) == said
+    assert tries == (3 if "Input" in said else 1)
 
 
 # --- NeMo

@@ -51,7 +51,7 @@ def audio_of(cell: Any) -> str | bytes | Samples | None:
         if cell.get("bytes") is not None:
             cell = cell["bytes"]
         elif cell.get("array") is not None:
-            array, rate = np.asarray(cell["array"], dtype=np.float32), cell.get("sampling_rate")
+            array, rate = np.array(cell["array"], dtype=np.float32), cell.get("sampling_rate")
             if array.ndim != 1:
                 raise ValueError("array is no plain list of numbers")
             return Samples(array, int(rate) if isinstance(rate, float) and rate.is_integer() else rate)

@@ -29,6 +29,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
@@ -715,15 +716,17 @@ class _List(_Reader):
         self._kept: OrderedDict[tuple[str, ...], tuple[Any, int]] = OrderedDict()
         self._lock = threading.RLock()
 
-    def _entries(self, path: str, offset: int | None) -> Iterator[tuple[int, _Entry]]:
-        """(offset, entry) of the entries from an offset on; None: from the first."""
+    def _entries(self, path: str, offset: int | None) -> Iterator[tuple[int, Callable[[], _Entry]]]:
+        """(offset, what gives the entry) of the entries from an offset on; None: from the first."""
         raise NotImplementedError
 
     def index(self, path: str) -> tuple[list[Block], str | None]:
         blocks: list[Block] = []
         usable, reason = False, None
         for offset, entry in self._entries(path, None):
-            usable, reason = usable or entry.error is None, reason or entry.error
+            if not usable:
+                error = entry().error
+                usable, reason = error is None, reason or error
             if blocks and blocks[-1][0] < LIST_BLOCK and (blocks[-1][1] < 0) == (offset < 0):
                 blocks[-1] = (blocks[-1][0] + 1, blocks[-1][1])
             else:
@@ -737,7 +740,7 @@ class _List(_Reader):
         number = next(remaining)
         for position, (_, entry) in enumerate(self._entries(path, offset)):
             if position == number:
-                yield number, self._row(path, first + number, entry)
+                yield number, self._row(path, first + number, entry())
                 if (number := next(remaining, -1)) < 0:
                     return
 
@@ -871,10 +874,10 @@ class _Manifest(_List):
                 return name
         raise _Damage(f"there is no key {' or '.join(names)} (keys: {', '.join(map(str, values))})")
 
-    def _entries(self, path: str, offset: int | None) -> Iterator[tuple[int, _Entry]]:
+    def _entries(self, path: str, offset: int | None) -> Iterator[tuple[int, Callable[[], _Entry]]]:
         with _File(path, self.retries) as file:
             for start, values in self._records(path, file, offset):
-                yield start, self._entry(values)
+                yield start, partial(self._entry, values)
 
     def _entry(self, values: dict[str, Any] | str) -> _Entry:
         if isinstance(values, str):
@@ -966,24 +969,25 @@ class _Manifest(_List):
 class _Kaldi(_List):
     """Kaldi's data folders, each known by its wav.scp: a row is a line of segments, or without them one of wav.scp."""
 
-    def _entries(self, path: str, offset: int | None) -> Iterator[tuple[int, _Entry]]:
+    def _entries(self, path: str, offset: int | None) -> Iterator[tuple[int, Callable[[], _Entry]]]:
         folder = path.rsplit("/", 1)[0] if "/" in path else "."
         segments, text = f"{folder}/segments", f"{folder}/{self.source.text}"
         texts = self._lookup(text, _first_word) if self._is_there(text) else None
         cut = self._is_there(segments)
         recordings = self._lookup(path, _first_word) if cut else None
         for start, line in self._lines(segments if cut else path, offset or 0):
-            name = line.split(None, 1)[0]
-            spoken = texts.find(name) if texts else None
-            entry = _Entry(id=name.decode("utf-8", "replace"), text=_rest(spoken) if spoken else None)
-            try:
-                if recordings is None:
-                    entry = entry._replace(audio=_plain_path(line))
-                else:
-                    entry = entry._replace(**self._segment(line, recordings))
-            except _Damage as error:
-                entry = entry._replace(error=str(error))
-            yield start, entry
+            yield start, partial(self._entry, line, texts, recordings)
+
+    def _entry(self, line: bytes, texts: _Lookup | None, recordings: _Lookup | None) -> _Entry:
+        name = line.split(None, 1)[0]
+        spoken = texts.find(name) if texts else None
+        entry = _Entry(id=name.decode("utf-8", "replace"), text=_rest(spoken) if spoken else None)
+        try:
+            if recordings is None:
+                return entry._replace(audio=_plain_path(line))
+            return entry._replace(**self._segment(line, recordings))
+        except _Damage as error:
+            return entry._replace(error=str(error))
 
     def _segment(self, line: bytes, recordings: _Lookup) -> dict[str, Any]:
         """Audio, part and seconds of a line: utterance, recording, start, end (-1: its end), and maybe a channel."""
@@ -1037,21 +1041,21 @@ class _Lhotse(_List):
     the latter are inverted (``~offset``).
     """
 
-    def _entries(self, path: str, offset: int | None) -> Iterator[tuple[int, _Entry]]:
+    def _entries(self, path: str, offset: int | None) -> Iterator[tuple[int, Callable[[], _Entry]]]:
         supervisions = self._supervisions(path)
         if supervisions is None:
             for start, line in self._lines(path, offset or 0):
-                yield start, self._entry(line, None)
+                yield start, partial(self._entry, line, None)
             return
         if offset is None or offset >= 0:
             recordings = self._lookup(path, _json_id)
             for start, line in self._lines(supervisions, offset or 0):
-                yield start, self._entry(line, recordings)
+                yield start, partial(self._entry, line, recordings)
         if offset is None or offset < 0:
             supervised = self._lookup(supervisions, _json_recording_id)
             for start, line in self._lines(path, 0 if offset is None else ~offset):
                 if supervised.find(_json_id(line) or b"") is None:
-                    yield ~start, self._entry(line, None)
+                    yield ~start, partial(self._entry, line, None)
 
     def _supervisions(self, path: str) -> str | None:
         """The file with the supervisions of recordings, packed or not."""
