@@ -16,7 +16,7 @@ import soundfile
 import torch
 
 from torchtitan.audio.token_stream import TokenStream, extend_tokenizer
-from torchtitan.audio.waveform import load_audio, load_beginning
+from torchtitan.audio.waveform import load_audio, load_beginning, resample
 from torchtitan.components import dataloader
 from torchtitan.components.dataloader import BadRows, Batch, SpeechDataLoader, max_frames_of
 from torchtitan.config.job_config import Training
@@ -187,6 +187,43 @@ def test_samples_are_the_codes_of_the_clips(make_loader, codec, clips):
     for sample, (sound, _) in zip(found, clips.values(), strict=True):
         codes = codec.encode([load_audio(sound)])[0]
         assert sample.tolist() == loader.stream.sample(codes).tolist()
+
+
+@pytest.mark.parametrize("split", [True, False])
+def test_parts_of_recordings_are_the_codes_of_their_slices(make_loader, codec, tmp_path, make_sound, split):
+    """Of what is cut out of a long recording, training takes the same as of its slices in files of their own."""
+    (tmp_path / "long.wav").write_bytes(make_sound(0, 3.0, 16_000, "WAV"))
+    samples_of_file, rate = soundfile.read(tmp_path / "long.wav", dtype="float32")
+    (tmp_path / "wav.scp").write_text("rec long.wav\n")
+    (tmp_path / "segments").write_text("a rec 0.1 0.5\nlate rec 2.5 3.5\nb rec 0.5 2.1\n")
+    line = {"audio_filepath": "long.wav", "offset": 1.5, "duration": 1.0}
+    (tmp_path / "manifest.json").write_text(json.dumps(line))
+    batches = take(make_loader(tmp_path / "wav.scp", tmp_path / "manifest.json", max_seconds=0.8, split=split))
+    assert batches[-1].counters.bad_rows == 1
+    expected = []
+    for start, stop in ((0.1, 0.5), (0.5, 2.1), (1.5, 2.5)):
+        waveform = resample(torch.from_numpy(samples_of_file[round(start * rate) : round(stop * rate)]), rate)
+        codes = codec.encode([waveform if split else waveform[:19_200]])[0]
+        expected += [codes[:, at : at + 10] for at in range(0, codes.shape[1], 10)]
+    stream = make_loader().stream
+    assert [s.tolist() for s in samples(batches)] == [stream.sample(codes).tolist() for codes in expected]
+    if not split:
+        assert [name.rpartition(":")[2] for name in names(batches)] == ["0 (a)", "2 (b)", "0 (long.wav)"]
+
+
+def test_decoded_audio_is_encoded(make_loader, codec, clips, tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    cells = []
+    for sound, _ in clips.values():
+        array, rate = soundfile.read(io.BytesIO(sound), dtype="float32")
+        cells.append({"path": "x.flac", "array": array, "sampling_rate": rate})
+    kind = pa.struct([("path", pa.string()), ("array", pa.list_(pa.float32())), ("sampling_rate", pa.int64())])
+    pq.write_table(pa.table({"audio": pa.array(cells, kind)}), tmp_path / "a.parquet")
+    loader = make_loader(tmp_path)
+    expected = [loader.stream.sample(codec.encode([load_audio(sound)])[0]).tolist() for sound, _ in clips.values()]
+    assert [sample.tolist() for sample in samples(take(loader))] == expected
 
 
 def test_samples_carry_the_names_of_their_clips(make_loader, clips):

@@ -20,7 +20,7 @@ import torch
 from torchtitan.audio.token_stream import TokenStream
 from torchtitan.checkpoint.speech_lm import SpeechLM
 from torchtitan.eval import scoring
-from torchtitan.eval.benchmark import Options, command, score_task
+from torchtitan.eval.benchmark import Options, command, encode_pairs, score_task
 from torchtitan.eval.data import DataError, open_tasks
 from torchtitan.eval.metrics import Rule, clip_scores, judge
 from torchtitan.eval.results import Clip, results_folder, samples_table
@@ -363,6 +363,45 @@ def test_audio_may_be_a_path_beside_the_parquet_file(lm, tmp_path):
     (folder / "clip.wav").write_bytes(wav(0.2, 1))
     positive, negative = score_task(SLM21, open_task(folder, SLM21), lm)
     assert torch.equal(positive.codes, negative.codes)
+
+
+ARRAY_TYPE = pa.struct([("path", pa.string()), ("array", pa.list_(pa.float64())), ("sampling_rate", pa.int64())])
+
+
+def as_arrays(folder: Path) -> None:
+    """Replace the clips of a task by their decoded samples."""
+    file = folder / "train-00000-of-00001.parquet"
+    table = pq.read_table(file)
+    for name in ("positive", "negative"):
+        cells = []
+        for cell in table.column(name).to_pylist():
+            samples, rate = soundfile.read(io.BytesIO(cell["bytes"]), dtype="float32")
+            cells.append({"path": "x.wav", "array": samples, "sampling_rate": rate})
+        table = table.set_column(table.schema.names.index(name), name, pa.array(cells, ARRAY_TYPE))
+    pq.write_table(table, file)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_audio_may_be_decoded(lm, tmp_path, cached):
+    pairs = [(wav(0.2, 1), wav(0.3, 2)), (wav(0.25, 3), wav(0.2, 4))]
+    for name in ("a", "b"):
+        write_task(tmp_path / name / "sWUGGY", pairs, SLM21.columns)
+    as_arrays(tmp_path / "b" / "sWUGGY")
+    cache = ArrayStore(tmp_path / "store") if cached else None
+    clips = []
+    for name in ("a", "b", "b"):
+        task = open_task(tmp_path / name / "sWUGGY", SLM21)
+        clips.append(encode_pairs(SLM21, task, lm.codec, lm.stream, lm.max_length, cache=cache))
+    for given, decoded, again in zip(*clips, strict=True):
+        assert torch.equal(given.codes, decoded.codes) and torch.equal(given.codes, again.codes)
+
+
+def test_columns_without_audio_are_refused(tmp_path):
+    (tmp_path / "sWUGGY").mkdir()
+    table = pa.table({"positive": [[0.1, 0.2]], "negative": ["a.wav"]})
+    pq.write_table(table, tmp_path / "sWUGGY" / "train-0.parquet")
+    with pytest.raises(DataError, match=r"'positive' of task sWUGGY must hold audio as \{bytes, path\} or \{array"):
+        open_tasks(str(tmp_path / "sWUGGY"), SLM21.tasks, SLM21.columns, False)
 
 
 # From files to results.

@@ -1,10 +1,12 @@
 """Reading rows by number, from every format: each row once, in order, whatever is damaged."""
 
+import gzip
 import io
 import json
 import os
 import pickle
 import random
+import re
 import shutil
 import tarfile
 import threading
@@ -20,7 +22,7 @@ import pytest
 
 from torchtitan.audio.waveform import load_audio
 from torchtitan.datasets import readers
-from torchtitan.datasets.readers import AudioDataset, DatasetIndex, Row, index_files
+from torchtitan.datasets.readers import AudioDataset, DatasetIndex, RecordingFile, Row, index_files
 from torchtitan.datasets.sources import Source, find_files
 from torchtitan.tools import retries
 from torchtitan.tools.errors import UserError
@@ -147,6 +149,56 @@ def write_audio(folder: Path, sizes: list[int]) -> None:
         (folder / record["path"]).with_suffix(".txt").write_text(record["text"] + "\n")
 
 
+def write_kaldi(folder: Path, sizes: list[int]) -> None:
+    for records, path in _record_parts(folder, sizes, ""):
+        path.mkdir()
+        (path / "wav.scp").write_text("".join(f"{r['id']}  ../{r['path']}\n" for r in records))
+        lines = [f"{r['id']} {r['text']}\n" for r in reversed(records)]
+        (path / "text").write_text("".join(lines))
+
+
+def write_segments(folder: Path, sizes: list[int]) -> None:
+    write_kaldi(folder, sizes)
+    for scp in folder.glob("*/wav.scp"):
+        names = [line.split()[0] for line in scp.read_text().splitlines()]
+        scp.write_text(re.sub("(?m)^clip", "rec", scp.read_text()))
+        lines = [f"{name} {name.replace('clip', 'rec')} {i} {i + 0.5}\n" for i, name in enumerate(names)]
+        (scp.parent / "segments").write_text("".join(lines))
+
+
+def lhotse_recording(record: dict, id: str) -> dict:
+    source = {"type": "file", "channels": [0], "source": record["path"]}
+    return {"id": id, "sources": [source], "sampling_rate": 8000, "num_samples": 1, "duration": record["duration"]}
+
+
+def write_cuts(folder: Path, sizes: list[int]) -> None:
+    for records, path in _record_parts(folder, sizes, ".jsonl.gz", "cuts-"):
+        with gzip.open(path, "wt") as file:
+            for r in records:
+                spoken = [{"text": text, "channel": 0} for text in r["text"].split()]
+                cut = {"id": r["id"], "start": 0, "duration": r["duration"], "channel": 0, "type": "MonoCut"}
+                cut |= {"recording": lhotse_recording(r, "r"), "supervisions": spoken}
+                file.write(json.dumps(cut) + "\n")
+
+
+def write_recordings(folder: Path, sizes: list[int]) -> None:
+    for records, path in _record_parts(folder, sizes, ".jsonl", "x_recordings_"):
+        lines = [json.dumps(lhotse_recording(r, f"rec-{r['id']}")) for r in reversed(records)]
+        path.write_text("\n".join(lines))
+        with gzip.open(path.with_name(path.name.replace("recordings", "supervisions") + ".gz"), "wt") as file:
+            for r in records:
+                values = {"id": r["id"], "recording_id": f"rec-{r['id']}", "start": 0, "channel": 0}
+                file.write(json.dumps({**values, "duration": r["duration"], "text": r["text"]}) + "\n")
+
+
+def _record_parts(folder: Path, sizes: list[int], extension: str, lead: str = "part-"):
+    """What manifests say of the sound files of each of several, and its path."""
+    records = _files(folder, sizes)
+    for number, size in enumerate(sizes):
+        yield records[:size], folder / f"{lead}{number}{extension}"
+        records = records[size:]
+
+
 def _parts(folder: Path, sizes: list[int], extension: str):
     folder.mkdir(parents=True, exist_ok=True)
     start = 0
@@ -178,6 +230,10 @@ FORMATS = {
     "csv": (write_csv, {}),
     "tsv": (write_tsv, {}),
     "audio": (write_audio, {}),
+    "kaldi": (write_kaldi, {}),
+    "segments": (write_segments, {}),
+    "cuts": (write_cuts, {}),
+    "recordings": (write_recordings, {}),
 }
 every_format = pytest.mark.parametrize("name", FORMATS)
 
@@ -191,7 +247,8 @@ def test_rows_of_every_format(tmp_path, name):
     for i, row in enumerate(all_rows(data)):
         assert row.error is None
         assert row.text == f"text {i}"
-        assert row.seconds == (None if name == "audio" else pytest.approx(i / 10))
+        stated = {"audio": None, "kaldi": None, "segments": 0.5}.get(name, i / 10)
+        assert row.seconds == (None if stated is None else pytest.approx(stated))
         audio = Path(row.audio).read_bytes() if isinstance(row.audio, str) else row.audio
         assert audio == sound(i)
         assert f"clip-{i:03}.wav" in row.key if name == "audio" else row.key.endswith(f" (clip-{i})")
@@ -312,6 +369,26 @@ def test_kinds_of_audio_columns(tmp_path, cell):
     with pa.OSFile(str(tmp_path / "a.arrow"), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
         writer.write_table(table)
     assert [row.audio for row in all_rows(opened(tmp_path / "a.arrow"))] == [b"sound"]
+
+
+@pytest.mark.parametrize("kind", [pa.float32(), pa.float64()])
+@pytest.mark.parametrize("make_list", [pa.list_, pa.large_list])
+def test_decoded_audio_in_a_column(tmp_path, kind, make_list):
+    arrays = [[0.1, -0.25, 1 / 3], [], None, [0.5, None]]
+    fields = [("path", pa.string()), ("array", make_list(kind)), ("sampling_rate", pa.int64())]
+    cells = [{"path": "x.wav", "array": array, "sampling_rate": 16_000} for array in arrays]
+    table = pa.table({"audio": pa.array([*cells, None], pa.struct(fields)), "id": list("abcde")})
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pa.OSFile(str(tmp_path / "a.arrow"), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table)
+    for path in (tmp_path / "a.parquet", tmp_path / "a.arrow"):
+        rows = all_rows(opened(path))
+        assert [row.key for row in rows] == [f"{path}:{i} ({name})" for i, name in enumerate("abcde")]
+        first, empty, by_path, gap, nothing = (row.audio for row in rows)
+        assert (first.array.dtype, first.rate, rows[0].size) == (np.float32, 16_000, 12)
+        assert first.array.tolist() == np.array(arrays[0], np.float32).tolist()
+        assert (len(empty.array), by_path, nothing) == (0, "x.wav", None)
+        assert gap.array[0] == 0.5 and np.isnan(gap.array[1])
 
 
 @pytest.mark.parametrize("struct", [True, False])
@@ -684,7 +761,7 @@ def lost_connection() -> Exception:
     return httpx.ReadTimeout("timed out")
 
 
-@pytest.mark.parametrize("name", ["parquet", "arrow", "tar", "jsonl"])
+@pytest.mark.parametrize("name", ["parquet", "arrow", "tar", "jsonl", "segments", "recordings"])
 def test_reads_are_tried_again(tmp_path, flaky, log, name):
     FORMATS[name][0](tmp_path, [13])
     expected = all_rows(opened(tmp_path))
@@ -774,7 +851,9 @@ def test_every_format_from_the_hub(tmp_path, hub, name):
     local, data = opened(tmp_path / "hub"), opened("owner/name")
     assert data.fingerprint == local.fingerprint == opened("owner/name", revision="v/1").fingerprint
     for i, row in enumerate(all_rows(data)):
-        assert row.audio == sound(i)
+        # What is a part of a recording is read where it is cut.
+        assert isinstance(row.audio, str) == (row.part is not None)
+        assert (RecordingFile(row.audio, 0).read() if isinstance(row.audio, str) else row.audio) == sound(i)
         assert row.text == (None if name == "audio" else f"text {i}")
         assert row.key.startswith("hf://datasets/owner/name/")
 

@@ -192,6 +192,9 @@ def test_single_file_is_taken_as_it_is(tmp_path):
         (["000.tar", "001.tar"], "webdataset"),
         (["metadata.jsonl", "a.flac", "b/c.wav"], "manifest"),
         (["a/metadata.csv", "a/b.mp3"], "manifest"),
+        (["train/wav.scp", "train/text", "train/segments", "a.flac", "train/split2/1/wav.scp"], "kaldi"),
+        (["cuts.jsonl.gz", "x-cuts_raw.jsonl", "a.flac"], "lhotse"),
+        (["x_recordings_1.jsonl.gz", "x_supervisions_1.jsonl.gz", "b.recordings.jsonl", "a.wav"], "lhotse"),
         (["a.WAV", "b.opus", "c/d.mp3", "notes.txt", "a.json"], "audio"),
     ],
 )
@@ -220,8 +223,9 @@ def test_compressed_tars_ask_to_be_unpacked(tmp_path):
 
 
 def test_an_empty_folder(tmp_path):
-    assert "no parquet or Arrow files, tars, metadata.jsonl or audio files lie there" in refused(
-        Source("mine", str(tmp_path)), tmp_path
+    assert (
+        "no parquet or Arrow files, tars, manifests (metadata.jsonl, wav.scp, cuts.jsonl) or audio files lie"
+        in refused(Source("mine", str(tmp_path)), tmp_path)
     )
     assert "no tars of split 'train' lie there" in refused(
         Source("mine", str(tmp_path)), tmp_path, format="webdataset", split="train"

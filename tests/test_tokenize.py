@@ -19,7 +19,7 @@ import torch
 import torchtitan.datasets.shards as shards_module
 import torchtitan.datasets.tokenization as tokenization
 from torchtitan.audio.codec import Codec, CodecError
-from torchtitan.audio.waveform import load_audio
+from torchtitan.audio.waveform import load_audio, resample
 from torchtitan.datasets import decoding, readers
 from torchtitan.datasets.readers import Row
 from torchtitan.datasets.shards import ShardedCodes, ShardError, find_shards
@@ -172,6 +172,30 @@ def test_codes_are_those_of_the_codec_alone(reference, options, data, mimi_folde
     assert codes.name == "talks"
     assert codes.header["codec_fingerprint"] == codec.fingerprint()
     assert "path" not in codes.header["source"]
+
+
+def test_parts_of_recordings_are_the_codes_of_their_slices(options, tmp_path, make_sound, mimi_folder):
+    import soundfile
+
+    folder = tmp_path / "train"
+    folder.mkdir()
+    (folder / "long.flac").write_bytes(make_sound(0, 3.0, 16_000))
+    (folder / "wav.scp").write_text("rec long.flac\npiped sox x |\n")
+    (folder / "segments").write_text("a rec 0.1 0.5\nlate rec 2.5 3.5\nb rec 0.5 2.1\nc piped 0 1\n")
+    (folder / "text").write_text("b bee\n")
+    told = tokenize(replace(options, dataset=str(folder), output=str(tmp_path / "codes"), max_bad_share=0.6))
+    assert "hold 2 recordings" in told
+    codes = ShardedCodes(find_shards(tmp_path / "codes"))
+    samples, rate = soundfile.read(folder / "long.flac", dtype="float32")
+    for i, (start, stop) in enumerate(((0.1, 0.5), (0.5, 2.1))):
+        waveform = resample(torch.from_numpy(samples[round(start * rate) : round(stop * rate)]), rate)
+        (expected,) = Codec.load(mimi_folder, 8).encode([waveform])
+        np.testing.assert_array_equal(codes.codes(i), expected.T.numpy())
+        assert codes.seconds[i] == pytest.approx(stop - start)
+    assert [(codes.key(i), codes.text(i)) for i in range(2)] == [("wav.scp:0 (a)", None), ("wav.scp:2 (b)", "bee")]
+    failed = (tmp_path / "codes" / "failed_rows.tsv").read_text().splitlines()
+    assert [line.split("\t")[0] for line in failed] == ["wav.scp:1 (late)", "wav.scp:3 (c)"]
+    assert "is not in the recording" in failed[0] and "commands are not run" in failed[1]
 
 
 def test_failing_rows_and_files_are_listed(reference, tmp_path):

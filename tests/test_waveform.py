@@ -11,7 +11,9 @@ import soundfile
 import torch
 import torchaudio.functional
 
-from torchtitan.audio.waveform import SAMPLE_RATE, AudioError, load_audio, resample
+from torchtitan.audio import waveform as waveforms
+from torchtitan.audio.recording import Part, Samples, audio_of
+from torchtitan.audio.waveform import SAMPLE_RATE, AudioError, load_audio, load_beginning, resample
 
 RATES = [8_000, 11_025, 16_000, 22_050, 44_100, 48_000, 96_000, 384_000]
 
@@ -217,3 +219,132 @@ def test_damage_gives_a_sentence_or_sound_samples(file_format, subtype):
             assert waveform.dim() == 1
             assert waveform.numel() >= 1
             assert torch.isfinite(waveform).all()
+
+
+# --- parts of recordings
+
+
+@pytest.mark.parametrize(
+    ("file_format", "subtype"),
+    [("WAV", "PCM_16"), ("FLAC", None), ("OGG", "VORBIS"), ("OGG", "OPUS"), ("MP3", None), ("WAV", "GSM610")],
+)
+@pytest.mark.parametrize("part", [(0.0, 0.5), (0.123, 0.4567), (1.00003, 1.75), (1.5, None), (1.9, 2.05)])
+def test_a_part_is_the_slice_that_soundfile_gives(tmp_path, monkeypatch, file_format, subtype, part):
+    monkeypatch.setattr(waveforms, "_SKIP_SAMPLES", 1000)
+    path = tmp_path / "x.mp3"  # libsndfile knows an MP3 by its name
+    path.write_bytes(encode(make_signal(8_000, 2.0), 8_000, file_format, subtype))
+    info = soundfile.info(path)
+    rate = info.samplerate
+    start, stop = round(part[0] * rate), info.frames if part[1] is None else min(round(part[1] * rate), info.frames)
+    if subtype == "GSM610":  # libsndfile does not seek in it
+        samples = soundfile.read(path, dtype="float32")[0][start:stop]
+    else:
+        samples = soundfile.read(path, dtype="float32", start=start, stop=stop)[0]
+    expected = resample(torch.from_numpy(samples), rate)
+    with path.open("rb") as file:
+        for source in (path, path.read_bytes(), file):
+            found, seconds = load_beginning(source, part=Part(*part))
+            assert torch.equal(found, expected)
+            assert seconds == pytest.approx(len(samples) / rate)
+            beginning, whole = load_beginning(source, 0.05, part=Part(*part))
+            assert torch.equal(beginning, expected[:1_200]) and whole == pytest.approx(seconds)
+
+
+def test_a_part_may_end_a_little_after_its_recording():
+    data = encode(make_signal(8_000, 2.0), 8_000, "WAV")
+    whole = load_beginning(data, part=Part(1.0))[0]
+    for stop in (2.0, 2.004, 2.1):
+        found, seconds = load_beginning(data, part=Part(1.0, stop))
+        assert torch.equal(found, whole) and seconds == 1.0
+
+
+@pytest.mark.parametrize(
+    ("part", "said"),
+    [
+        (Part(1.0, 2.2), "x: the part from 1 s to 2.2 s is not in the recording, which is 2 s long."),
+        (Part(2.0, 2.05), "x: the part from 2 s to 2.05 s is not in the recording, which is 2 s long."),
+        (Part(3.0), "x: the part from 3 s is not in the recording, which is 2 s long."),
+        (Part(0.5, 0.5), "x: the part from 0.5 s to 0.5 s holds no samples."),
+        (Part(0.5, 1.0, 2), "x: there is no channel 2 (the file has 2, from 0)."),
+    ],
+)
+@pytest.mark.parametrize("max_seconds", [None, 0.1])
+def test_a_part_that_is_not_there(part, said, max_seconds):
+    data = encode(make_signal(8_000, 2.0, 2), 8_000, "WAV")
+    with pytest.raises(AudioError) as error:
+        load_beginning(data, max_seconds, "x", part=part)
+    assert str(error.value) == said
+
+
+def test_a_part_may_be_one_channel():
+    samples = make_signal(SAMPLE_RATE, channels=3)
+    data = encode(samples, SAMPLE_RATE, "WAV", "FLOAT")
+    for channel in range(3):
+        found = load_beginning(data, part=Part(0.25, 0.5, channel))[0]
+        assert torch.equal(found, torch.from_numpy(samples[6_000:12_000, channel]))
+    mono = encode(samples[:, :1], SAMPLE_RATE, "WAV", "FLOAT")
+    assert torch.equal(load_beginning(mono, part=Part(channel=0))[0], load_audio(mono))
+
+
+@pytest.mark.parametrize("file_format", ["WAV", "FLAC"])
+def test_a_part_does_not_cost_its_recording(file_format):
+    data = encode(make_signal(8_000, 300.0), 8_000, file_format)
+
+    class Counting(io.BytesIO):
+        count = 0
+
+        def read(self, size=-1):
+            found = super().read(size)
+            self.count += len(found)
+            return found
+
+        def readinto(self, buffer):
+            self.count += (size := super().readinto(buffer))
+            return size
+
+    source = Counting(data)
+    assert load_beginning(source, part=Part(200.0, 201.0))[1] == 1.0
+    assert 0 < source.count < len(data) / 8
+
+
+# --- audio that is decoded
+
+
+@pytest.mark.parametrize(("kind", "subtype"), [(np.float32, "FLOAT"), (np.float64, "DOUBLE")])
+@pytest.mark.parametrize("rate", [8_000, 24_000, 44_100])
+@pytest.mark.parametrize("as_list", [True, False])
+def test_decoded_audio_is_that_of_a_float_file(kind, subtype, rate, as_list):
+    values = make_signal(rate)[:, 0].astype(kind) / 3
+    file = encode(values, rate, "WAV", subtype)
+    samples = audio_of({"array": values.tolist() if as_list else values, "sampling_rate": rate, "path": "x.wav"})
+    assert isinstance(samples, Samples)
+    for max_seconds, part in ((None, None), (0.3, None), (None, Part(0.2, 0.6)), (0.1, Part(0.2, 0.6))):
+        found, expected = (load_beginning(source, max_seconds, part=part) for source in (samples, file))
+        assert torch.equal(found[0], expected[0]) and found[1] == expected[1]
+
+
+@pytest.mark.parametrize(
+    ("array", "rate", "said"),
+    [
+        ([0.1], None, "a sample rate of None Hz holds no speech"),
+        ([0.1], 100, "a sample rate of 100 Hz holds no speech"),
+        ([], 16_000, "holds no samples"),
+        ([0.1, float("nan")], 16_000, "not finite"),
+        ([0.1, None], 16_000, "not finite"),
+        ([3000.0], 16_000, "samples reach 3000 where full scale is 1.0"),
+    ],
+)
+def test_decoded_audio_that_cannot_be_used(array, rate, said):
+    with pytest.raises(AudioError, match=said):
+        load_audio(audio_of({"array": array, "sampling_rate": rate}))
+
+
+def test_kinds_of_cells():
+    samples = {"array": [0.5], "sampling_rate": 8_000.0}
+    assert audio_of(samples).rate == 8_000
+    assert audio_of({**samples, "bytes": b"x"}) == audio_of({"bytes": b"x", "path": "p"}) == audio_of(b"x") == b"x"
+    assert audio_of({"bytes": None, "path": "p"}) == audio_of("p") == "p"
+    for nothing in (None, "", 3, {}, {"bytes": None, "path": None}, {"array": None, "sampling_rate": 8_000}):
+        assert audio_of(nothing) is None
+    with pytest.raises(ValueError, match="no plain list of numbers"):
+        audio_of({"array": [[0.1], [0.2]], "sampling_rate": 8_000})

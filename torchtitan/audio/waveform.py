@@ -1,9 +1,9 @@
 """Audio files in, 24 kHz mono waveforms out.
 
-The one place where audio is read, mixed and resampled: training, inference and the evaluations call
+The one place where audio is read, cut, mixed and resampled: training, inference and the evaluations call
 :func:`load_audio`, so the same file gives the same samples everywhere. Decoding is libsndfile's (wav, flac, ogg, opus,
-mp3, aiff, ...), from a path or from bytes. Resampling is by one of :data:`RESAMPLERS`, whose name is stored with
-everything that is derived from its output, since it decides some of the codes:
+mp3, aiff, ...), from a path, from bytes or from an open file. Resampling is by one of :data:`RESAMPLERS`, whose name is
+stored with everything that is derived from its output, since it decides some of the codes:
 
 ``torchaudio``  ``torchaudio.functional.resample`` with its defaults.
 ``soxr_hq``     the SoX resampler at quality HQ, as the ``datasets`` library before version 4 called it through librosa.
@@ -19,8 +19,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from torchtitan.audio.recording import AudioSource, Part, Samples
 from torchtitan.tools.errors import UserError
 
 SAMPLE_RATE = 24_000
@@ -38,6 +40,12 @@ MAX_PEAK = 16.0
 # Read beyond a limit, so that no resampler's filter looks past what was read:
 # the longest, that of soxr_hq, reaches about 100 samples.
 _LOOK_AHEAD_SECONDS = 0.1
+# Seconds by which a part may end after its recording, as times that were rounded do.
+MAX_OVERSHOOT = 0.1
+# A stream of unknown length states at least so many samples.
+_UNKNOWN = 1 << 60
+# Samples that are read and dropped at a time where libsndfile cannot seek.
+_SKIP_SAMPLES = 1 << 20
 
 # torchaudio builds one filter per output phase: rates with a small common divisor (44,101 Hz) need gigabytes.
 _MAX_KERNEL_ELEMENTS = 1 << 24
@@ -50,7 +58,7 @@ class AudioError(UserError):
 
 
 def load_audio(
-    source: str | Path | bytes,
+    source: AudioSource,
     max_seconds: float | None = None,
     name: str | None = None,
     resampler: str = "torchaudio",
@@ -58,7 +66,7 @@ def load_audio(
     """Read audio as a mono waveform at 24 kHz.
 
     Args:
-        source: path of an audio file, or the bytes of one.
+        source: path of an audio file, the bytes of one, one that is open, or decoded audio.
         max_seconds: keep only this much from the start. The result equals the start of the whole file's result (with
             soxr_hq up to rounding in fp32).
         name: what to call the audio in error messages; the path, if there is one, otherwise.
@@ -75,45 +83,52 @@ def load_audio(
 
 
 def load_beginning(
-    source: str | Path | bytes,
+    source: AudioSource,
     max_seconds: float | None = None,
     name: str | None = None,
     resampler: str = "torchaudio",
+    part: Part | None = None,
 ) -> tuple[torch.Tensor, float]:
-    """As :func:`load_audio`, and the length of the whole recording in seconds, as its header states it."""
-    samples, rate, num_samples = _read(
-        source, max_seconds, name or (str(source) if not isinstance(source, bytes) else "audio")
-    )
+    """As :func:`load_audio`, and the length of the whole recording in seconds, as its header states it.
+
+    Args:
+        part: the part of the file that is the recording. It is cut out before anything else is done to it.
+
+    Raises:
+        AudioError: also where the part is not in the file: it ends more than :data:`MAX_OVERSHOOT` after it, holds no
+            sample, or is of a channel that the file does not have.
+    """
+    name = name or (str(source) if isinstance(source, str | Path) else "audio")
+    samples, rate, num_samples = _read(source, max_seconds, name, part or Part())
     waveform = resample(samples, rate, resampler)
     if max_seconds is not None:
         waveform = waveform[: round(max_seconds * SAMPLE_RATE)]
     return waveform, num_samples / rate
 
 
-def _read(source: str | Path | bytes, max_seconds: float | None, name: str) -> tuple[torch.Tensor, int, int]:
-    """Decode to mono float32 [n] at the file's own rate; with ``max_seconds`` a little more than that.
+def _read(source: AudioSource, max_seconds: float | None, name: str, part: Part) -> tuple[torch.Tensor, int, int]:
+    """Decode a part of a file to mono float32 [n] at the file's own rate; with ``max_seconds`` a little more than that.
 
-    Returns the samples, their rate, and how many the whole file has.
+    Returns the samples, their rate, and how many the whole part has.
     """
     import soundfile
 
-    if isinstance(source, bytes) and not source:
-        raise AudioError(f"{name}: the file is empty.")
-    if not isinstance(source, bytes):
+    if isinstance(source, bytes):
+        empty = not source
+    elif isinstance(source, str | Path):
         if not os.path.isfile(source):
             raise AudioError(f"{name}: there is no such file.")
-        if os.path.getsize(source) == 0:
-            raise AudioError(f"{name}: the file is empty.")
+        empty = os.path.getsize(source) == 0
+    else:
+        empty = not isinstance(source, Samples) and source.seek(0, os.SEEK_END) == 0
+    if empty:
+        raise AudioError(f"{name}: the file is empty.")
     try:
         with open_audio(source) as file:
-            rate, declared, is_mp3 = file.samplerate, file.frames, file.format.startswith("MP3")
-            if rate < MIN_RATE:
-                raise AudioError(
-                    f"{name}: a sample rate of {rate} Hz holds no speech (at least {MIN_RATE:,} Hz needed)."
-                )
-            wanted = -1
-            if max_seconds is not None:
-                wanted = math.ceil((max_seconds + _LOOK_AHEAD_SECONDS) * rate)
+            rate, is_mp3 = file.samplerate, file.format.startswith("MP3")
+            first, declared, wanted = _span(part, max_seconds, rate, file.frames, name)
+            if part != Part():
+                _go_to(file, first)
             samples = file.read(wanted, dtype="float32", always_2d=True)
     except soundfile.LibsndfileError as error:
         reason = str(getattr(error, "error_string", error)).strip().rstrip(".")
@@ -124,12 +139,16 @@ def _read(source: str | Path | bytes, max_seconds: float | None, name: str) -> t
         raise AudioError(f"{name}: not a readable audio file ({reason}).") from None
     expected = declared if wanted < 0 else min(declared, wanted)
     # The length of an MP3 is an estimate; every other format states it.
-    if samples.shape[0] < expected * (0.9 if is_mp3 else 1.0) and declared < 1 << 60:
+    if samples.shape[0] < expected * (0.9 if is_mp3 else 1.0) and declared < _UNKNOWN:
         raise AudioError(
             f"{name}: the file is damaged or cut off ({samples.shape[0]:,} of {expected:,} samples are readable)."
         )
     if samples.shape[0] == 0:
         raise AudioError(f"{name}: the file holds no samples.")
+    if part.channel is not None:
+        if part.channel >= samples.shape[1]:
+            raise AudioError(f"{name}: there is no channel {part.channel} (the file has {samples.shape[1]}, from 0).")
+        samples = samples[:, part.channel : part.channel + 1]
     waveform = torch.from_numpy(samples).mean(dim=1)
     if not torch.isfinite(waveform).all():
         raise AudioError(f"{name}: some samples are not finite numbers (NaN or infinity).")
@@ -139,29 +158,88 @@ def _read(source: str | Path | bytes, max_seconds: float | None, name: str) -> t
             f"{name}: samples reach {peak:.4g} where full scale is 1.0; normalise the file to the range -1 to 1."
         )
     # A stream of unknown length states a huge number; then what was read is all that is known.
-    return waveform, rate, declared if wanted >= 0 and declared < 1 << 60 else samples.shape[0]
+    return waveform, rate, declared if 0 <= wanted < declared < _UNKNOWN else samples.shape[0]
+
+
+def _span(part: Part, max_seconds: float | None, rate: Any, frames: int, name: str) -> tuple[int, int, int]:
+    """(number of the part's first sample, of its samples, of those to read; -1 reads all) in a file of ``frames``."""
+    if not isinstance(rate, int) or rate < MIN_RATE:
+        raise AudioError(f"{name}: a sample rate of {rate} Hz holds no speech (at least {MIN_RATE:,} Hz needed).")
+    first, known = round(part.start * rate), frames < _UNKNOWN
+    last = frames if part.stop is None else round(part.stop * rate)
+    if known and (last > frames + MAX_OVERSHOOT * rate or (part != Part() and first >= frames)):
+        end = "" if part.stop is None else f" to {part.stop:g} s"
+        raise AudioError(
+            f"{name}: the part from {part.start:g} s{end} is not in the recording, which is {frames / rate:g} s long."
+        )
+    if part.stop is not None and last <= first:
+        raise AudioError(f"{name}: the part from {part.start:g} s to {part.stop:g} s holds no samples.")
+    length = (min(last, frames) if known else last) - first
+    wanted = length if known or part.stop is not None else -1
+    if max_seconds is not None:
+        beginning = math.ceil((max_seconds + _LOOK_AHEAD_SECONDS) * rate)
+        wanted = beginning if wanted < 0 else min(wanted, beginning)
+    return first, length, wanted
+
+
+def _go_to(file: Any, samples: int) -> None:
+    """Go to a place in a file that is open at its start.
+
+    A start at 0 is sought, too: an MP3 gives other last bits then, the same as in all that slices it so.
+    """
+    if file.seekable():
+        file.seek(samples)
+        return
+    while samples > 0 and (dropped := len(file.read(min(samples, _SKIP_SAMPLES), dtype="float32"))):
+        samples -= dropped
+
+
+class _Decoded:
+    """Decoded audio, with what is used here of soundfile.SoundFile's interface."""
+
+    format = ""
+
+    def __init__(self, source: Samples):
+        self._array, self.samplerate, self.frames = source.array, source.rate, len(source.array)
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, samples: int) -> None:
+        self._array = self._array[samples:]
+
+    def read(self, samples: int, **_: Any) -> np.ndarray:
+        return self._array[: None if samples < 0 else samples, None].copy()
 
 
 @contextmanager
-def open_audio(source: str | Path | bytes) -> Iterator[Any]:
-    """Open audio as a soundfile.SoundFile, from a path or from bytes.
+def open_audio(source: AudioSource) -> Iterator[Any]:
+    """Open audio as a soundfile.SoundFile (decoded audio as what can be read like one), at its start.
 
     libsndfile recognises an MP3 by its path alone, not through callbacks: bytes that start like one go through a
     temporary file.
     """
     import soundfile
 
-    if not isinstance(source, bytes):
+    if isinstance(source, Samples):
+        yield _Decoded(source)
+        return
+    if isinstance(source, str | Path):
         with soundfile.SoundFile(str(source)) as file:
             yield file
-    elif source[:3] == b"ID3" or (source[:1] == b"\xff" and source[1:2] >= b"\xe0"):
+        return
+    data = io.BytesIO(source) if isinstance(source, bytes) else source
+    data.seek(0)
+    start = data.read(3)
+    data.seek(0)
+    if start == b"ID3" or (start[:1] == b"\xff" and start[1:2] >= b"\xe0"):
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "audio.mp3"
-            path.write_bytes(source)
+            path.write_bytes(data.read())
             with soundfile.SoundFile(str(path)) as file:
                 yield file
     else:
-        with soundfile.SoundFile(io.BytesIO(source)) as file:
+        with soundfile.SoundFile(data) as file:
             yield file
 
 

@@ -368,7 +368,7 @@ class SpeechDataLoader:
             rows: dict[int, _Read | None] = dict.fromkeys(unknown)
             size = 0
             for item, source, row in stream.read(unknown):
-                size += len(row.audio) if isinstance(row.audio, bytes) else 0
+                size += row.size
                 if closing.is_set():
                     raise _Closing
                 if size > WINDOW_BYTES:

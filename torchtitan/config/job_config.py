@@ -214,10 +214,11 @@ class DataSource:
     path: str | None = None
     """Local folder or file, or hub name (owner/name). A built-in data set has its own place."""
 
-    format: Literal["auto", "parquet", "arrow", "audio", "manifest", "webdataset", "codes"] = "auto"
+    format: Literal["auto", "parquet", "arrow", "audio", "manifest", "kaldi", "lhotse", "webdataset", "codes"] = "auto"
     """
-    What the files are: tables in parquet or Arrow, audio files, manifests (.jsonl, .csv, .tsv) that name audio files,
-    tars as WebDataset writes them, or codes tokenized beforehand. "auto": whatever lies there.
+    What the files are: tables in parquet or Arrow, audio files, manifests (.jsonl, .csv, .tsv; NeMo's too) that name
+    audio files, Kaldi folders (wav.scp, text, segments), lhotse's manifests (cuts, or recordings and supervisions, as
+    .jsonl or .jsonl.gz), tars as WebDataset writes them, or codes tokenized beforehand. "auto": whatever lies there.
     """
 
     subset: str | None = None
@@ -238,12 +239,14 @@ class DataSource:
 
     audio: str = "audio"
     """
-    Column or key with the recording: its bytes, a struct of bytes and path, or a path relative to the table. In a
-    tar: the extension of recordings.
+    Column or key with the recording: its bytes, a struct of bytes and path or of array and sampling_rate, or a path
+    relative to the table. In a tar: the extension of recordings.
     """
 
     text: str = "text"
-    """Column or key with the transcription, which only tasks with text need."""
+    """
+    Column or key with the transcription, which only tasks with text need. In a Kaldi folder: the name of the file.
+    """
 
     duration: str | None = None
     """

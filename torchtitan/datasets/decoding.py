@@ -1,12 +1,14 @@
 """A row of a data set to a waveform, or one sentence why it is none; for training and for tokenizing ahead of it."""
 
+from contextlib import suppress
 from types import SimpleNamespace
 
 import torch
 
 from torchtitan.audio.waveform import AudioError, load_beginning
-from torchtitan.datasets.readers import AudioDataset, Row, index_files, read_audio_file
+from torchtitan.datasets.readers import AudioDataset, RecordingFile, Row, index_files
 from torchtitan.datasets.sources import find_files, sources_from_config
+from torchtitan.tools.errors import first_line
 from torchtitan.tools.logging import logger
 
 
@@ -17,9 +19,9 @@ class UnreadError(AudioError):
 def decode_row(
     row: Row, max_seconds: float | None, retries: int, resampler: str = "torchaudio"
 ) -> tuple[torch.Tensor, float]:
-    """The waveform of a row, as :func:`load_beginning` gives it, and the length of the whole recording in seconds.
+    """The waveform of a row, as :func:`load_beginning` gives it, and the length of the whole row in seconds.
 
-    A recording in a file of its own that fails is read once more, as patiently as tables are.
+    A recording in a local file of its own that fails is read once more, as patiently as tables are.
 
     Raises:
         AudioError: it cannot be used, whatever the reason.
@@ -31,16 +33,21 @@ def decode_row(
     if audio is None:
         raise AudioError("the row has neither audio bytes nor a path.")
     try:
-        if isinstance(audio, str):
+        if not isinstance(audio, str):
+            return load_beginning(audio, max_seconds, name, resampler, row.part)
+        if not audio.startswith("hf://"):
+            with suppress(AudioError, OSError):
+                return load_beginning(audio, max_seconds, name, resampler, row.part)
+        file = RecordingFile(audio, retries)
+        with file:
             try:
-                return load_beginning(audio, max_seconds, name, resampler)
-            except (AudioError, OSError):
-                try:
-                    audio = read_audio_file(audio, retries)
-                except OSError as error:
-                    reason = "there is no such file" if isinstance(error, FileNotFoundError) else error.strerror
-                    raise UnreadError(f"{name}: {reason or error}.") from None
-        return load_beginning(audio, max_seconds, name, resampler)
+                return load_beginning(file, max_seconds, name, resampler, row.part)  # type: ignore[arg-type]
+            except AudioError:
+                if file.failure is None:
+                    raise
+                missing = isinstance(file.failure, FileNotFoundError)
+                reason = getattr(file.failure, "strerror", None) or first_line(file.failure)
+                raise UnreadError(f"{name}: {'there is no such file' if missing else reason}.") from None
     except AudioError:
         raise
     except Exception as error:  # one recording must not end anything, whatever it brings about

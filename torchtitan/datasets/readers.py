@@ -1,4 +1,5 @@
-"""Rows of data sets by number: random access to parquet, Arrow, tars, manifests and folders of audio files.
+"""Rows of data sets by number: random access to parquet, Arrow, tars, manifests (also Kaldi's and lhotse's) and folders
+of audio files.
 
 :func:`index_files` looks at each file once, without reading audio, and gives a :class:`DatasetIndex`: how many rows
 lie in which *block*. A block is what is read at one go. :class:`AudioDataset` then reads any rows by their numbers.
@@ -10,23 +11,29 @@ it is damage, which no second try repairs.
 """
 
 import csv
+import gzip
 import hashlib
+import io
 import json
 import math
 import os
+import re
 import tarfile
 import threading
+from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
 
-from torchtitan.datasets.sources import AUDIO_EXTENSIONS, Source, kind_of
+from torchtitan.audio.recording import Part, Samples, audio_of
+from torchtitan.datasets.sources import AUDIO_EXTENSIONS, Source, kind_of, lhotse_name
 from torchtitan.tools.errors import UserError, first_line
 from torchtitan.tools.logging import logger
 from torchtitan.tools.retries import retried
@@ -45,6 +52,9 @@ READ_BYTES = 1 << 20
 HUB_READ_BYTES = 1 << 23
 # Threads that look at files for the index.
 INDEX_THREADS = 16
+# Bytes of a manifest when it is unpacked, at most, and of what a reader keeps of files that are read whole.
+UNPACKED_BYTES = 2 << 30
+KEPT_BYTES = 4 << 30
 
 DURATIONS = ("duration", "duration_ms", "audio_duration")
 AUDIO_KEYS = ("audio", "path", "audio_filepath", "audio_path", "file_name", "filename", "file", "wav", "flac", "mp3")
@@ -58,17 +68,26 @@ class Row:
 
     Attributes:
         key: names it for humans: ``path:row (id)``, or its path if it is a file of its own.
-        audio: its encoded bytes, the path of its file, or None.
+        audio: its encoded bytes, the path of its file (``hf://`` on the hub), decoded samples, or None.
         text: its transcription, if there is one.
         seconds: its length, if the data say it.
         error: why it could not be read at all.
+        part: the part of the audio that it is; None is all of it.
     """
 
     key: str
-    audio: bytes | str | None
+    audio: bytes | str | Samples | None
     text: str | None
     seconds: float | None
     error: str | None = None
+    part: Part | None = None
+
+    @property
+    def size(self) -> int:
+        """Bytes of audio that it holds."""
+        if isinstance(self.audio, Samples):
+            return self.audio.array.nbytes
+        return len(self.audio) if isinstance(self.audio, bytes) else 0
 
 
 @dataclass
@@ -78,9 +97,9 @@ class DatasetIndex:
     Attributes:
         files: the readable files, as :func:`~torchtitan.datasets.sources.find_files` gives them.
         blocks: for each file (rows, offset) of its consecutive blocks. The offset is what a reader needs: the number
-            of a parquet row group, or the byte at which an Arrow batch, a sample of a tar or a line begins. Blocks of
-            one file with the same offset are parts of one row group or batch. Audio files are one list of blocks all
-            together, whose offsets count files.
+            of a parquet row group, or the byte at which an Arrow batch, a sample of a tar or a line (of the unpacked
+            file) begins. Blocks of one file with the same offset are parts of one row group or batch. Audio files are
+            one list of blocks all together, whose offsets count files.
         bad_files: (path, reason) of files that are left out, entirely or from some point on.
         fingerprint: sha256 over names relative to the root and numbers of rows: equal for a copy elsewhere.
         format: of the files.
@@ -109,15 +128,6 @@ def _open(path: str) -> BinaryIO:
     from huggingface_hub import HfFileSystem
 
     return HfFileSystem().open(path.removeprefix("hf://"), "rb", block_size=HUB_READ_BYTES)  # type: ignore[return-value]
-
-
-def read_audio_file(path: str, retries: int) -> bytes:
-    """The bytes of a recording's own file.
-
-    Raises:
-        OSError: it is missing, or cannot be read after ``retries`` further tries.
-    """
-    return _File(path, retries).read()
 
 
 class _File:
@@ -193,6 +203,32 @@ class _File:
         self.close()
 
 
+class RecordingFile(_File):
+    """A recording's own file for libsndfile, whose reads must not raise: after a failure there is nothing to read.
+
+    Attributes:
+        failure: what ended reading, after all tries.
+    """
+
+    def __init__(self, path: str, retries: int):
+        super().__init__(path, retries)
+        self.failure: Exception | None = None
+
+    def _unless_failed(self, action: Callable[[], T], otherwise: T) -> T:
+        if self.failure is None:
+            try:
+                return action()
+            except Exception as error:
+                self.failure = error
+        return otherwise
+
+    def read(self, size: int | None = -1) -> bytes:
+        return self._unless_failed(lambda: super(RecordingFile, self).read(size), b"")
+
+    def size(self) -> int:
+        return self._unless_failed(super().size, 0)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Readers: one class for each format
 # ---------------------------------------------------------------------------------------------------------------------
@@ -227,9 +263,12 @@ class _Reader:
     def _key(self, path: str, row: int, name: Any) -> str:
         return f"{path}:{row}" + (f" ({name})" if name not in (None, "") else "")
 
-    def _seconds(self, values: dict[str, Any]) -> float | None:
+    def _duration_key(self, values: dict[str, Any]) -> str | None:
         names = [self.source.duration] if self.source.duration else DURATIONS
-        name = next((name for name in names if values.get(name) not in (None, "")), None)
+        return next((name for name in names if values.get(name) not in (None, "")), None)
+
+    def _seconds(self, values: dict[str, Any]) -> float | None:
+        name = self._duration_key(values)
         if name is None:
             return None
         try:
@@ -238,14 +277,10 @@ class _Reader:
             return None
         return seconds if math.isfinite(seconds) and seconds >= 0 else None
 
-    def _recording(self, table: str, value: Any) -> bytes | str | None:
-        """The audio of a cell: bytes, a struct of bytes and path, or a path relative to its table."""
-        if isinstance(value, dict):
-            recording = value.get("bytes")
-            value = value.get("path") if recording is None else recording
-        if isinstance(value, str) and value:
-            return self._located(table, value)
-        return value if isinstance(value, bytes) else None
+    def _recording(self, table: str, value: Any) -> bytes | str | Samples | None:
+        """The audio of a cell, see :func:`~torchtitan.audio.recording.audio_of`; a path is relative to its table."""
+        found = audio_of(value)
+        return self._located(table, found) if isinstance(found, str) else found
 
     def _located(self, table: str, name: str) -> bytes | str:
         """A recording that is named relative to the folder of its table, or absolutely."""
@@ -269,6 +304,33 @@ def _text(value: Any) -> str | None:
     return value if isinstance(value, str) else None
 
 
+def audio_fields(kind: Any) -> list[str]:
+    """The fields of a pyarrow struct type that hold audio, {bytes, path} or {array, sampling_rate}; [] if none do."""
+    import pyarrow
+
+    if isinstance(kind, pyarrow.BaseExtensionType):
+        kind = kind.storage_type
+    if not pyarrow.types.is_struct(kind):
+        return []
+    fields = {child.name: child.type for child in kind}
+    found = [name for name in ("bytes", "path") if name in fields]
+    samples = getattr(fields.get("array"), "value_type", None)
+    if samples is not None and pyarrow.types.is_floating(samples) and "sampling_rate" in fields:
+        found += ["array", "sampling_rate"]
+    return found
+
+
+def _cell(scalar: Any) -> Any:
+    """A cell as Python has it, but the samples of decoded audio as an array."""
+    import pyarrow
+
+    if isinstance(scalar, pyarrow.StructScalar) and scalar.is_valid and "array" in scalar:
+        array = scalar["array"]
+        samples = array.values.to_numpy(zero_copy_only=False) if array.is_valid else None
+        return {**{name: scalar[name].as_py() for name in scalar if name != "array"}, "array": samples}
+    return scalar.as_py()
+
+
 class _Table(_Reader):
     """What parquet and Arrow have in common: columns."""
 
@@ -285,7 +347,7 @@ class _Table(_Reader):
         types = pyarrow.types
         parts = [""]
         if types.is_struct(kind):
-            parts = [f".{part}" for part in ("bytes", "path") if kind.get_field_index(part) >= 0]
+            parts = [f".{field}" for field in audio_fields(kind)]
         elif types.is_dictionary(kind):
             kind = kind.value_type
         plain = any(f(kind) for f in (types.is_binary, types.is_large_binary, types.is_string, types.is_large_string))
@@ -353,7 +415,7 @@ class _Parquet(_Table):
                 end = start + batch.num_rows
                 while position < len(wanted) and wanted[position] < end:
                     number = wanted[position]
-                    values = {n: batch.column(i)[number - start].as_py() for i, n in enumerate(batch.schema.names)}
+                    values = {n: _cell(batch.column(i)[number - start]) for i, n in enumerate(batch.schema.names)}
                     yield number, self._row(path, first + number, values)
                     position += 1
                 if position == len(wanted):
@@ -403,7 +465,7 @@ class _Arrow(_Table):
     def read(self, path: str, first: int, offset: int, wanted: Sequence[int]) -> Iterator[Found]:
         for number, batch in self.batches(path, offset, wanted):
             names = {column.split(".")[0] for column in self._columns(batch.schema)}
-            values = {name: batch.column(name)[number].as_py() for name in names}
+            values = {name: _cell(batch.column(name)[number]) for name in names}
             yield number, self._row(path, first + number, values)
 
     def batches(self, path: str, offset: int, wanted: Sequence[int]) -> Iterator[tuple[int, Any]]:
@@ -605,20 +667,175 @@ class _Sample:
         return next((e for e in self.members if e.rsplit(".", 1)[-1] in AUDIO_EXTENSIONS), None)
 
 
-class _Manifest(_Reader):
-    """Lists of audio files: JSON lines or a JSON list, CSV or TSV with a header, and fairseq's TSV."""
+class _Entry(NamedTuple):
+    """What a list says of one recording, or the ``error`` for which it cannot be used."""
+
+    audio: Any = None
+    id: Any = None
+    text: str | None = None
+    seconds: float | None = None
+    part: Part | None = None
+    error: str | None = None
+
+
+class _List(_Reader):
+    """What lists of recordings have in common. Blocks with offsets below and from 0 on are apart."""
+
+    def __init__(self, source: Source, retries: int):
+        super().__init__(source, retries)
+        self._kept: OrderedDict[tuple[str, ...], tuple[Any, int]] = OrderedDict()
+        self._lock = threading.RLock()
+
+    def _entries(self, path: str, offset: int | None) -> Iterator[tuple[int, Callable[[], _Entry]]]:
+        """(offset, what gives the entry) of the entries from an offset on; None: from the first."""
+        raise NotImplementedError
 
     def index(self, path: str) -> tuple[list[Block], str | None]:
-        starts: list[int] = []
-        rows = 0
-        with _File(path, self.retries) as file:
-            for offset, values in self._records(path, file, None):
-                if rows == 0 and isinstance(values, dict):
-                    self._audio_key(values)
-                if rows % LIST_BLOCK == 0:
-                    starts.append(offset)
-                rows += 1
-        return [(min(LIST_BLOCK, rows - i * LIST_BLOCK), offset) for i, offset in enumerate(starts)], None
+        blocks: list[Block] = []
+        usable, reason = False, None
+        for offset, entry in self._entries(path, None):
+            if not usable:
+                error = entry().error
+                usable, reason = error is None, reason or error
+            if blocks and blocks[-1][0] < LIST_BLOCK and (blocks[-1][1] < 0) == (offset < 0):
+                blocks[-1] = (blocks[-1][0] + 1, blocks[-1][1])
+            else:
+                blocks.append((1, offset))
+        if reason and not usable:
+            raise _Damage(reason)
+        return blocks, None
+
+    def read(self, path: str, first: int, offset: int, wanted: Sequence[int]) -> Iterator[Found]:
+        remaining = iter(wanted)
+        number = next(remaining)
+        for position, (_, entry) in enumerate(self._entries(path, offset)):
+            if position == number:
+                yield number, self._row(path, first + number, entry())
+                if (number := next(remaining, -1)) < 0:
+                    return
+
+    def _row(self, path: str, number: int, entry: _Entry) -> Row:
+        key = self._key(path, number, entry.id)
+        if entry.error is not None:
+            return Row(key, None, None, None, entry.error)
+        try:
+            recording: Any = audio_of(entry.audio)
+            if isinstance(recording, str) and entry.part and path.startswith("hf://"):
+                # Read where it is cut: not the whole of it for each of its parts.
+                recording = f"{path.rsplit('/', 1)[0]}/{recording}"
+            else:
+                recording = self._recording(path, entry.audio)
+        except Exception as error:
+            return Row(key, None, None, None, first_line(error))
+        return Row(key, recording, entry.text, entry.seconds, None, entry.part)
+
+    # Files that are read whole are kept
+
+    def _keep(self, key: tuple[str, ...], make: Callable[[], tuple[T, int]]) -> T:
+        """What ``make`` gives, with its bytes; kept for later calls, the latest of all up to :data:`KEPT_BYTES`."""
+        with self._lock:
+            if key not in self._kept:
+                made = make()
+                self._kept[key] = made
+                while len(self._kept) > 1 and sum(size for _, size in self._kept.values()) > KEPT_BYTES:
+                    self._kept.popitem(last=False)
+            self._kept.move_to_end(key)
+            return self._kept[key][0]
+
+    def _is_there(self, path: str) -> bool:
+        if not path.startswith("hf://"):
+            return os.path.isfile(path)
+
+        def look() -> tuple[bool, int]:
+            with _File(path, self.retries) as file:
+                try:
+                    file.size()
+                except FileNotFoundError:
+                    return False, 0
+            return True, 0
+
+        return self._keep(("there", path), look)
+
+    def _lines(self, path: str, offset: int = 0) -> Iterator[tuple[int, bytes]]:
+        """(offset, line) of the lines that are not empty."""
+        with io.BytesIO(self._unpacked(path)) if path.endswith(".gz") else _File(path, self.retries) as file:
+            lines = _Lines(file, offset)
+            for line in lines:
+                if line.strip():
+                    yield lines.start, line
+
+    def _unpacked(self, path: str) -> bytes:
+        def unpack() -> tuple[bytes, int]:
+            pieces, size = [], 0
+            with _File(path, self.retries) as file, gzip.GzipFile(fileobj=file) as unpacked:  # type: ignore[arg-type]
+                while piece := unpacked.read(READ_BYTES):
+                    pieces.append(piece)
+                    size += len(piece)
+                    if size > UNPACKED_BYTES:
+                        raise _Damage(f"the file has more than {UNPACKED_BYTES:,} bytes when it is unpacked; unpack it")
+            return b"".join(pieces), size
+
+        return self._keep(("unpacked", path), unpack)
+
+    def _lookup(self, path: str, name: Callable[[bytes], bytes | None]) -> "_Lookup":
+        """The lines of a file by what ``name`` gives for each of them."""
+
+        def make() -> tuple[_Lookup, int]:
+            made = _Lookup(self._unpacked(path) if path.endswith(".gz") else self._contents(path), name)
+            return made, made.size
+
+        return self._keep((name.__name__, path), make)
+
+
+class _Lookup:
+    """The lines of a file by a name in each of them. Of lines of one name the first counts.
+
+    Besides the file itself it holds 16 bytes a line.
+    """
+
+    def __init__(self, data: bytes, name: Callable[[bytes], bytes | None]):
+        self._data, self._name = data, name
+        starts, hashes = array("q"), array("q")
+        start = 0
+        for line in io.BytesIO(data):
+            if (word := name(line)) is not None:
+                starts.append(start)
+                hashes.append(hash(word))
+            start += len(line)
+        order = np.argsort(np.array(hashes, np.int64), kind="stable")
+        self._hashes, self._starts = np.array(hashes, np.int64)[order], np.array(starts, np.int64)[order]
+        self.size = len(data) + self._hashes.nbytes + self._starts.nbytes
+
+    def find(self, word: bytes) -> bytes | None:
+        """The line of that name."""
+        wanted = hash(word)
+        place = int(np.searchsorted(self._hashes, wanted))
+        while place < len(self._hashes) and self._hashes[place] == wanted:
+            start = int(self._starts[place])
+            end = self._data.find(b"\n", start)
+            line = self._data[start:] if end < 0 else self._data[start:end]
+            if self._name(line) == word:
+                return line
+            place += 1
+        return None
+
+
+def _time(value: Any, what: str) -> float:
+    """A time in seconds. Raises _Damage if it is none."""
+    try:
+        seconds = float(value)
+    except (TypeError, ValueError):
+        seconds = math.nan
+    if not (math.isfinite(seconds) and seconds >= 0):
+        raise _Damage(f"{what} {value!r} is no time in seconds")
+    return seconds
+
+
+class _Manifest(_List):
+    """Lists of audio files: JSON lines or a JSON list, CSV or TSV with a header, and fairseq's TSV.
+
+    A row with an ``offset``, as NeMo writes it, is the part of its file from there on, as long as it says.
+    """
 
     def _audio_key(self, values: dict[str, Any]) -> str:
         names = AUDIO_KEYS if self.source.audio == "audio" else (self.source.audio,)
@@ -627,31 +844,34 @@ class _Manifest(_Reader):
                 return name
         raise _Damage(f"there is no key {' or '.join(names)} (keys: {', '.join(map(str, values))})")
 
-    def read(self, path: str, first: int, offset: int, wanted: Sequence[int]) -> Iterator[Found]:
+    def _entries(self, path: str, offset: int | None) -> Iterator[tuple[int, Callable[[], _Entry]]]:
         with _File(path, self.retries) as file:
-            remaining = iter(wanted)
-            number = next(remaining)
-            for position, (_, values) in enumerate(self._records(path, file, offset)):
-                if position == number:
-                    yield number, self._row(path, first + number, values)
-                    if (number := next(remaining, -1)) < 0:
-                        return
+            for start, values in self._records(path, file, offset):
+                yield start, partial(self._entry, values)
 
-    def _row(self, path: str, number: int, values: dict[str, Any] | str) -> Row:
+    def _entry(self, values: dict[str, Any] | str) -> _Entry:
         if isinstance(values, str):
-            return Row(self._key(path, number, None), None, None, None, values)
-        key = self._key(path, number, None)
+            return _Entry(error=values)
+        name = next((values[n] for n in (self.source.id, *ID_KEYS) if values.get(n)), None)
         try:
             audio = values[self._audio_key(values)]
-            name = next((values[n] for n in (self.source.id, *ID_KEYS) if values.get(n)), None)
-            inside = audio.get("path") if isinstance(audio, dict) else audio
-            key = self._key(path, number, name or inside)
-            recording = self._recording(path, audio)
-        except Exception as error:
-            return Row(key, None, None, None, first_line(error))
+            name = name or (audio.get("path") if isinstance(audio, dict) else audio)
+            seconds = self._seconds(values)
+            part = self._part(values, seconds)
+        except _Damage as error:
+            return _Entry(id=name, error=str(error))
         names = TEXT_KEYS if self.source.text == "text" else (self.source.text,)
         text = next((_text(values[name]) for name in names if values.get(name) is not None), None)
-        return Row(key, recording, text, self._seconds(values))
+        return _Entry(audio, name, text, seconds, part)
+
+    def _part(self, values: dict[str, Any], seconds: float | None) -> Part | None:
+        if values.get("offset") in (None, ""):
+            return None
+        start = _time(values["offset"], "offset")
+        duration = self._duration_key(values)
+        if duration and not seconds:
+            raise _Damage(f"{duration} {values[duration]!r} is no length of a part")
+        return Part(start, None if seconds is None else start + seconds)
 
     def _located(self, table: str, name: str) -> bytes | str:
         found = super()._located(table, name)
@@ -716,6 +936,180 @@ class _Manifest(_Reader):
                 yield start, dict(zip(header, record, strict=False))
 
 
+class _Kaldi(_List):
+    """Kaldi's data folders, each known by its wav.scp: a row is a line of segments, or without them one of wav.scp."""
+
+    def _entries(self, path: str, offset: int | None) -> Iterator[tuple[int, Callable[[], _Entry]]]:
+        folder = path.rsplit("/", 1)[0] if "/" in path else "."
+        segments, text = f"{folder}/segments", f"{folder}/{self.source.text}"
+        texts = self._lookup(text, _first_word) if self._is_there(text) else None
+        cut = self._is_there(segments)
+        recordings = self._lookup(path, _first_word) if cut else None
+        for start, line in self._lines(segments if cut else path, offset or 0):
+            yield start, partial(self._entry, line, texts, recordings)
+
+    def _entry(self, line: bytes, texts: _Lookup | None, recordings: _Lookup | None) -> _Entry:
+        name = line.split(None, 1)[0]
+        spoken = texts.find(name) if texts else None
+        entry = _Entry(id=name.decode("utf-8", "replace"), text=_rest(spoken) if spoken else None)
+        try:
+            if recordings is None:
+                return entry._replace(audio=_plain_path(line))
+            return entry._replace(**self._segment(line, recordings))
+        except _Damage as error:
+            return entry._replace(error=str(error))
+
+    def _segment(self, line: bytes, recordings: _Lookup) -> dict[str, Any]:
+        """Audio, part and seconds of a line: utterance, recording, start, end (-1: its end), and maybe a channel."""
+        told = f"the line {line.decode('utf-8', 'replace').strip()!r} of segments"
+        words = line.split()
+        if len(words) not in (4, 5):
+            raise _Damage(f"{told} must have an utterance, a recording, a start and an end")
+        recording, begin, end = (word.decode("utf-8", "replace") for word in words[1:4])
+        start, stop = _time(begin, f"{told} is wrong: its start"), None
+        try:
+            to_the_end = float(end) == -1
+            channel = int(words[4]) if len(words) == 5 else -1
+        except ValueError:
+            raise _Damage(f"{told} is wrong: its end or channel is no number") from None
+        if not to_the_end:
+            stop = _time(end, f"{told} is wrong: its end")
+            if stop <= start:
+                raise _Damage(f"{told} is wrong: it ends before it starts")
+        found = recordings.find(words[1])
+        if found is None:
+            raise _Damage(f"{told} names the recording {recording!r}, which is not in wav.scp")
+        part = Part(start, stop, channel if channel >= 0 else None)
+        return {"audio": _plain_path(found), "part": part, "seconds": None if stop is None else stop - start}
+
+
+def _first_word(line: bytes) -> bytes | None:
+    return next(iter(line.split(None, 1)), None)
+
+
+def _rest(line: bytes) -> str:
+    """A line after its first word."""
+    return b"".join(line.split(None, 1)[1:]).decode("utf-8", "replace").strip()
+
+
+def _plain_path(line: bytes) -> str:
+    """The path in a line of wav.scp. Raises _Damage for what is none: commands, which are never run, and archives."""
+    path, told = _rest(line), f"the line {line.decode('utf-8', 'replace').strip()!r} of wav.scp"
+    if not path:
+        raise _Damage(f"{told} has no path")
+    if path.startswith("|") or path.endswith("|"):
+        raise _Damage(f"{told} holds a command, and commands are not run")
+    if re.search(r":\d+$", path):
+        raise _Damage(f"{told} names a place in an archive, and archives are not read")
+    return path
+
+
+class _Lhotse(_List):
+    """lhotse's manifests, a line each: cuts, or recordings with the supervisions beside them.
+
+    Each supervision is a row, and so is each recording without any, which come after all supervisions. The offsets of
+    the latter are inverted (``~offset``).
+    """
+
+    def _entries(self, path: str, offset: int | None) -> Iterator[tuple[int, Callable[[], _Entry]]]:
+        supervisions = self._supervisions(path)
+        if supervisions is None:
+            for start, line in self._lines(path, offset or 0):
+                yield start, partial(self._entry, line, None)
+            return
+        if offset is None or offset >= 0:
+            recordings = self._lookup(path, _json_id)
+            for start, line in self._lines(supervisions, offset or 0):
+                yield start, partial(self._entry, line, recordings)
+        if offset is None or offset < 0:
+            supervised = self._lookup(supervisions, _json_recording_id)
+            for start, line in self._lines(path, 0 if offset is None else ~offset):
+                if supervised.find(_json_id(line) or b"") is None:
+                    yield ~start, partial(self._entry, line, None)
+
+    def _supervisions(self, path: str) -> str | None:
+        """The file with the supervisions of recordings, packed or not."""
+        folder, slash, name = path.rpartition("/")
+        if lhotse_name(name) != "recordings":
+            return None
+        before, _, after = name.rpartition("recordings")
+        beside = f"{folder}{slash}{before}supervisions{after.removesuffix('.gz')}"
+        return next((file for file in (beside, f"{beside}.gz") if self._is_there(file)), None)
+
+    def _entry(self, line: bytes, recordings: _Lookup | None) -> _Entry:
+        values = _json_object(line)
+        if isinstance(values, str):
+            return _Entry(error=values)
+        name = values.get("id")
+        try:
+            if "sources" in values:
+                audio, channel = _lhotse_source(values, None)
+                return _Entry(audio, name, None, _time(values["duration"], "duration"))
+            spoken = [values]
+            if "type" not in values and recordings is not None:
+                found = recordings.find(str(values.get("recording_id")).encode())
+                if found is None:
+                    raise _Damage(f"there is no recording {values.get('recording_id')!r} for this supervision")
+                recording: Any = _json_object(found)
+            elif values.get("type") in ("MonoCut", "MultiCut", "Cut"):
+                recording, spoken = values.get("recording"), values.get("supervisions") or []
+                if recording is None:
+                    raise _Damage("the cut has no recording, and features are not read")
+            elif "type" in values:
+                raise _Damage(f"a {values['type']} is not read, only a cut of one recording is")
+            else:
+                raise _Damage("the line is neither a cut nor a recording, nor a supervision beside its recordings")
+            start, duration = _time(values.get("start"), "start"), _time(values.get("duration"), "duration")
+            audio, channel = _lhotse_source(recording, values.get("channel"))
+            texts = [text for one in spoken if (text := _text(one.get(self.source.text)))]
+            return _Entry(audio, name, " ".join(texts) or None, duration, Part(start, start + duration, channel))
+        except _Damage as error:
+            return _Entry(id=name, error=str(error))
+        except Exception as error:  # values of other types than lhotse writes
+            return _Entry(id=name, error=f"the line is not as lhotse writes it ({type(error).__name__}: {error})")
+
+    def _located(self, table: str, name: str) -> bytes | str:
+        return name if os.path.isfile(name) and not table.startswith("hf://") else super()._located(table, name)
+
+
+def _json_id(line: bytes) -> bytes | None:
+    return _json_value(line, "id")
+
+
+def _json_recording_id(line: bytes) -> bytes | None:
+    return _json_value(line, "recording_id")
+
+
+def _json_value(line: bytes, key: str) -> bytes | None:
+    values = _json_object(line)
+    return None if isinstance(values, str) or key not in values else str(values[key]).encode(errors="replace")
+
+
+def _lhotse_source(recording: dict[str, Any], wanted: int | list[int] | None) -> tuple[str, int | None]:
+    """The path of the file that holds the wanted channels (None: all), and the number of the one in it if not all are.
+
+    Raises _Damage where there is no such file.
+    """
+    name = f"recording {recording.get('id')!r}"
+    if recording.get("transforms"):
+        kinds = ", ".join(str(one.get("name")) for one in recording["transforms"])
+        raise _Damage(f"{name} has transforms ({kinds}), which are not applied")
+    channels = {wanted} if isinstance(wanted, int) else None if wanted is None else set(wanted)
+    sources = [one for one in recording["sources"] if channels is None or channels & set(one["channels"])]
+    kinds = sorted({one["type"] for one in sources} - {"file"})
+    if kinds:
+        raise _Damage(f"{name} has a source of type {kinds[0]!r}, and only those of type 'file' are read")
+    if len(sources) != 1:
+        which = "its channels" if wanted is None else f"channel {wanted}"
+        raise _Damage(f"{name} has {which} in {len(sources)} files, not in one")
+    own = sources[0]["channels"]
+    if channels is None or set(own) <= channels:
+        return sources[0]["source"], None
+    if len(channels & set(own)) > 1:
+        raise _Damage(f"{name} has further channels than {wanted}, and only one or all of a file are read")
+    return sources[0]["source"], own.index(*(channels & set(own)))
+
+
 def _json_object(line: bytes) -> dict[str, Any] | str:
     try:
         values = json.loads(line)
@@ -727,7 +1121,7 @@ def _json_object(line: bytes) -> dict[str, Any] | str:
 class _Lines:
     """Lines of a file from an offset on; ``start`` is where the latest begins, ``position`` where the next does."""
 
-    def __init__(self, file: _File, offset: int = 0):
+    def __init__(self, file: _File | io.BytesIO, offset: int = 0):
         self.file, self.start, self.position = file, offset, offset
         self._read_to = offset
         self._lines: list[bytes] = []
@@ -818,6 +1212,8 @@ def _reader(source: Source, format: str, retries: int, files: list[str]) -> _Rea
         "arrow": _Arrow,
         "webdataset": _Tar,
         "manifest": _Manifest,
+        "kaldi": _Kaldi,
+        "lhotse": _Lhotse,
         "codes": _CodeShards,
     }
     return kinds[format](source, retries)

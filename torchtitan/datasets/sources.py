@@ -28,6 +28,10 @@ AUDIO_EXTENSIONS = frozenset("wav flac ogg oga opus mp3 aiff aif aifc au snd caf
 MANIFEST_EXTENSIONS = frozenset("jsonl json csv tsv".split())
 # Names of a table that lists the recordings of the folder it lies in.
 MANIFEST_NAMES = frozenset(f"metadata.{extension}" for extension in ("jsonl", "csv", "tsv"))
+# lhotse's manifests, as its recipes name them: cuts.jsonl.gz, librispeech_recordings_train-clean-100.jsonl.gz.
+_LHOTSE = re.compile(r"(?:.*[-._])?(cuts|recordings|supervisions)(?:[-._].*)?\.jsonl(?:\.gz)?")
+# Folders of parts of a Kaldi folder that repeat it.
+_KALDI_PARTS = re.compile(r"(?:^|/)split\d+(?:utt)?/")
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip", ".gz")
 # Names of splits that are never trained on unless they are asked for by name.
 HELD_OUT = frozenset("test validation valid val dev eval".split())
@@ -36,6 +40,8 @@ WHAT_THEY_ARE = {
     "arrow": "Arrow files",
     "audio": "audio files",
     "manifest": "manifests",
+    "kaldi": "Kaldi folders",
+    "lhotse": "lhotse manifests",
     "webdataset": "tars",
     "codes": "code shards",
 }
@@ -48,15 +54,16 @@ class Source:
     Attributes:
         name: built-in name, or the user's label.
         path: local folder or file, or hub id (``owner/name``).
-        format: what the files are: auto, parquet, arrow, audio, manifest, webdataset or codes.
+        format: what the files are: auto, parquet, arrow, audio, manifest, kaldi, lhotse, webdataset or codes.
         subset: name of a folder (or beginning of names of files) that the files lie in.
         split: likewise, for the split.
         files: glob patterns of the files, relative to ``path``; none takes every file of the format.
         exclude: names of folders, or beginnings of names of files, that rule a file out (held-out splits, subsets that
             repeat other files).
-        audio: column or key with the recording (its bytes, a struct of ``bytes`` and ``path``, or a path), or the
-            extension of recordings in a tar.
-        text: column, key or extension with the transcription, which only tasks with text need.
+        audio: column or key with the recording (its bytes, a struct of ``bytes`` and ``path`` or of ``array`` and
+            ``sampling_rate``, or a path), or the extension of recordings in a tar.
+        text: column, key, extension, or name of the file in a Kaldi folder, with the transcription, which only tasks
+            with text need.
         duration: column or key with the length of the recording: milliseconds if the name ends in ``_ms``, else
             seconds. None takes ``duration``, ``duration_ms`` or ``audio_duration``, where one is there.
         id: column or key with the name of a recording.
@@ -381,6 +388,12 @@ def check_places(section: str, part: Training | Validation) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def lhotse_name(name: str) -> str | None:
+    """What a file of this name holds if it is a manifest of lhotse's: cuts, recordings or supervisions."""
+    found = _LHOTSE.fullmatch(name)
+    return found[1] if found else None
+
+
 def kind_of(path: str, alone: bool = False) -> str | None:
     """The format of a file by its name; None if it is no data.
 
@@ -396,6 +409,10 @@ def kind_of(path: str, alone: bool = False) -> str | None:
         return "codes" if name.startswith("codes-") else None if name.startswith("cache-") and not alone else "arrow"
     if extension == "tar":
         return "webdataset"
+    if name == "wav.scp":
+        return None if _KALDI_PARTS.search(path) and not alone else "kaldi"
+    if word := lhotse_name(name):
+        return None if word == "supervisions" else "lhotse"
     if name in MANIFEST_NAMES or (alone and extension in MANIFEST_EXTENSIONS):
         return "manifest"
     return "audio" if extension in AUDIO_EXTENSIONS else None
@@ -425,12 +442,15 @@ def find_files(source: Source) -> list[str]:
 
 
 def _single_file(source: Source, path: str) -> str:
-    if path.lower().endswith(COMPRESSED):
+    kind = source.format if source.format != "auto" else kind_of(path, alone=True)
+    if kind in (None, "lhotse") and lhotse_name(path.rsplit("/", 1)[-1]) == "supervisions":
+        raise UserError(f"{path}: these are supervisions; give the recordings beside them, or the folder.")
+    if path.lower().endswith(COMPRESSED) and kind != "lhotse":
         raise UserError(f"{path}: compressed files are not read; unpack it and give the folder.")
-    if source.format == "auto" and kind_of(path, alone=True) is None:
+    if kind is None:
         raise UserError(
             f"{path}: this is no kind of file that data are read from (.parquet, .arrow, .tar, .jsonl, .json, .csv, "
-            ".tsv, or audio)."
+            ".tsv, wav.scp, or audio)."
         )
     return path
 
@@ -481,8 +501,11 @@ def _select(source: Source, found: Iterable[str], inside: str) -> list[str]:
             compressed.append(path)
     if source.format != "auto":
         by_kind = {kind: paths for kind, paths in by_kind.items() if kind == source.format}
-    elif "manifest" in by_kind:  # it names the recordings beside it
+    elif by_kind.keys() & {"manifest", "kaldi", "lhotse"}:  # they name the recordings beside them
         by_kind.pop("audio", None)
+    cuts = [path for path in by_kind.get("lhotse", []) if lhotse_name(path.rsplit("/", 1)[-1]) == "cuts"]
+    if cuts and not (source.files and source.format == "lhotse"):
+        by_kind["lhotse"] = cuts  # they are made of the recordings beside them
     by_kind = {kind: _of_split(source, paths, kind, inside) for kind, paths in by_kind.items()}
     by_kind = {kind: paths for kind, paths in by_kind.items() if paths}
     if len(by_kind) > 1:
@@ -501,7 +524,8 @@ def _select(source: Source, found: Iterable[str], inside: str) -> list[str]:
             f"{source.path}: no file{limits} fits {' or '.join(source.files)} there (data of another layout are "
             "described in a [[training.source]] table)."
         )
-    what = WHAT_THEY_ARE.get(source.format, "parquet or Arrow files, tars, metadata.jsonl or audio files")
+    anything = "parquet or Arrow files, tars, manifests (metadata.jsonl, wav.scp, cuts.jsonl) or audio files"
+    what = WHAT_THEY_ARE.get(source.format, anything)
     raise UserError(f"{source.path}: no {what}{limits} lie there.")
 
 

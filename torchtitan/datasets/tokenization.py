@@ -514,7 +514,7 @@ class Decoder:
         seconds = row.seconds
         if seconds is None and row.audio is not None:
             try:
-                size = len(row.audio) if isinstance(row.audio, bytes) else os.path.getsize(row.audio)
+                size = os.path.getsize(row.audio) if isinstance(row.audio, str) else row.size
             except OSError:
                 size = 0
             seconds = size / _BYTES_PER_SECOND

@@ -23,6 +23,7 @@ import torch.distributed as dist
 
 import torchtitan
 from torchtitan.audio.codec import FRAME_SIZE, Codec
+from torchtitan.audio.recording import Samples
 from torchtitan.audio.token_stream import TokenStream
 from torchtitan.audio.waveform import SAMPLE_RATE, AudioError, load_audio
 from torchtitan.checkpoint.speech_lm import SpeechLM, choose_device
@@ -369,10 +370,12 @@ def _encode(codec: Codec, clips: list[tuple[int, torch.Tensor]]) -> list[torch.T
     return [codes for number in range(len(pairs)) for codes in found[number]]
 
 
-def _bytes_of(source: bytes | Path | None) -> bytes | None:
-    """The bytes of a file; None if it cannot be read, which is then said where it is decoded."""
+def _bytes_of(source: bytes | Path | Samples | None) -> bytes | None:
+    """The bytes of a clip; None if they cannot be read, which is then said where it is decoded."""
     if source is None or isinstance(source, bytes):
         return source
+    if isinstance(source, Samples):
+        return f"{source.rate} Hz ".encode() + source.array.tobytes()
     try:
         return source.read_bytes()
     except OSError:

@@ -2,7 +2,7 @@
 
 A benchmark has several tasks. On the hub they are configurations of one data set (``slprl/SALMon``) or data sets of
 one owner (``speed/sWUGGY``); on disk a task is a folder of parquet files named after it, and its parent stands for
-all of them. Audio stays undecoded (``{bytes, path}``) until a clip is scored.
+all of them. Audio is ``{bytes, path}``, which stays undecoded until a clip is scored, or ``{array, sampling_rate}``.
 """
 
 import os
@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torchtitan.audio.recording import Samples, audio_of
+from torchtitan.datasets.readers import audio_fields
 from torchtitan.tools.errors import UserError, first_line
 from torchtitan.tools.hub import NotOnHub, fetch
 
@@ -56,14 +58,10 @@ class Task:
                 return
             yield row
 
-    def audio(self, row: dict[str, Any], column: str) -> bytes | Path | None:
-        """The undecoded audio in a column of a row: bytes, a path, or None where the row has no audio."""
-        value = row[column] or {}
-        if value.get("bytes") is not None:
-            return value["bytes"]
-        if value.get("path"):
-            return self.folder / value["path"]
-        return None
+    def audio(self, row: dict[str, Any], column: str) -> bytes | Path | Samples | None:
+        """The audio in a column of a row: bytes, a path, decoded samples, or None where the row has no audio."""
+        found = audio_of(row[column])
+        return self.folder / found if isinstance(found, str) else found
 
 
 def open_tasks(
@@ -168,12 +166,7 @@ def _open_folder(name: str, folder: Path, columns: tuple[str, str], split: str, 
         except (pa.ArrowInvalid, OSError) as error:
             raise DataError(f"{file}: not a readable parquet file ({first_line(error)}).") from None
         schema = parquet.schema_arrow
-        audio = [
-            field.name
-            for field in schema
-            if pa.types.is_struct(field.type) and {"bytes", "path"} <= {child.name for child in field.type}
-        ]
-        _require_columns(name, str(file), columns, schema.names, audio)
+        _require_columns(name, str(file), columns, schema)
         num_pairs += parquet.metadata.num_rows
     _require_pairs(name, str(folder), num_pairs)
     return Task(_task_name(name, split), repository or str(folder), None, columns, num_pairs, folder, files)
@@ -211,14 +204,13 @@ def _open_hub(
     return replace(_open_folder(name, folder, columns, split, repository), revision=commit)
 
 
-def _require_columns(
-    name: str, where: str, columns: Sequence[str], present: Sequence[str], audio: Sequence[str]
-) -> None:
+def _require_columns(name: str, where: str, columns: Sequence[str], schema: Any) -> None:
     for column in columns:
-        if column not in present:
-            raise DataError(f"{where}: task {name} needs the column {column!r}; there are {', '.join(present)}.")
-        if column not in audio:
-            raise DataError(f"{where}: column {column!r} of task {name} must hold audio as {{bytes, path}}.")
+        if column not in schema.names:
+            raise DataError(f"{where}: task {name} needs the column {column!r}; there are {', '.join(schema.names)}.")
+        if not audio_fields(schema.field(column).type):
+            kinds = "{bytes, path} or {array, sampling_rate}"
+            raise DataError(f"{where}: column {column!r} of task {name} must hold audio as {kinds}.")
 
 
 def _require_pairs(name: str, where: str, num_pairs: int) -> None:
