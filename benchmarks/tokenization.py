@@ -64,8 +64,9 @@ def make_clips(folder: Path, number: int) -> Path:
 
 def find_rows(dataset: str, number: int) -> Any:
     """The data set, and the first rows of it as it is read."""
+    from torchtitan.datasets.hf_dataset import Source
     from torchtitan.datasets.readers import AudioDataset, index_files
-    from torchtitan.datasets.sources import Source, find_files
+    from torchtitan.datasets.sources import find_files
 
     source = Source(name=dataset, path=dataset)
     index = index_files(source, find_files(source))

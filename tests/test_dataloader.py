@@ -21,7 +21,8 @@ from torchtitan.components import dataloader
 from torchtitan.components.dataloader import BadRows, Batch, SpeechDataLoader, max_frames_of
 from torchtitan.config.job_config import Training
 from torchtitan.datasets import order
-from torchtitan.datasets.sources import Source, sources_from_config
+from torchtitan.datasets.hf_dataset import Source
+from torchtitan.datasets.sources import sources_from_config
 from torchtitan.datasets.streams import find_data, open_streams
 from torchtitan.models.loss import IGNORE_INDEX
 from torchtitan.tools import retries
@@ -682,7 +683,7 @@ def test_a_recordings_own_file_that_was_away_is_used_again(make_loader, tmp_path
 
 
 def test_a_read_of_a_recordings_own_file_is_tried_again(make_loader, tmp_path, make_sound, monkeypatch):
-    from torchtitan.datasets import decoding, readers
+    from torchtitan.datasets import decoding, files
 
     (tmp_path / "a.flac").write_bytes(make_sound(0, 0.3))
     fails = iter([OSError(5, "Input/output error")] * 2)
@@ -698,7 +699,7 @@ def test_a_read_of_a_recordings_own_file_is_tried_again(make_loader, tmp_path, m
         return open(path, "rb")
 
     monkeypatch.setattr(retries, "FIRST_WAIT", 0.0)
-    monkeypatch.setattr(readers, "_open", open_or_fail)
+    monkeypatch.setattr(files, "open_file", open_or_fail)
     monkeypatch.setattr(decoding, "load_beginning", load)
     assert take(make_loader(tmp_path, read_retries=2))[0].counters.bad_rows == 0
 

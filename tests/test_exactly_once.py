@@ -35,7 +35,7 @@ def make_loader(settings: dict, rank: int = 0, world_size: int = 1, num_workers:
     from torchtitan.audio.codec import Codec
     from torchtitan.audio.token_stream import extend_tokenizer
     from torchtitan.components.dataloader import SpeechDataLoader, max_frames_of
-    from torchtitan.datasets.sources import Source
+    from torchtitan.datasets.hf_dataset import Source
     from torchtitan.datasets.streams import find_data, open_streams
 
     tokenizer = AutoTokenizer.from_pretrained(settings["model"])

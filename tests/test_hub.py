@@ -16,7 +16,8 @@ from tests.conftest import AUDIO_TYPE
 from tests.stand_in_hub import COMMIT, StandInHub
 from torchtitan.audio.codec import Codec
 from torchtitan.checkpoint.speech_lm import SpeechLM
-from torchtitan.datasets.sources import Source, find_files
+from torchtitan.datasets.hf_dataset import Source
+from torchtitan.datasets.sources import find_files
 from torchtitan.eval.data import open_tasks
 from torchtitan.eval.suites import SALMON, SLM21, STORY_CLOZE
 from torchtitan.tools import retries

@@ -12,10 +12,12 @@ import torch
 
 from torchtitan.audio.recording import Part
 from torchtitan.audio.waveform import AudioError, resample
-from torchtitan.datasets import readers
+from torchtitan.datasets import files, lists
 from torchtitan.datasets.decoding import UnreadError, decode_row
-from torchtitan.datasets.readers import AudioDataset, Row, index_files
-from torchtitan.datasets.sources import Source, find_files
+from torchtitan.datasets.hf_dataset import Source
+from torchtitan.datasets.readers import AudioDataset, index_files
+from torchtitan.datasets.rows import Row
+from torchtitan.datasets.sources import find_files
 from torchtitan.tools import retries
 from torchtitan.tools.errors import UserError
 
@@ -181,7 +183,7 @@ def test_names_with_equal_hashes_are_told_apart():
         def __hash__(self):
             return 1
 
-    lines = readers._Lookup(b"a 1\nb 2\n\na 3\nc", lambda line: Word(line.split()[0]) if line.split() else None)
+    lines = lists._Lookup(b"a 1\nb 2\n\na 3\nc", lambda line: Word(line.split()[0]) if line.split() else None)
     assert [lines.find(Word(name)) for name in (b"a", b"b", b"c", b"d")] == [b"a 1", b"b 2", b"c", None]
 
 
@@ -228,7 +230,7 @@ def test_paths_of_lhotse_may_be_beside_the_manifest(tmp_path, wav):
 
 @pytest.mark.parametrize("ending", ["jsonl", "jsonl.gz"])
 def test_rows_of_recordings_are_their_supervisions(tmp_path, wav, monkeypatch, ending):
-    monkeypatch.setattr(readers, "LIST_BLOCK", 2)
+    monkeypatch.setattr(lists, "LIST_BLOCK", 2)
     names = ["a", "b", "c", "d", "e"]
     path = write(tmp_path / f"m_recordings_all.{ending}", *[recording(wav, id=name) for name in names])
     rows = rows_of(tmp_path, format="lhotse")
@@ -313,7 +315,7 @@ def test_cuts_are_taken_before_the_recordings_that_they_are_made_of(tmp_path, wa
 
 
 def test_a_packed_manifest_is_unpacked_once(tmp_path, wav, monkeypatch):
-    monkeypatch.setattr(readers, "LIST_BLOCK", 4)
+    monkeypatch.setattr(lists, "LIST_BLOCK", 4)
     path = write(tmp_path / "cuts.jsonl.gz", *[cut(recording(wav), id=f"c{i}") for i in range(50)])
     data = opened(path)
     count = 0
@@ -327,7 +329,7 @@ def test_a_packed_manifest_is_unpacked_once(tmp_path, wav, monkeypatch):
     monkeypatch.setattr(gzip, "GzipFile", counting)
     assert [name_of(row) for number in range(50) for _, row in data.read([number])] == [f"c{i}" for i in range(50)]
     assert count == 1
-    monkeypatch.setattr(readers, "KEPT_BYTES", 0)  # the latest is kept however large it is
+    monkeypatch.setattr(lists, "KEPT_BYTES", 0)  # the latest is kept however large it is
     assert len(list(data.read(range(50)))) == 50
     assert count == 1
 
@@ -335,9 +337,9 @@ def test_a_packed_manifest_is_unpacked_once(tmp_path, wav, monkeypatch):
 def test_packed_manifests_that_are_too_large_or_damaged(tmp_path, wav, monkeypatch):
     path = write(tmp_path / "cuts.jsonl.gz", *[cut(recording(wav))] * 100)
     size = len(gzip.decompress(path.read_bytes()))
-    monkeypatch.setattr(readers, "UNPACKED_BYTES", size)
+    monkeypatch.setattr(lists, "UNPACKED_BYTES", size)
     assert len(rows_of(path)) == 100
-    monkeypatch.setattr(readers, "UNPACKED_BYTES", size - 1)
+    monkeypatch.setattr(lists, "UNPACKED_BYTES", size - 1)
     assert refused(path) == f"{path}: the file has more than {size - 1:,} bytes when it is unpacked; unpack it."
     path.write_bytes(path.read_bytes()[:-30])
     assert refused(path).startswith(f"{path}: ")
@@ -371,7 +373,7 @@ def test_parts_of_recordings_on_the_hub_are_read_where_they_are_cut(tmp_path, mo
 
         return Counting()
 
-    monkeypatch.setattr(readers, "_open", opened)
+    monkeypatch.setattr(files, "open_file", opened)
     row = Row("key", f"hf://datasets/owner/name/{path.name}", None, None, None, Part(40.0, 41.5))
     assert same_as_slice(row, sliced(path, 40 * RATE, round(41.5 * RATE)))
     assert file_format == "MP3" or 0 < read < path.stat().st_size / 4  # both reads of the part together
@@ -393,7 +395,7 @@ def test_a_recording_on_the_hub_that_cannot_be_read(tmp_path, monkeypatch, failu
         tries += 1
         raise failure()
 
-    monkeypatch.setattr(readers, "_open", opened)
+    monkeypatch.setattr(files, "open_file", opened)
     monkeypatch.setattr(retries, "FIRST_WAIT", 0.0)
     row = Row("key", "hf://datasets/owner/name/long.wav", None, None, None, Part(1.0, 2.0))
     with pytest.raises(UnreadError) as error:

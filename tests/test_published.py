@@ -13,7 +13,7 @@ from torch.distributed.run import get_args_parser
 from torchtitan.config.job_config import JobConfig
 from torchtitan.config.keys import DEFAULTS, RENAMED, RETIRED
 from torchtitan.config_manager import ConfigManager, from_dict, run_name
-from torchtitan.datasets.sources import find_source
+from torchtitan.datasets.hf_dataset import find_source
 from torchtitan.eval import benchmark
 from torchtitan.generation import DEFAULT_MAX_IDS
 from torchtitan.rules import check_values

@@ -21,9 +21,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from torchtitan.audio.waveform import load_audio
-from torchtitan.datasets import readers
-from torchtitan.datasets.readers import AudioDataset, DatasetIndex, RecordingFile, Row, index_files
-from torchtitan.datasets.sources import Source, find_files
+from torchtitan.datasets import files, lists, tables, tars
+from torchtitan.datasets.files import RecordingFile
+from torchtitan.datasets.hf_dataset import Source
+from torchtitan.datasets.readers import AudioDataset, DatasetIndex, index_files
+from torchtitan.datasets.rows import Row
+from torchtitan.datasets.sources import find_files
 from torchtitan.tools import retries
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.logging import logger
@@ -39,8 +42,13 @@ def no_waiting(monkeypatch):
 @pytest.fixture
 def small(monkeypatch):
     """Blocks of few rows."""
-    for name, size in (("BLOCK_ROWS", 5), ("TAR_BLOCK", 3), ("LIST_BLOCK", 3), ("BATCH_ROWS", 2)):
-        monkeypatch.setattr(readers, name, size)
+    for home, name, size in (
+        (tables, "BLOCK_ROWS", 5),
+        (tars, "TAR_BLOCK", 3),
+        (lists, "LIST_BLOCK", 3),
+        (tables, "BATCH_ROWS", 2),
+    ):
+        monkeypatch.setattr(home, name, size)
 
 
 @pytest.fixture
@@ -438,8 +446,8 @@ def test_only_needed_columns_are_read(tmp_path, monkeypatch):
     path = write_table(tmp_path / "a.parquet", **table)
     size = path.stat().st_size
     data, amount = opened(tmp_path), []
-    read = readers._File.read
-    monkeypatch.setattr(readers._File, "read", lambda self, n=-1: amount.append(n) or read(self, n))
+    read = files.File.read
+    monkeypatch.setattr(files.File, "read", lambda self, n=-1: amount.append(n) or read(self, n))
     all_rows(data)
     assert 0 < sum(amount) < size / 10
 
@@ -450,7 +458,7 @@ def test_a_row_group_is_not_read_whole(tmp_path, monkeypatch):
     table = pa.table({"audio": [noise(50_000) for _ in range(200)]})
     pq.write_table(table, path, compression="none", use_dictionary=False, write_batch_size=4)  # in many pages
     del table
-    monkeypatch.setattr(readers, "READ_BYTES", 1 << 16)
+    monkeypatch.setattr(files, "READ_BYTES", 1 << 16)
     before = pa.total_allocated_bytes()
     data, highest = opened(path), 0
     for _ in data.read(range(200)):
@@ -503,8 +511,8 @@ def test_long_names_in_tars(tmp_path, small):
 def test_the_index_of_a_tar_reads_headers_only(tmp_path, monkeypatch):
     write_members(tmp_path / "a.tar", [(f"{i}.wav", bytes(1 << 20)) for i in range(8)])
     amount = []
-    read = readers._File.read
-    monkeypatch.setattr(readers._File, "read", lambda self, n=-1: amount.append(n) or read(self, n))
+    read = files.File.read
+    monkeypatch.setattr(files.File, "read", lambda self, n=-1: amount.append(n) or read(self, n))
     opened(tmp_path)
     assert sum(amount) < 100_000
 
@@ -563,7 +571,7 @@ def test_keys_of_a_manifest_by_other_names(tmp_path):
 
 
 def test_long_manifests(tmp_path, monkeypatch):
-    monkeypatch.setattr(readers, "READ_BYTES", 100)
+    monkeypatch.setattr(files, "READ_BYTES", 100)
     path = tmp_path / "list.jsonl"
     path.write_text("\n".join(json.dumps({"path": "a.wav", "text": f"ü{i} " + "x" * (i % 150)}) for i in range(600)))
     data = opened(path)
@@ -741,7 +749,7 @@ class Flaky:
 def flaky(monkeypatch):
     def make(error: Callable[[], Exception] = lambda: OSError("the line is down"), failures: int = 0) -> Flaky:
         made = Flaky(error, failures)
-        monkeypatch.setattr(readers, "_open", made)
+        monkeypatch.setattr(files, "open_file", made)
         return made
 
     return make

@@ -22,8 +22,8 @@ from torchtitan.audio.codec import Codec
 from torchtitan.audio.waveform import load_audio, require_resampler, resample
 from torchtitan.checkpoint.speech_lm import SpeechLM
 from torchtitan.components.dataloader import SpeechDataLoader, max_frames_of
+from torchtitan.datasets.hf_dataset import Source
 from torchtitan.datasets.shards import ShardedCodes, find_shards
-from torchtitan.datasets.sources import Source
 from torchtitan.datasets.streams import find_data, open_streams
 from torchtitan.datasets.tokenization import Options, tokenize
 from torchtitan.eval.benchmark import Options as Evaluation

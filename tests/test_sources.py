@@ -10,17 +10,8 @@ from types import SimpleNamespace
 import pytest
 
 from torchtitan.config.keys import SOURCE_TYPES
-from torchtitan.datasets.sources import (
-    ALIASES,
-    HELD_OUT,
-    SOURCES,
-    Source,
-    check_place,
-    find_files,
-    find_source,
-    kind_of,
-    sources_from_config,
-)
+from torchtitan.datasets.hf_dataset import ALIASES, SOURCES, Source, find_source
+from torchtitan.datasets.sources import HELD_OUT, check_place, find_files, kind_of, sources_from_config
 from torchtitan.tools.errors import ConfigError, UserError
 
 

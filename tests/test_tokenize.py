@@ -20,10 +20,10 @@ import torchtitan.datasets.shards as shards_module
 import torchtitan.datasets.tokenization as tokenization
 from torchtitan.audio.codec import Codec, CodecError
 from torchtitan.audio.waveform import load_audio, resample
-from torchtitan.datasets import decoding, readers
-from torchtitan.datasets.readers import Row
+from torchtitan.datasets import decoding, files
+from torchtitan.datasets.hf_dataset import Source
+from torchtitan.datasets.rows import Row
 from torchtitan.datasets.shards import ShardedCodes, ShardError, find_shards
-from torchtitan.datasets.sources import Source
 from torchtitan.datasets.tokenization import Counts, Decoder, Options, tokenize
 from torchtitan.tools import retries
 from torchtitan.tools.errors import UserError
@@ -720,7 +720,7 @@ def test_a_read_of_a_recordings_own_file_is_tried_again(rows, tmp_path, monkeypa
         return torch.zeros(12_000), 0.5
 
     monkeypatch.setattr(retries, "FIRST_WAIT", 0.0)
-    monkeypatch.setattr(readers, "_open", open_or_fail)
+    monkeypatch.setattr(files, "open_file", open_or_fail)
     monkeypatch.setattr(decoding, "load_beginning", load)
     rows.read = lambda numbers: iter([(0, Row("a", str(tmp_path / "a.wav"), None, None))])
     (found,) = Decoder(rows, None, 1, ahead_seconds=2.0)(range(1))

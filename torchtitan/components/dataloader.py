@@ -39,10 +39,10 @@ from torchtitan.audio.codec import FRAME_RATE, FRAME_SIZE, Codec, CodecError
 from torchtitan.audio.token_stream import TokenStream, mark_ids
 from torchtitan.audio.waveform import SAMPLE_RATE, AudioError
 from torchtitan.datasets.decoding import UnreadError, decode_row
+from torchtitan.datasets.hf_dataset import Source
 from torchtitan.datasets.order import Mixture, Permutation
 from torchtitan.datasets.packing import best_fit_decreasing
-from torchtitan.datasets.readers import Row
-from torchtitan.datasets.sources import Source
+from torchtitan.datasets.rows import Row
 from torchtitan.datasets.streams import AudioStream, CodeItem, CodeStream
 from torchtitan.models.loss import IGNORE_INDEX
 from torchtitan.tools.errors import UserError

@@ -279,7 +279,7 @@ class Training:
 
     dataset: str = "peoples_speech"
     """
-    Name of a data set. The names and what they stand for are in torchtitan/datasets/sources.py. With
+    Name of a data set. The names and what they stand for are in torchtitan/datasets/hf_dataset.py. With
     [[training.source]] tables it only names the run.
     """
 

@@ -6,7 +6,9 @@ from types import SimpleNamespace
 import torch
 
 from torchtitan.audio.waveform import AudioError, load_beginning
-from torchtitan.datasets.readers import AudioDataset, RecordingFile, Row, index_files
+from torchtitan.datasets.files import RecordingFile
+from torchtitan.datasets.readers import AudioDataset, index_files
+from torchtitan.datasets.rows import Row
 from torchtitan.datasets.sources import find_files, sources_from_config
 from torchtitan.tools.errors import first_line
 from torchtitan.tools.logging import logger

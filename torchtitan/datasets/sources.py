@@ -1,16 +1,15 @@
-"""Data sets: the public ones that are known by name, those that a TOML file describes, and the files of both.
+"""From what the settings say to the files of data sets.
 
-A :class:`Source` says where a data set lies and which of its files, columns and recordings are meant. The table
-:data:`SOURCES` holds the facts of public data sets; a ``[[training.source]]`` table of a settings file describes any
-other one, or changes a known one (:func:`sources_from_config`). :func:`find_files` lists its files, locally or on the
-hub; :mod:`torchtitan.datasets.readers` reads them.
+A ``[[training.source]]`` table describes a data set, or changes one that hf_dataset.py knows by name
+(:func:`sources_from_config`). :func:`find_files` lists its files, locally or on the hub;
+:mod:`torchtitan.datasets.readers` reads them.
 """
 
 import math
 import os
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -18,6 +17,7 @@ from urllib.parse import quote
 from torchtitan.config.job_config import Training, Validation
 from torchtitan.config.keys import said
 from torchtitan.config.values import read_sources
+from torchtitan.datasets.hf_dataset import ALIASES, SOURCES, Source, find_source
 from torchtitan.tools.errors import ConfigError, UserError, first_line
 from torchtitan.tools.hub import HUB_NAME
 from torchtitan.tools.logging import logger
@@ -45,200 +45,6 @@ WHAT_THEY_ARE = {
     "webdataset": "tars",
     "codes": "code shards",
 }
-
-
-@dataclass(frozen=True)
-class Source:
-    """The facts of a data set.
-
-    Attributes:
-        name: built-in name, or the user's label.
-        path: local folder or file, or hub id (``owner/name``).
-        format: what the files are: auto, parquet, arrow, audio, manifest, kaldi, lhotse, webdataset or codes.
-        subset: name of a folder (or beginning of names of files) that the files lie in.
-        split: likewise, for the split.
-        files: glob patterns of the files, relative to ``path``; none takes every file of the format.
-        exclude: names of folders, or beginnings of names of files, that rule a file out (held-out splits, subsets that
-            repeat other files).
-        audio: column or key with the recording (its bytes, a struct of ``bytes`` and ``path`` or of ``array`` and
-            ``sampling_rate``, or a path), or the extension of recordings in a tar.
-        text: column, key, extension, or name of the file in a Kaldi folder, with the transcription, which only tasks
-            with text need.
-        duration: column or key with the length of the recording: milliseconds if the name ends in ``_ms``, else
-            seconds. None takes ``duration``, ``duration_ms`` or ``audio_duration``, where one is there.
-        id: column or key with the name of a recording.
-        weight: share of the samples drawn from this source; either all sources of a mixture have one or none.
-        min_seconds, max_seconds: recordings that are shorter or longer are left out.
-        revision: branch, tag or commit on the hub.
-        hours: size, as the publisher states it.
-        licence: as the publisher states it.
-        download: how to get the data, where it cannot be read from the hub as it lies there.
-    """
-
-    name: str
-    path: str
-    format: str = "auto"
-    subset: str | None = None
-    split: str | None = None
-    files: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
-    audio: str = "audio"
-    text: str = "text"
-    duration: str | None = None
-    id: str = "id"
-    weight: float | None = None
-    min_seconds: float | None = None
-    max_seconds: float | None = None
-    revision: str | None = None
-    hours: float | None = None
-    licence: str = ""
-    download: str = ""
-
-    def admits(self, seconds: float | None) -> bool:
-        """Whether the limits admit a recording of this length; one of unknown length is admitted for the time being."""
-        if seconds is None:
-            return True
-        return (self.min_seconds or 0.0) <= seconds and (self.max_seconds is None or seconds <= self.max_seconds)
-
-
-# A public data set is one entry here. An entry whose path starts with ./ cannot be read from the hub as it lies there.
-SOURCES = {
-    source.name: source
-    for source in (
-        Source(
-            name="peoples_speech",
-            path="MLCommons/peoples_speech",
-            format="parquet",
-            files=("**/train-*.parquet",),
-            exclude=("microset", "validation", "test"),
-            duration="duration_ms",
-            hours=30_000,
-            licence="CC BY and CC BY-SA",
-        ),
-        Source(
-            name="librispeech_asr_train",
-            path="openslr/librispeech_asr",
-            format="parquet",
-            files=("**/train.500/*.parquet",),
-            exclude=("all", "clean"),
-            hours=500,
-            licence="CC BY 4.0",
-        ),
-        Source(
-            name="librispeech_960",
-            path="openslr/librispeech_asr",
-            format="parquet",
-            files=("**/train.*/*.parquet",),
-            exclude=("all",),
-            hours=960,
-            licence="CC BY 4.0",
-        ),
-        Source(
-            name="librispeech_asr_test",
-            path="openslr/librispeech_asr",
-            format="parquet",
-            files=("clean/test/*.parquet",),
-            hours=5,
-            licence="CC BY 4.0",
-        ),
-        # Whole chapters in FLAC, without transcriptions: small/SPEAKER/BOOK/NAME.flac.
-        Source(
-            name="libri_light",
-            path="./data/libri_light",
-            format="audio",
-            files=("**/small/**/*.flac", "**/medium/**/*.flac", "**/large/**/*.flac"),
-            hours=57_700,
-            licence="public domain",
-            download="download small.tar, medium.tar and large.tar, which github.com/facebookresearch/libri-light "
-            "links to, and unpack them in one folder",
-        ),
-        # Tars of MP3 and JSON; access is granted on the hub.
-        Source(
-            name="emilia",
-            path="amphion/Emilia-Dataset",
-            format="webdataset",
-            files=("**/Emilia/EN/*.tar",),
-            audio="mp3",
-            duration="duration",
-            hours=46_800,
-            licence="CC BY-NC 4.0",
-        ),
-        Source(
-            name="emilia_yodas",
-            path="amphion/Emilia-Dataset",
-            format="webdataset",
-            files=("**/Emilia-YODAS/EN/*.tar",),
-            audio="mp3",
-            duration="duration",
-            hours=92_200,
-            licence="CC BY 4.0",
-        ),
-        # The transcribed part, tars of WAV once they are unpacked. Transcriptions lie in a table that names no files.
-        Source(
-            name="voxpopuli",
-            path="./data/voxpopuli",
-            format="audio",
-            files=("**/en/train/**/*.wav",),
-            hours=520,
-            licence="CC0 1.0",
-            download="hf download facebook/voxpopuli --repo-type dataset --include 'data/en/train/*' --local-dir "
-            "./data/voxpopuli, and unpack each tar.gz where it lies",
-        ),
-        # English, which facebook/multilingual_librispeech lacks on the hub.
-        Source(
-            name="mls_english",
-            path="parler-tts/mls_eng",
-            format="parquet",
-            files=("**/train-*.parquet", "**/train/*.parquet"),
-            exclude=("dev", "test"),
-            text="transcript",
-            duration="audio_duration",
-            hours=44_500,
-            licence="CC BY 4.0",
-        ),
-        # Segments as WAV once the tars are unpacked; access is granted on the hub. The larger sets add to the smaller.
-        Source(
-            name="gigaspeech",
-            path="./data/gigaspeech",
-            format="audio",
-            files=("**/xs_files/**/*.wav", "**/*_files_additional/**/*.wav"),
-            exclude=("dev", "test"),
-            hours=10_000,
-            licence="for non-commercial research and education",
-            download="hf download speechcolab/gigaspeech --repo-type dataset --include 'data/audio/*' --local-dir "
-            "./data/gigaspeech, and unpack each tar.gz where it lies",
-        ),
-        # Whatever lies below one folder, in proportion to its size.
-        Source(
-            name="mixture",
-            path="./data",
-            format="parquet",
-            files=("**/*train*.parquet", "**/*train*/*.parquet"),
-            exclude=("microset", "validation", "test", "dev"),
-            download="put the data sets there, or name others in [[training.source]] tables",
-        ),
-    )
-}
-ALIASES = {
-    "all": "mixture",
-    "librispeech": "librispeech_960",
-    "librispeech_asr": "librispeech_asr_test",
-}
-
-
-def find_source(name: str) -> Source:
-    """The entry of a data set's name or alias.
-
-    Raises:
-        UserError: there is none.
-    """
-    try:
-        return SOURCES[ALIASES.get(name, name)]
-    except KeyError:
-        known = ", ".join(sorted([*SOURCES, *ALIASES]))
-        raise UserError(
-            f"unknown data set {name!r} (known: {known}); any other is described by a [[training.source]] table."
-        ) from None
 
 
 def sources_from_config(part: Any, what: str = "training") -> list[Source]:

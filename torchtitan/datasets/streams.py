@@ -13,10 +13,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from torchtitan.datasets.hf_dataset import Source
 from torchtitan.datasets.order import BlockOrder, Mixture, PermutedOrder
-from torchtitan.datasets.readers import AudioDataset, DatasetIndex, Row, index_files
+from torchtitan.datasets.readers import AudioDataset, DatasetIndex, index_files
+from torchtitan.datasets.rows import Row
 from torchtitan.datasets.shards import ShardedCodes
-from torchtitan.datasets.sources import Source, find_files
+from torchtitan.datasets.sources import find_files
 from torchtitan.tools.errors import UserError
 
 

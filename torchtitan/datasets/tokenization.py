@@ -39,7 +39,9 @@ import torch
 from torchtitan.audio.codec import FRAME_RATE, Codec, CodecError
 from torchtitan.audio.waveform import SAMPLE_RATE, AudioError
 from torchtitan.datasets.decoding import decode_row
-from torchtitan.datasets.readers import AudioDataset, DatasetIndex, Row, index_files
+from torchtitan.datasets.hf_dataset import ALIASES, SOURCES, Source
+from torchtitan.datasets.readers import AudioDataset, DatasetIndex, index_files
+from torchtitan.datasets.rows import Row
 from torchtitan.datasets.shards import (
     FORMAT,
     Recording,
@@ -51,7 +53,7 @@ from torchtitan.datasets.shards import (
     write_atomically,
     write_part,
 )
-from torchtitan.datasets.sources import ALIASES, SOURCES, Source, find_files, sources_from_config
+from torchtitan.datasets.sources import find_files, sources_from_config
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.logging import quiet_transformers
 from torchtitan.tools.memory import tune_malloc

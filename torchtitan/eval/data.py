@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from torchtitan.audio.recording import Samples, audio_of
-from torchtitan.datasets.readers import audio_fields
+from torchtitan.datasets.tables import audio_fields
 from torchtitan.tools.errors import UserError, first_line
 from torchtitan.tools.hub import NotOnHub, fetch
 
