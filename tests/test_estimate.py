@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from scripts import estimate as script
-from tests.test_train import ROOT, arguments, launch  # noqa: F401 - a fixture
+from tests.conftest import ROOT, launch
 from torchtitan import train
 from torchtitan.components.checkpoint import find_checkpoint, read_state
 from torchtitan.components.optimizer import build_optimizer, optimizer_tensors
@@ -122,7 +122,7 @@ def test_activations_under_checkpointing():
     assert kept["selective"] == (kept["none"] + kept["full"]) / 2
 
 
-def test_size_of_a_checkpoint(arguments, tmp_path):  # noqa: F811
+def test_size_of_a_checkpoint(arguments, tmp_path):
     launch(arguments(tmp_path), 1)
     step = find_checkpoint(tmp_path / "run")
     args = Llama3Args(**read_state(step)["model_args"])

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.test_train import STEPS, arguments, launch  # noqa: F401 - a fixture
+from tests.conftest import STEPS, launch
 from torchtitan import train
 from torchtitan.config_manager import ConfigManager
 
@@ -45,7 +45,7 @@ def accuracies(folder: Path) -> dict[int, dict[str, float]]:
     return {line.pop("step"): line for line in lines if "evaluation/accuracy" in line}
 
 
-def test_the_figures_are_those_of_the_benchmark(arguments, pairs, tmp_path, mimi_folder, capfd):  # noqa: F811
+def test_the_figures_are_those_of_the_benchmark(arguments, pairs, tmp_path, mimi_folder, capfd):
     from torchtitan.eval.benchmark import SALMON, Options, command
 
     launch(arguments(tmp_path, 1, *options(pairs), "--checkpoint.last_save_in_hf", "--optimizer.lr", "1e-2"), 1)
@@ -54,7 +54,9 @@ def test_the_figures_are_those_of_the_benchmark(arguments, pairs, tmp_path, mimi
     assert "1 clips cannot be read" in capfd.readouterr().err
 
     model = tmp_path / "run" / "hf" / f"step-{STEPS}"
-    given = Options(str(pairs), str(model), str(mimi_folder), str(tmp_path / "results"), device="cpu", dtype="float32")
+    given = Options(
+        str(pairs), str(model), str(mimi_folder), output_dir=str(tmp_path / "results"), device="cpu", dtype="float32"
+    )
     assert command(SALMON, given) == 1
     expected = json.loads(next((tmp_path / "results").rglob("accuracy.json")).read_text())
     assert {name: found[STEPS][f"evaluation/accuracy_{name}"] for name in expected} == pytest.approx(expected)
@@ -70,14 +72,14 @@ SPLITS = {
 
 
 @pytest.mark.parametrize("name", ["PP", *(pytest.param(name, marks=pytest.mark.slow) for name in ("FSDP", "TP"))])
-def test_two_ranks_find_the_same(arguments, pairs, tmp_path, name):  # noqa: F811
+def test_two_ranks_find_the_same(arguments, pairs, tmp_path, name):
     still = options(pairs, "--optimizer.lr", "1e-20", "--training.steps", "1", "--validation.no-enabled")
     launch(arguments(tmp_path / "one", 1, *still), 1)
     launch(arguments(tmp_path / "two", 2, *still, *SPLITS[name], "--training.global_batch_size", "4"), 2)
     assert accuracies(tmp_path / "two") == accuracies(tmp_path / "one")
 
 
-def test_a_fixed_choice_of_pairs(arguments, pairs, tmp_path, caplog):  # noqa: F811
+def test_a_fixed_choice_of_pairs(arguments, pairs, tmp_path, caplog):
     launch(arguments(tmp_path, 1, *options(pairs, "--evaluation.max_pairs_per_task", "2")), 1)
     assert "of 4 pairs" in caplog.text or "of 3 pairs" in caplog.text
 
@@ -91,7 +93,7 @@ def test_a_fixed_choice_of_pairs(arguments, pairs, tmp_path, caplog):  # noqa: F
         (("--evaluation.freq", "3", "--evaluation.evaluation_freq", "4"), "evaluation.evaluation_freq"),
     ],
 )
-def test_wrong_input_is_one_line(arguments, pairs, tmp_path, capfd, more, sentence):  # noqa: F811
+def test_wrong_input_is_one_line(arguments, pairs, tmp_path, capfd, more, sentence):
     if "4" in more:  # the later one of two equal settings counts
         assert ConfigManager().parse_args(list(more)).evaluation.freq == 4
         return
@@ -99,7 +101,7 @@ def test_wrong_input_is_one_line(arguments, pairs, tmp_path, capfd, more, senten
     assert sentence in capfd.readouterr().err
 
 
-def test_a_folder_without_pairs_is_one_line(arguments, tmp_path, capfd):  # noqa: F811
+def test_a_folder_without_pairs_is_one_line(arguments, tmp_path, capfd):
     (tmp_path / "empty").mkdir()
     assert train.main(arguments(tmp_path, 1, *options(tmp_path / "empty"))) == 2
     assert "nothing to evaluate" in capfd.readouterr().err
