@@ -246,7 +246,7 @@ def test_code_in_a_field_of_the_metadata_does_not_run(saved, tmp_path):
 def test_code_in_the_metadata_of_a_rank_does_not_run(saved, tmp_path, model):
     (saved / ".metadata").rename(saved / "moved")
     (saved / "__0.metadata").write_bytes(pickle.dumps(Planted(tmp_path / "mark")))
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match="not to be trusted"):
         read_tensors({f"model.{name}": p.detach() for name, p in model.weights()}, saved)
     with pytest.raises(UserError, match="not to be trusted"):
         CheckpointReader(saved).read_metadata(rank=0)
