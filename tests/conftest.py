@@ -50,23 +50,18 @@ def require_devices(ranks: int) -> None:
         pytest.skip(f"{ranks} ranks take a GPU each, and there are {found}; CUDA_VISIBLE_DEVICES= runs this on the CPU")
 
 
-def torchrun(program: list[str], ranks: int) -> None:
-    """Run a program with its arguments on several ranks of this machine."""
-    require_devices(ranks)
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--master_port=0"]
-    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", *program]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
 def launch(arguments: list[str], ranks: int) -> None:
     """Run the trainer: in this process for one rank, under torchrun for several."""
-    if ranks > 1:
-        torchrun(["-m", "torchtitan.train", *arguments], ranks)
-        return
-    from torchtitan import train
+    if ranks == 1:
+        from torchtitan import train
 
-    assert train.main(arguments) == 0
+        assert train.main(arguments) == 0
+        return
+    require_devices(ranks)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--master_port=0"]
+    command = [*torchrun, "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "-m", "torchtitan.train", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def figures(folder: Path) -> dict[tuple[int, str], float]:

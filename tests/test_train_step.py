@@ -1,12 +1,15 @@
 """A step against transformers and numbers worked out by hand: its loss, its gradients and its learning rate.
 
-The trainer runs from its command line: one rank in this process, two ranks as processes of this very file. Before each
+The trainer runs from its command line, in this process; a second rank is a process of this very file. Before each
 update a hook of torch's notes what the optimizer is given.
 """
 
 import math
+import os
 import re
 import shutil
+import socket
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from tests.conftest import figures, torchrun
+from tests.conftest import ROOT, figures, require_devices
 from torchtitan import train
 from torchtitan.components.dataloader import Batch
 from torchtitan.models.llama3.weights import hf_names
@@ -57,6 +60,33 @@ def observe(arguments: list[str]) -> dict[int, dict[str, Any]]:
         patch.setattr(train, "train_step", observed)
         assert train.main(arguments) == 0
     return seen
+
+
+def observe_two(arguments: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[int, dict[str, Any]]]:
+    """The same of two ranks, this process and another one."""
+    require_devices(2)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    for name, value in {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}.items():
+        monkeypatch.setenv(name, value)
+    arguments = [*arguments, "--comm.init_timeout_seconds", "60"]
+    command = [sys.executable, "-m", "tests.test_train_step", str(folder / "seen.pt"), *arguments]
+    other = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "RANK": "1", "LOCAL_RANK": "1", "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    monkeypatch.setenv("RANK", "0")
+    try:
+        first = observe(arguments)
+    finally:
+        said = other.communicate(timeout=60)[0]
+    assert other.returncode == 0, said[-3000:]
+    return [first, torch.load(folder / "seen.pt", weights_only=False)]
 
 
 def num_targets(clip: int) -> int:
@@ -119,16 +149,12 @@ IN_BACKWARD = ("--optimizer.early_step_in_backward", "--training.max_norm", "0")
     ],
 )
 def test_loss_and_gradients_are_those_of_the_mean_over_all_targets(
-    arguments, make_base_model, tmp_path, ranks, tied, options
+    arguments, make_base_model, tmp_path, monkeypatch, ranks, tied, options
 ):
     base = make_base_model(tied=tied)
     run = arguments(tmp_path, ranks, *UNCLIPPED, *options, "--training.steps", "2", "--model.name", str(base))
     run += ["--validation.no-enabled", "--checkpoint.no-enable_checkpoint", "--training.seed", "1"]
-    if ranks == 1:
-        seen = [observe(run)]
-    else:
-        torchrun(["-m", "tests.test_train_step", str(tmp_path), *run], ranks)
-        seen = [torch.load(tmp_path / f"seen-{rank}.pt", weights_only=False) for rank in range(ranks)]
+    seen = [observe(run)] if ranks == 1 else observe_two(run, tmp_path, monkeypatch)
     logged = figures(tmp_path)
     # Means of each microbatch, or of each rank, have to be something else.
     counts = [[int((batch.targets >= 0).sum()) for batch in rank[1]["microbatches"]] for rank in seen]
@@ -201,5 +227,4 @@ def test_the_schedules_rate_of_each_step_reaches_the_optimizer(arguments, tmp_pa
 if __name__ == "__main__":
     output, *given = sys.argv[1:]
     torch.set_num_threads(1)
-    result = observe(given)
-    torch.save(result, Path(output) / f"seen-{train.rank()}.pt")
+    torch.save(observe(given), output)
