@@ -4,6 +4,8 @@ import functools
 import io
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,11 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile
 import torch
+import torch.distributed as dist
 
+ROOT = Path(__file__).resolve().parent.parent
+# Of the runs that the fixture ``arguments`` describes: how many steps, and after how many of them is saved.
+STEPS, CUT = 6, 3
 AUDIO_TYPE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
 LLAMA3_SCALING = {
@@ -42,6 +48,27 @@ def require_devices(ranks: int) -> None:
     """Skip a test whose ranks would each take a GPU, where there are some, but fewer."""
     if torch.cuda.is_available() and (found := torch.cuda.device_count()) < ranks:
         pytest.skip(f"{ranks} ranks take a GPU each, and there are {found}; CUDA_VISIBLE_DEVICES= runs this on the CPU")
+
+
+def launch(arguments: list[str], ranks: int) -> None:
+    """Run the trainer: in this process for one rank, under torchrun for several."""
+    if ranks == 1:
+        from torchtitan import train
+
+        assert train.main(arguments) == 0
+        return
+    require_devices(ranks)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--master_port=0"]
+    command = [*torchrun, "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "-m", "torchtitan.train", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def figures(folder: Path) -> dict[tuple[int, str], float]:
+    """Every loss, norm and rate of a run, by step and name."""
+    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    kept = ("loss", "grad_norm", "lr", "validation/loss", "validation/loss_q3")
+    return {(line["step"], name): line[name] for line in lines for name in kept if name in line}
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -317,6 +344,41 @@ def speech_folder(tmp_path_factory, make_sound, write_rows) -> Path:
     path = folder / "librispeech_asr" / "clean" / "test" / "0000.parquet"
     write_rows(path, rows, file=[f"{i}.flac" for i in range(3)], speaker_id=[1] * 3, chapter_id=[2] * 3)
     return folder
+
+
+@pytest.fixture
+def arguments(make_base_model, mimi_folder, speech_folder) -> Callable[..., list[str]]:
+    """A function that gives the arguments of a run of :data:`STEPS` steps on small parts, with accumulation, validation
+    and checkpoints.
+
+    Args of the function:
+        folder: the run is in its folder ``run``.
+        ranks: on how many.
+        more: further arguments.
+    """
+
+    def make(folder: Path, ranks: int = 1, *more: str) -> list[str]:
+        return [
+            *("--job.dump_folder", str(folder), "--job.wandb_run_name", "run"),
+            *("--model.name", str(make_base_model()), "--model.audio_tokenizer", str(mimi_folder)),
+            *("--training.dataset_path", str(speech_folder / "peoples_speech")),
+            *("--training.steps", str(STEPS), "--training.seq_len", "128", "--training.local_batch_size", "2"),
+            *("--training.global_batch_size", str(4 * ranks), "--training.mixed_precision_param", "float32"),
+            *("--validation.enabled", "--validation.dataset_path", str(speech_folder / "librispeech_asr")),
+            *("--validation.freq", "2", "--validation.seq_len", "128", "--validation.local_batch_size", "2"),
+            *("--checkpoint.enable_checkpoint", "--checkpoint.interval", str(CUT)),
+            *("--metrics.log_freq", "1", "--lr_scheduler.warmup_steps", "2", *more),
+        ]
+
+    return make
+
+
+@pytest.fixture
+def one_rank():
+    """A process group of this process alone, for what needs one."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="session")

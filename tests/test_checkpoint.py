@@ -10,11 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import _async_process_executor
 
-from tests.test_train import STEPS, arguments, figures, launch  # noqa: F401 - a fixture
+from tests.conftest import STEPS, figures, launch
 from torchtitan import train
 from torchtitan.checkpoint import manager as checkpoint
 from torchtitan.checkpoint.manager import (
@@ -38,7 +37,7 @@ ASYNC = pytest.mark.parametrize("mode", ["async", "async_with_pinned_mem"])
 
 
 @ASYNC
-def test_runs_that_save_in_the_background_save_the_same(arguments, tmp_path, mode):  # noqa: F811
+def test_runs_that_save_in_the_background_save_the_same(arguments, tmp_path, mode):
     launch(arguments(tmp_path / "plain"), 1)
     launch(arguments(tmp_path / "other", 1, "--checkpoint.async_mode", mode), 1)
     assert figures(tmp_path / "other") == figures(tmp_path / "plain")
@@ -50,7 +49,7 @@ def test_runs_that_save_in_the_background_save_the_same(arguments, tmp_path, mod
     assert not list((tmp_path / "other" / "run" / "checkpoint").glob(".*"))
 
 
-def test_a_machine_whose_name_leads_nowhere_saves_in_the_background(arguments, tmp_path, monkeypatch):  # noqa: F811
+def test_a_machine_whose_name_leads_nowhere_saves_in_the_background(arguments, tmp_path, monkeypatch):
     """As that of a container without a network, where torch would look it up."""
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     monkeypatch.setattr(_async_process_executor, "_get_fq_hostname", lambda: "no-such-host.invalid")
@@ -60,7 +59,7 @@ def test_a_machine_whose_name_leads_nowhere_saves_in_the_background(arguments, t
 
 @ASYNC
 @pytest.mark.slow
-def test_two_ranks_save_in_the_background_and_resume(arguments, tmp_path, mode):  # noqa: F811
+def test_two_ranks_save_in_the_background_and_resume(arguments, tmp_path, mode):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     more = ("--checkpoint.async_mode", mode, "--checkpoint.interval", "1")
     launch(arguments(whole, 2, *more), 2)
@@ -68,13 +67,6 @@ def test_two_ranks_save_in_the_background_and_resume(arguments, tmp_path, mode):
     launch(arguments(cut, 2, *more), 2)
     expected = {key: value for key, value in figures(whole).items() if key[0] > 3}
     assert figures(cut) == expected
-
-
-@pytest.fixture
-def one_rank():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.fixture
@@ -194,7 +186,7 @@ def garble_state(step: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [cut, flip, remove, garble_metadata, garble_state])
-def test_a_run_falls_back_to_the_newest_step_that_is_whole(arguments, tmp_path, damage):  # noqa: F811
+def test_a_run_falls_back_to_the_newest_step_that_is_whole(arguments, tmp_path, damage):
     launch(arguments(tmp_path, 1, "--checkpoint.interval", "2"), 1)
     expected = figures(tmp_path)
     folder = tmp_path / "run" / "checkpoint"
@@ -207,7 +199,7 @@ def test_a_run_falls_back_to_the_newest_step_that_is_whole(arguments, tmp_path, 
     assert len(list(folder.glob("step-4.damaged-*"))) == 1
 
 
-def test_a_damaged_step_that_is_asked_for_is_an_error(arguments, tmp_path, capfd):  # noqa: F811
+def test_a_damaged_step_that_is_asked_for_is_an_error(arguments, tmp_path, capfd):
     launch(arguments(tmp_path), 1)
     flip(tmp_path / "run" / "checkpoint" / "step-3")
     assert train.main(arguments(tmp_path, 1, "--checkpoint.load_step", "3")) == 2
@@ -254,7 +246,7 @@ def test_code_in_a_field_of_the_metadata_does_not_run(saved, tmp_path):
 def test_code_in_the_metadata_of_a_rank_does_not_run(saved, tmp_path, model):
     (saved / ".metadata").rename(saved / "moved")
     (saved / "__0.metadata").write_bytes(pickle.dumps(Planted(tmp_path / "mark")))
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match="not to be trusted"):
         read_tensors({f"model.{name}": p.detach() for name, p in model.weights()}, saved)
     with pytest.raises(UserError, match="not to be trusted"):
         CheckpointReader(saved).read_metadata(rank=0)
@@ -303,7 +295,7 @@ def test_nothing_but_tensors_and_json_is_saved(saved):
 # --- ways to start and to end
 
 
-def test_a_seed_checkpoint_starts_the_same_run(arguments, tmp_path):  # noqa: F811
+def test_a_seed_checkpoint_starts_the_same_run(arguments, tmp_path):
     launch(arguments(tmp_path / "plain"), 1)
     launch(arguments(tmp_path / "seeded", 1, "--checkpoint.create_seed_checkpoint"), 1)
     assert find_steps(tmp_path / "seeded" / "run" / "checkpoint") == [0]
@@ -311,7 +303,7 @@ def test_a_seed_checkpoint_starts_the_same_run(arguments, tmp_path):  # noqa: F8
     assert figures(tmp_path / "seeded") == figures(tmp_path / "plain")
 
 
-def test_a_seed_checkpoint_is_made_once_and_by_one_rank(arguments, tmp_path, monkeypatch, capfd):  # noqa: F811
+def test_a_seed_checkpoint_is_made_once_and_by_one_rank(arguments, tmp_path, monkeypatch, capfd):
     launch(arguments(tmp_path), 1)
     assert train.main(arguments(tmp_path, 1, "--checkpoint.create_seed_checkpoint", "--training.steps", "9")) == 2
     assert "it cannot have a seed" in capfd.readouterr().err
@@ -320,7 +312,7 @@ def test_a_seed_checkpoint_is_made_once_and_by_one_rank(arguments, tmp_path, mon
     assert "it is made by one rank, not by 2" in capfd.readouterr().err
 
 
-def test_a_run_ends_and_another_starts_in_hugging_face_format(arguments, tmp_path):  # noqa: F811
+def test_a_run_ends_and_another_starts_in_hugging_face_format(arguments, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     options = ("--checkpoint.last_save_in_hf", "--checkpoint.export_dtype", "bfloat16")
@@ -345,7 +337,7 @@ def test_a_run_ends_and_another_starts_in_hugging_face_format(arguments, tmp_pat
 
 
 def test_a_hugging_face_model_of_other_sizes_or_for_more_than_weights_is_refused(
-    arguments,  # noqa: F811
+    arguments,
     make_base_model,
     tmp_path,
     capfd,
@@ -357,7 +349,7 @@ def test_a_hugging_face_model_of_other_sizes_or_for_more_than_weights_is_refused
     assert "has no optimizer state" in capfd.readouterr().err
 
 
-def test_parts_can_be_left_out_of_loading(arguments, tmp_path):  # noqa: F811
+def test_parts_can_be_left_out_of_loading(arguments, tmp_path):
     launch(arguments(tmp_path), 1)
 
     def resumed(name: str, *parts: str) -> dict[tuple[int, str], float]:

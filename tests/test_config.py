@@ -103,6 +103,8 @@ def test_every_way_to_write_a_switch(toml, argv, expected):
         (["--optimizer.lr", "1"], "optimizer.lr", 1.0),
         (["--lr_scheduler.decay_ratio", "none"], "lr_scheduler.decay_ratio", None),
         (["--training.seed=None"], "training.seed", None),
+        (["--evaluation.freq", "3", "--evaluation.evaluation_freq", "4"], "evaluation.freq", 4),
+        (["--evaluation.evaluation_freq", "4", "--evaluation.freq", "3"], "evaluation.freq", 3),
         (["--training.dataset_path", ""], "training.dataset_path", None),
         (["--job.description", "a = b, --c"], "job.description", "a = b, --c"),
         (["--job.description=--x"], "job.description", "--x"),
@@ -477,7 +479,7 @@ def test_wrong_source_tables_are_refused_in_one_line(toml, section, table, parts
 
 def test_sources_that_contradict_other_settings(toml):
     two = '[[training.source]]\npath = "a/b"\nweight = 1\n[[training.source]]\npath = "c/d"\n'
-    assert error(toml(two)) == "[[training.source]] 2: weight is missing; either all tables have one or none."
+    assert error(toml(two)).startswith("[[training.source]] 2: weight is missing")
     both = '[training]\ndataset_path = "a/b"\n[[training.source]]\npath = "a/b"\n'
     assert error(toml(both)).startswith('training.dataset_path = "a/b": the [[training.source]] tables say')
     for wrong in ('[training.source]\npath = "a/b"\n', "[training]\nsource = 3\n", '[training]\nsource = ["a/b"]\n'):
@@ -512,7 +514,8 @@ def test_a_built_in_source_that_must_be_downloaded_says_how(here, tmp_path, monk
 
 def test_settings_that_would_have_no_effect_are_refused():
     assert "last_save_model_only" in error("--checkpoint.export_dtype=bfloat16")
-    assert parse("--checkpoint.export_dtype=bfloat16", "--checkpoint.last_save_model_only")
+    accepted = parse("--checkpoint.export_dtype=bfloat16", "--checkpoint.last_save_model_only")
+    assert accepted.checkpoint.export_dtype == "bfloat16"
     assert "enable_checkpoint" in error("--checkpoint.load_step=5")
     assert "enable_checkpoint" in error("--checkpoint.initial_load_path=/tmp")
 
@@ -520,7 +523,7 @@ def test_settings_that_would_have_no_effect_are_refused():
 def test_flavors():
     assert "pretrained" in error("--model.flavor=debug")
     assert parse("--model.flavor=debug", "--model.no-pretrained").model.flavor == "debug"
-    assert parse("--model.flavor=1B", "--model.name=meta-llama/Llama-3.2-1B")
+    assert parse("--model.flavor=1B", "--model.name=meta-llama/Llama-3.2-1B").model.flavor == "1B"
     assert "not of that size" in error("--model.flavor=3B", "--model.name=llm-jp/Llama-Mimi-1.3B")
     assert "model.flavor" in error("--model.flavor=tiny")
 

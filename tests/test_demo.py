@@ -108,7 +108,8 @@ def listen(server: DemoServer, query: str = "", body: bytes | None = None) -> tu
 def assert_same_speech(one: np.ndarray, other: np.ndarray) -> None:
     """Equal up to rounding: pieces of other lengths are summed in another order."""
     assert one.shape == other.shape
-    assert one.size == 0 or np.abs(one.astype(int) - other).max() <= 1
+    assert one.size > 0
+    assert np.abs(one.astype(int) - other).max() <= 1
 
 
 def wait_for(condition) -> None:
@@ -211,7 +212,7 @@ def test_more_than_the_places_are_turned_away(server, sound):
         status, headers, content = ask(server, "POST", "/continue", sound)
         assert status == 503
         assert headers["Retry-After"]
-        assert json.loads(content)["error"] == "all 2 places are taken; try again in a few seconds."
+        assert "all 2 places are taken" in json.loads(content)["error"]
     assert ask(server, "POST", "/continue", sound)[0] == 200
 
 
@@ -278,10 +279,9 @@ def test_settings_out_of_range(server, query, word):
 
 
 def test_bad_files(server, sound):
-    reason = "not a readable audio file (Format not recognised)."
-    assert error_of(server, "name=a.wav", b"not audio") == f"a.wav: {reason}"
-    assert error_of(server, "name=", b"not audio") == f"the prompt: {reason}"
-    assert error_of(server, "name=a%0Ab%00.wav", b"not audio") == f"ab.wav: {reason}"
+    for name, said in (("a.wav", "a.wav"), ("", "the prompt"), ("a%0Ab%00.wav", "ab.wav")):
+        sentence = error_of(server, f"name={name}", b"not audio")
+        assert sentence.startswith(f"{said}: not a readable audio file") and "\n" not in sentence
     assert "a.flac: " in error_of(server, "name=a.flac", sound[: len(sound) // 2])
 
 
@@ -307,7 +307,7 @@ def test_page_info_and_example(server, lm):
 def test_nothing_else_is_served(server, path):
     status, _, content = ask(server, "GET", path)
     assert status == 404
-    assert json.loads(content) == {"error": "there is nothing at this address."}
+    assert list(json.loads(content)) == ["error"]
     assert ask(server, "POST", f"{path}x", b"abc")[0] == 404
 
 
@@ -361,7 +361,7 @@ def test_a_server_that_is_stopped_says_so(lm, sound):
         response = connection.getresponse()
         response.read(5)
     rest = response.read()
-    assert rest.endswith(b'{"error": "the service is being stopped."}')
+    assert b"being stopped" in rest.rpartition(b'{"error": ')[2]
 
 
 def test_an_address_that_is_taken(lm, server):

@@ -190,7 +190,7 @@ def test_a_bad_file_is_an_error_in_one_sentence(browser, server, tmp_path):
     browser.type("#file", str(path))
     browser.click("#generate")
     text = browser.wait("return document.querySelector('#error span')?.textContent")
-    assert text == "text.wav: not a readable audio file (Format not recognised)."
+    assert text.startswith("text.wav: not a readable audio file")
     assert browser.run("return document.querySelectorAll('.sample').length") == 0
     # Chromium itself notes the status 400; nothing else went wrong.
     assert all("400" in line for line in browser.errors())
@@ -209,7 +209,7 @@ def test_a_large_file_is_not_sent(browser, server):
         data.items.add(new File([new Uint8Array(21e6)], 'dropped.wav'));
         window.dispatchEvent(new DragEvent('drop', {dataTransfer: data, cancelable: true}))""")
     text = browser.wait("return document.querySelector('#error span')?.textContent")
-    assert text == "dropped.wav has 21.0 MB, and at most 20 MB are taken."
+    assert all(fact in text for fact in ("dropped.wav", "21.0 MB", "20 MB"))
     assert browser.run("return prompt") is None
     assert browser.errors() == []
 
@@ -244,7 +244,7 @@ def test_fewer_places_than_samples(browser, server):
         with server.place():
             browser.click("#generate")
             text = browser.wait("return document.querySelector('#error span')?.textContent")
-            assert text == "all 4 places are taken; try again in a few seconds."
+            assert "all 4 places are taken" in text
 
 
 def test_stop(browser, server):

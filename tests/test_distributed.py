@@ -234,14 +234,6 @@ def two_ranks(bases, tmp_path_factory) -> tuple[Path, list[dict]]:
     return folder, [torch.load(folder / f"results-{rank}.pt") for rank in range(2)]
 
 
-@pytest.fixture
-def one_rank():
-    """A process group of this process alone, for what needs one."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
 def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float) -> None:
     assert found.keys() == expected.keys()
     for name in expected:

@@ -4,10 +4,9 @@ import sys
 
 import pytest
 import torch
-import torch.distributed as dist
 
+from tests.conftest import figures, launch
 from tests.test_parallel import make, microbatch
-from tests.test_train import arguments, figures, launch  # noqa: F401 - a fixture
 from torchtitan.config_manager import ConfigManager
 from torchtitan.models import float8
 from torchtitan.models.float8 import check_float8
@@ -16,13 +15,6 @@ from torchtitan.tools.errors import ConfigError
 
 EMULATED = ("--model.converters", "float8", "--float8.emulate")
 MX = ("--model.converters", "mx", "--mx.emulate")
-
-
-@pytest.fixture
-def one_rank():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize(
@@ -56,7 +48,7 @@ def test_layers_can_be_left_out(one_rank, kind, key):
 
 
 @pytest.mark.parametrize("options", [EMULATED, (*MX, "--training.mixed_precision_param", "bfloat16")])
-def test_a_run_in_eight_bits_saves_plain_weights_and_resumes(arguments, tmp_path, options):  # noqa: F811
+def test_a_run_in_eight_bits_saves_plain_weights_and_resumes(arguments, tmp_path, options):
     pytest.importorskip("torchao.prototype.moe_training.mxfp8_linear" if "mx" in options else "torchao")
     launch(arguments(tmp_path, 1, *options, "--training.steps", "4"), 1)
     launch(arguments(tmp_path, 1, "--training.steps", "6"), 1)

@@ -537,7 +537,7 @@ def test_memory_does_not_grow_with_the_speech(lm):
     while not engine.idle:
         engine.advance()
         assert generation.length <= 100
-    assert len(generation.frames) == 500 or generation.ended
+    assert len(generation.frames) == 500  # of which the context holds 24
     assert engine.decoder.keys.shape == shape
     assert shape[3] == 128
 
@@ -586,7 +586,7 @@ def test_int8_weights_are_near_the_others(speech_model, random_codes):
     assert (layer(x).float() - plain).norm() / plain.norm() < 0.01
     assert layer.weight.dtype == torch.int8
     (result,) = Engine(lm, int8=True).generate([Request(random_codes(4, 3), 20)])
-    assert result.codes.shape[1] == 20 or result.ended
+    assert result.codes.shape[1] == 20
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="torch of this kind comes without Triton")
@@ -688,7 +688,7 @@ def test_who_stops_listening_frees_the_row(lm, random_codes):
         stream.close()
         assert long.finished
         short = list(service.listen(service.submit(Request(random_codes(4, 3), 4, sampling=HOT)), prompt=False))
-    assert sum(piece.numel() for piece in short) <= 4 * 1920
+    assert sum(piece.numel() for piece in short) == 4 * 1920
 
 
 def test_a_service_that_is_closed_tells_its_listener(lm, random_codes):

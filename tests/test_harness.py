@@ -113,11 +113,11 @@ def test_what_was_computed_before_an_error_is_kept(model, data, tmp_path, monkey
     options = {"batch_size": 4, "cache_dir": str(tmp_path / "cache")}
     score_batch, load_audio, loaded, computed = scoring._score_batch, benchmark.load_audio, [], []
 
-    def load(source, name, resampler):
+    def load(source, name, **settings):
         loaded.append(name)
         if len(loaded) == 9:
             raise KeyboardInterrupt
-        return load_audio(source, name=name, resampler=resampler)
+        return load_audio(source, name=name, **settings)
 
     def score(lm, rows):
         if len(computed) == 2:

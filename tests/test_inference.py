@@ -67,7 +67,7 @@ def test_a_short_context_bounds_too(lm, random_codes):
     lm.model.config.max_position_embeddings = 100
     assert frame_bound(lm) == 24
     (result,) = continue_codes(lm, random_codes(4, 4), sampling=HOT)
-    assert result.codes.shape[1] == 20 or result.ended
+    assert result.codes.shape[1] == 20
     with pytest.raises(UserError, match="context"):
         continue_codes(lm, random_codes(4, 4), max_frames=25)
 
@@ -315,7 +315,7 @@ def test_speech_from_text_and_from_nothing(speech_model, prompt_file, tmp_path, 
 def test_longer_than_the_context(speech_model, prompt_file, tmp_path):
     given = {"max_seconds": 8.0, "context_seconds": 2.0, "temperature": 2.0, "spectrogram": True}
     (path,) = inference.run(options(speech_model, prompt_file, tmp_path, **given))
-    assert 0.96 < soundfile.info(path).duration <= 8.0
+    assert soundfile.info(path).duration == 8.0
     picture = path.with_suffix(".png").read_bytes()
     assert picture.startswith(b"\x89PNG")
     with pytest.raises(UserError, match="does not fit into --context_seconds"):
@@ -324,7 +324,7 @@ def test_longer_than_the_context(speech_model, prompt_file, tmp_path):
 
 def test_eight_bit_weights(speech_model, prompt_file, tmp_path):
     (path,) = inference.run(options(speech_model, prompt_file, tmp_path, dtype="int8"))
-    assert soundfile.info(path).duration > 0.9
+    assert soundfile.info(path).duration > 0.96  # the prompt's twelve frames
 
 
 def test_output_names():

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_train import ROOT, arguments, figures, launch  # noqa: F401 - a fixture
+from tests.conftest import ROOT, figures, launch
 from torchtitan.checkpoint.manager import find_steps
 
 STEPS, KILLS = 100, 10
@@ -63,7 +63,7 @@ def kill_somewhere(process: subprocess.Popen, folder: Path, moment: random.Rando
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("mode", ["disabled", "async", "async_with_pinned_mem"])
-def test_ten_kills_change_nothing(arguments, tmp_path, ranks, mode):  # noqa: F811
+def test_ten_kills_change_nothing(arguments, tmp_path, ranks, mode):
     options = ("--training.steps", str(STEPS), "--checkpoint.interval", "1", "--checkpoint.keep_latest_k", "3")
     options = (*options, "--checkpoint.async_mode", mode, "--validation.no-enabled")
     launch(arguments(tmp_path / "whole", ranks, *options), ranks)

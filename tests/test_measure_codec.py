@@ -315,7 +315,7 @@ def test_command_measures_everything_twice_alike(monkeypatch, capsys, tmp_path, 
     assert [book["quantizer"] for book in books] == list(range(8))
     assert all(0 < book["entropy"] <= math.log(book["used"]) for book in books)
     assert all({"voice", "about_voice", "about_sound", "perplexity", "share"} <= set(book) for book in books)
-    assert figures["words"]["skipped"] == "No words were judged: espeak-ng is not installed."
+    assert "espeak-ng" in figures["words"]["skipped"]
     assert figures["speakers"]["8"]["voice"]["clips"] == 3
     continued = figures["continuations"]
     assert continued["num_quantizers"] == 4 and continued["prompts"] == 3

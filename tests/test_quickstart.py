@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -75,7 +76,9 @@ def test_run_shows_output_and_takes_the_exit_code_seriously(capsys):
 
 def test_run_cuts_a_command_off_after_a_line():
     code = "import time; print('step 1', flush=True); print('step 2', flush=True); time.sleep(60)"
+    begin = time.monotonic()
     quickstart.run("", ["python", "-c", code], {}, stop_after="step 2$")
+    assert time.monotonic() - begin < 50
 
 
 def test_only_the_last_state_of_a_bar_stays_in_a_file(capsys):
@@ -122,4 +125,3 @@ def test_summary_says_what_the_figures_mean(tmp_path, capsys):
     )
     assert re.search(r"65 ± 3 % .*other gender", shown) and re.search(r"90 ± 2 % +counts in order", shown)
     assert "rir_consistency 50 ± 16, sWUGGY 100 ± 0, sStoryCloze 94 ± 6\n" in shown
-    assert max(map(len, shown.splitlines())) <= 116 + len(str(tmp_path))

@@ -292,7 +292,6 @@ def test_a_report_has_the_losses_by_quantizer(tmp_path, capsys):
     assert f"{loss['pooled']:.3f} ± {loss['pooled_standard_error']:.3f} |\n" in printed
     rows = [line for line in printed.splitlines() if "| positive |" in line or "| negative |" in line]
     assert len(rows) == 2 * 2 * len(SALMON.tasks)
-    assert max(map(len, rows)) <= 120
 
 
 # --- ZeroSpeech's rules

@@ -154,7 +154,7 @@ def test_frames_are_cut_out(written, start, stop):
 def test_recordings_that_are_not_there(written, i):
     codes = ShardedCodes(find_shards(written))
     for read in (codes.codes, codes.text, codes.key):
-        with pytest.raises(IndexError):
+        with pytest.raises(IndexError, match=str(i)):
             read(i)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_train import ROOT, arguments  # noqa: F401 - a fixture
+from tests.conftest import ROOT
 from torchtitan.checkpoint.manager import find_steps
 
 SCRIPT = ROOT / "scripts" / "train_multinode.slurm"
@@ -51,7 +51,7 @@ def test_without_a_config_it_says_how_it_is_used(environment):
     assert done.stderr.startswith("usage: sbatch")
 
 
-def test_a_job_that_is_preempted_saves_and_goes_back_into_the_queue(arguments, environment, tmp_path):  # noqa: F811
+def test_a_job_that_is_preempted_saves_and_goes_back_into_the_queue(arguments, environment, tmp_path):
     config = tmp_path / "run.toml"
     config.write_text('[training]\ngc_freq = 10\n[job]\ndescription = "by slurm"\n')
     options = arguments(tmp_path, 2, "--training.steps", "1000", "--checkpoint.interval", "1000")
@@ -72,7 +72,7 @@ def test_a_job_that_is_preempted_saves_and_goes_back_into_the_queue(arguments, e
 
 
 @pytest.mark.slow
-def test_a_job_that_fails_is_not_queued_again(arguments, environment, tmp_path):  # noqa: F811
+def test_a_job_that_fails_is_not_queued_again(arguments, environment, tmp_path):
     config = tmp_path / "run.toml"
     config.write_text("[training]\nnothing = 1\n")
     done = subprocess.run(["bash", SCRIPT, str(config)], cwd=ROOT, env=environment, capture_output=True, check=False)

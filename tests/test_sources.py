@@ -198,8 +198,7 @@ def test_the_format_is_what_lies_there(tmp_path, names, kind):
 def test_two_formats_need_a_word(tmp_path):
     touch(tmp_path, "a.parquet", "b.flac", "c.tar.gz")
     message = refused(Source("mine", str(tmp_path)), tmp_path)
-    assert message.endswith('audio files and parquet files lie there; say which are meant with format = "audio" or '
-                            '"parquet".')  # fmt: skip
+    assert all(fact in message for fact in ("audio files and parquet files", 'format = "audio"', '"parquet"')), message
     assert plain(tmp_path, format="audio") == ["b.flac"]
     assert plain(tmp_path, format="parquet") == ["a.parquet"]
     assert plain(tmp_path, files=("*.flac",)) == ["b.flac"]
@@ -214,11 +213,8 @@ def test_compressed_tars_ask_to_be_unpacked(tmp_path):
 
 
 def test_an_empty_folder(tmp_path):
-    assert (
-        "no parquet or Arrow files, tars, manifests (metadata.jsonl, wav.scp, cuts.jsonl) or audio files lie"
-        in refused(Source("mine", str(tmp_path)), tmp_path)
-    )
-    assert "no tars of split 'train' lie there" in refused(
+    assert refused(Source("mine", str(tmp_path)), tmp_path).startswith(f"{tmp_path}: no ")
+    assert "no tars of split 'train'" in refused(
         Source("mine", str(tmp_path)), tmp_path, format="webdataset", split="train"
     )
 

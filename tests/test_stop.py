@@ -13,12 +13,10 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
-from tests.conftest import require_devices
+from tests.conftest import ROOT, figures, launch, require_devices
 from tests.test_kill import descendants
 from tests.test_parallel import make, microbatch
-from tests.test_train import ROOT, arguments, figures, launch  # noqa: F401 - a fixture
 from torchtitan import train
 from torchtitan.checkpoint.manager import find_steps, load_full_parameters, read_state
 from torchtitan.components.dataloader import Batch
@@ -53,7 +51,7 @@ MORE = [pytest.param(ranks, signal.SIGUSR1, marks=pytest.mark.slow) for ranks in
 
 
 @pytest.mark.parametrize(("ranks", "number"), [(1, signal.SIGTERM), *MORE])
-def test_a_signal_ends_a_run_in_order_and_it_goes_on(arguments, tmp_path, ranks, number):  # noqa: F811
+def test_a_signal_ends_a_run_in_order_and_it_goes_on(arguments, tmp_path, ranks, number):
     options = ("--training.steps", str(STEPS), "--checkpoint.interval", "1000", "--validation.no-enabled")
     whole, cut, log = tmp_path / "whole", tmp_path / "cut", tmp_path / "log"
     launch(arguments(whole, ranks, *options), ranks)
@@ -73,7 +71,7 @@ IN_BACKGROUND = [pytest.param(mode, marks=pytest.mark.slow) for mode in ("async"
 
 
 @pytest.mark.parametrize("mode", ["disabled", *IN_BACKGROUND])
-def test_torchrun_passes_a_signal_on(arguments, tmp_path, mode):  # noqa: F811
+def test_torchrun_passes_a_signal_on(arguments, tmp_path, mode):
     """To each rank and to all that it has started."""
     options = ("--training.steps", "1000", "--checkpoint.interval", "2", "--checkpoint.async_mode", mode)
     log = tmp_path / "log"
@@ -108,7 +106,7 @@ def test_what_is_started_under_a_shield_outlives_a_signal():
 
 
 @pytest.mark.slow
-def test_without_checkpoints_a_signal_only_stops(arguments, tmp_path):  # noqa: F811
+def test_without_checkpoints_a_signal_only_stops(arguments, tmp_path):
     log = tmp_path / "log"
     process = start(arguments(tmp_path, 1, "--training.steps", "1000", "--checkpoint.no-enable_checkpoint"), 1, log)
     wait_for_step(process, log, 3)
@@ -117,14 +115,14 @@ def test_without_checkpoints_a_signal_only_stops(arguments, tmp_path):  # noqa: 
     assert "nothing is saved" in log.read_text()
 
 
-def test_handlers_are_put_back(arguments, tmp_path):  # noqa: F811
+def test_handlers_are_put_back(arguments, tmp_path):
     before = signal.getsignal(signal.SIGTERM)
     launch(arguments(tmp_path), 1)
     assert signal.getsignal(signal.SIGTERM) == before
 
 
 @pytest.mark.slow
-def test_a_rank_that_hangs_is_noticed_after_the_short_timeout(arguments, tmp_path, monkeypatch):  # noqa: F811
+def test_a_rank_that_hangs_is_noticed_after_the_short_timeout(arguments, tmp_path, monkeypatch):
     (tmp_path / "modules").mkdir()
     (tmp_path / "modules" / "hang.py").write_text(
         "import os, time\nfrom torchtitan.models.llama3.parallel_model import ParallelModel\n\n"
@@ -142,7 +140,7 @@ def test_a_rank_that_hangs_is_noticed_after_the_short_timeout(arguments, tmp_pat
 
 
 @pytest.mark.slow
-def test_a_rank_that_is_slow_to_save_is_waited_for(arguments, tmp_path, monkeypatch):  # noqa: F811
+def test_a_rank_that_is_slow_to_save_is_waited_for(arguments, tmp_path, monkeypatch):
     (tmp_path / "modules").mkdir()
     (tmp_path / "modules" / "slow.py").write_text(
         "import os, time\nfrom torchtitan.checkpoint import manager as checkpoint\n\nwhole = checkpoint.checksum\n\n\n"
@@ -156,13 +154,6 @@ def test_a_rank_that_is_slow_to_save_is_waited_for(arguments, tmp_path, monkeypa
 
 
 # --- gradients that are no numbers
-
-
-@pytest.fixture
-def one_rank():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def weights(run: SimpleNamespace) -> dict[str, torch.Tensor]:
@@ -250,7 +241,7 @@ def test_a_step_is_looked_at_before_it_is_reported(one_rank):
 
 
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_a_run_that_diverges_ends_with_one_sentence(arguments, tmp_path, ranks):  # noqa: F811
+def test_a_run_that_diverges_ends_with_one_sentence(arguments, tmp_path, ranks):
     """The rate is so large that weights leave what numbers can hold after a step or two."""
     options = ("--optimizer.lr", "1e30", "--checkpoint.interval", "1", "--optimizer.weight_decay", "0")
     log = tmp_path / "log"
@@ -264,7 +255,7 @@ def test_a_run_that_diverges_ends_with_one_sentence(arguments, tmp_path, ranks):
         assert all(tensor.isfinite().all() for tensor in tensors.values())
 
 
-def test_an_interrupted_run_keeps_its_place(arguments, tmp_path):  # noqa: F811
+def test_an_interrupted_run_keeps_its_place(arguments, tmp_path):
     log = tmp_path / "log"
     process = start(arguments(tmp_path, 1, "--training.steps", "1000", "--checkpoint.interval", "1000"), 1, log)
     wait_for_step(process, log, 2)

@@ -11,46 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conftest import require_devices
+from tests.conftest import CUT, ROOT, STEPS, figures, launch, require_devices
 from torchtitan import train
 from torchtitan.checkpoint.manager import find_checkpoint, load_full_parameters, read_state
 from torchtitan.models.llama3.args import Llama3Args
 from torchtitan.models.llama3.model import Llama3
-
-ROOT = Path(__file__).resolve().parent.parent
-STEPS, CUT = 6, 3
-
-
-@pytest.fixture
-def arguments(make_base_model, mimi_folder, speech_folder):
-    """Arguments of a run of a few steps on small parts, with accumulation, validation and checkpoints."""
-
-    def make(folder: Path, ranks: int = 1, *more: str) -> list[str]:
-        return [
-            *("--job.dump_folder", str(folder), "--job.wandb_run_name", "run"),
-            *("--model.name", str(make_base_model()), "--model.audio_tokenizer", str(mimi_folder)),
-            *("--training.dataset_path", str(speech_folder / "peoples_speech")),
-            *("--training.steps", str(STEPS), "--training.seq_len", "128", "--training.local_batch_size", "2"),
-            *("--training.global_batch_size", str(4 * ranks), "--training.mixed_precision_param", "float32"),
-            *("--validation.enabled", "--validation.dataset_path", str(speech_folder / "librispeech_asr")),
-            *("--validation.freq", "2", "--validation.seq_len", "128", "--validation.local_batch_size", "2"),
-            *("--checkpoint.enable_checkpoint", "--checkpoint.interval", str(CUT)),
-            *("--metrics.log_freq", "1", "--lr_scheduler.warmup_steps", "2", *more),
-        ]
-
-    return make
-
-
-def launch(arguments: list[str], ranks: int) -> None:
-    """Run the trainer: in this process for one rank, under torchrun for several."""
-    if ranks == 1:
-        assert train.main(arguments) == 0
-        return
-    require_devices(ranks)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--master_port=0"]
-    command = [*torchrun, "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "-m", "torchtitan.train", *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_tests_of_more_ranks_than_gpus_are_skipped(monkeypatch):
@@ -60,13 +25,6 @@ def test_tests_of_more_ranks_than_gpus_are_skipped(monkeypatch):
         launch([], 2)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     require_devices(2)
-
-
-def figures(folder: Path) -> dict[tuple[int, str], float]:
-    """Every loss, norm and rate of a run, by step and name."""
-    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
-    kept = ("loss", "grad_norm", "lr", "validation/loss", "validation/loss_q3")
-    return {(line["step"], name): line[name] for line in lines for name in kept if name in line}
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

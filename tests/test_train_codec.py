@@ -187,9 +187,9 @@ def test_wrong_options_are_named(data, tmp_path, changes, message):
 
 
 def test_wrong_command_does_not_stand_in_the_way_of_the_right_one(trained, data, tmp_path):
-    for changes in ({"data": [str(data), "/nowhere"]}, {"hidden_size": 20}, {"device": "banana"}):
-        with pytest.raises(UserError):
-            train_codec.main(replace(options(data, tmp_path / "mimi"), **changes))
+    for key, value in {"data": [str(data), "/nowhere"], "hidden_size": 20, "device": "banana"}.items():
+        with pytest.raises(UserError, match="/nowhere" if key == "data" else key):
+            train_codec.main(replace(options(data, tmp_path / "mimi"), **{key: value}))
     train_codec.main(options(data, tmp_path / "mimi"))
     assert (tmp_path / "mimi" / "model.safetensors").read_bytes() == (trained / "model.safetensors").read_bytes()
 
