@@ -159,8 +159,6 @@ class Codec:
         from transformers import MimiConfig, MimiModel
 
         try:
-            if str(name).startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
-                raise FileNotFoundError("there is no such folder")
             folder = local_copy(name, revision)
             config = MimiConfig.from_pretrained(folder)
             if config.model_type != "mimi":

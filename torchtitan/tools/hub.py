@@ -4,6 +4,7 @@ Whatever is read from the hub goes through here or through the readers of data s
 that may pass are tried again, with growing waits and a limit, and what was fetched before is kept.
 """
 
+import errno
 import os
 import re
 from collections.abc import Callable
@@ -32,10 +33,13 @@ def local_copy(name: str | Path, revision: str | None = None, weights: bool = Tr
         weights: with its weights; safetensors alone where there are some.
 
     Raises:
-        UserError: it is neither there nor to be had.
+        FileNotFoundError: it is no folder, and its name can be none of the hub's.
+        UserError: it is not to be had.
     """
     if os.path.isdir(os.path.expanduser(name)):
         return os.path.expanduser(name)
+    if str(name).startswith((".", "/", "~")) or str(name).count("/") > 1:
+        raise FileNotFoundError(errno.ENOENT, "there is no such folder", str(name))
 
     def wanted(files: list[str]) -> list[str]:
         top = [file for file in files if "/" not in file]
