@@ -164,6 +164,11 @@ def test_wrong_segments(tmp_path, wav, line, said):
     assert good.error is None
 
 
+def test_long_lines_are_quoted_in_part(tmp_path):
+    write(tmp_path / "k" / "wav.scp", "bad " + "sox " * 1000 + "|")
+    assert refused(tmp_path / "k").endswith(" sox sox ...' of wav.scp holds a command, and commands are not run.")
+
+
 def test_a_segment_that_is_not_in_its_recording_is_its_own_error(tmp_path, wav):
     write(tmp_path / "k" / "wav.scp", f"a {wav}", "gone /no/such.wav")
     write(tmp_path / "k" / "segments", "late a 2 3.5", "good a 2 3.1", "lost gone 0 1")

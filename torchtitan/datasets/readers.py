@@ -991,7 +991,7 @@ class _Kaldi(_List):
 
     def _segment(self, line: bytes, recordings: _Lookup) -> dict[str, Any]:
         """Audio, part and seconds of a line: utterance, recording, start, end (-1: its end), and maybe a channel."""
-        told = f"the line {line.decode('utf-8', 'replace').strip()!r} of segments"
+        told = f"the line {_quoted(line)} of segments"
         words = line.split()
         if len(words) not in (4, 5):
             raise _Damage(f"{told} must have an utterance, a recording, a start and an end")
@@ -1022,9 +1022,14 @@ def _rest(line: bytes) -> str:
     return b"".join(line.split(None, 1)[1:]).decode("utf-8", "replace").strip()
 
 
+def _quoted(line: bytes, longest: int = 200) -> str:
+    text = line.decode("utf-8", "replace").strip()
+    return repr(text if len(text) <= longest else f"{text[:longest]}...")
+
+
 def _plain_path(line: bytes) -> str:
     """The path in a line of wav.scp. Raises _Damage for what is none: commands, which are never run, and archives."""
-    path, told = _rest(line), f"the line {line.decode('utf-8', 'replace').strip()!r} of wav.scp"
+    path, told = _rest(line), f"the line {_quoted(line)} of wav.scp"
     if not path:
         raise _Damage(f"{told} has no path")
     if path.startswith("|") or path.endswith("|"):
