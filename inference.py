@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from torchtitan.audio.codec import FRAME_RATE, FRAME_SIZE
 from torchtitan.audio.waveform import SAMPLE_RATE, load_audio, open_audio
+from torchtitan.checkpoint.speech_lm import SpeechLM, choose_device
 from torchtitan.generation import (
     BATCH_ROWS,
     DEFAULT_MAX_IDS,
@@ -44,7 +45,6 @@ from torchtitan.generation import (
     stream_speech,
     text_prompt,
 )
-from torchtitan.models.speech_lm import SpeechLM, choose_device
 from torchtitan.tools.errors import UserError, run_command
 
 DEFAULT_PROMPT = str(Path(__file__).resolve().parent / "assets" / "prompt.flac")
@@ -113,6 +113,9 @@ class Options:
     dtype: Literal["float32", "bfloat16", "float16", "int8"] | None = None
     """Of the language model; int8 keeps its weights in 8 bits and computes in bfloat16. The codec is always in float32.
     Default: bfloat16 on cuda, float32 elsewhere."""
+    resampler: str | None = None
+    """How recordings become 24 kHz: torchaudio, soxr_hq or ffmpeg. Default: as the model's config.json says, else
+    torchaudio."""
     compile: bool = False
     """torch.compile the model's blocks: takes a minute at the start, pays for many prompts on a GPU."""
 
@@ -176,7 +179,8 @@ def run(options: Options) -> list[Path]:
         read_prompt(sources[0], options.max_seconds)  # a mistake shows before the model is loaded
 
     int8 = options.dtype == "int8"
-    lm = SpeechLM.load(options.model_name, options.audio_tokenizer, device, "bfloat16" if int8 else options.dtype)
+    dtype = "bfloat16" if int8 else options.dtype
+    lm = SpeechLM.load(options.model_name, options.audio_tokenizer, device, dtype, resampler=options.resampler)
     text_ids = () if options.text is None else text_prompt(lm, options.text)
     max_frames = frame_bound(lm, options.max_seconds, len(text_ids), options.context_seconds is not None)
     context_frames = max_frames
@@ -360,11 +364,11 @@ def encode_prompt(lm: SpeechLM, source: str | None, max_seconds: float | None) -
     """A prompt's codes [Q, T] and how many samples it has; no frames without one."""
     if source is None:
         return torch.zeros(lm.stream.num_quantizers, 0, dtype=torch.int64), 0
-    waveform = read_prompt(source, max_seconds)
+    waveform = read_prompt(source, max_seconds, lm.codec.resampler)
     return lm.codec.encode([waveform])[0], waveform.numel()
 
 
-def read_prompt(source: str, max_seconds: float | None) -> torch.Tensor:
+def read_prompt(source: str, max_seconds: float | None, resampler: str = "torchaudio") -> torch.Tensor:
     """A prompt file or address as a waveform [n] at 24 kHz, whole or not at all.
 
     Raises:
@@ -373,7 +377,7 @@ def read_prompt(source: str, max_seconds: float | None) -> torch.Tensor:
     audio = download(source) if source.lower().startswith(("http://", "https://")) else source
     # Reading stops soon after the bound, so that the length of a file that is far too long costs nothing.
     limit = max_seconds if max_seconds is not None and math.isfinite(max_seconds) else DEFAULT_MAX_IDS / FRAME_RATE
-    waveform = load_audio(audio, max(limit, 0.0) + 1.0, name=source)
+    waveform = load_audio(audio, max(limit, 0.0) + 1.0, source, resampler)
     if waveform.numel() > limit * SAMPLE_RATE:
         with open_audio(audio) as file:
             seconds = file.frames / file.samplerate

@@ -92,10 +92,11 @@ def plain(lm: Any, task: Any, pairs: int) -> list[torch.Tensor]:
 
 def measure(way: str, options: Options, folder: str, results: Any) -> None:
     """Time one way in a process of its own: puts the seconds by name, and the NLLs of each clip."""
-    from torchtitan.eval.benchmark import SALMON, score_task
+    from torchtitan.checkpoint.speech_lm import choose_device
+    from torchtitan.eval.benchmark import score_task
     from torchtitan.eval.data import open_tasks
     from torchtitan.eval.store import ArrayStore
-    from torchtitan.models.speech_lm import choose_device
+    from torchtitan.eval.suites import SALMON
     from torchtitan.tools.memory import tune_malloc
 
     if way == "ours":
@@ -124,7 +125,7 @@ def measure(way: str, options: Options, folder: str, results: Any) -> None:
 
 def main(options: Options) -> None:
     """Run the ways in turn and print the best speeds and their ratios as JSON."""
-    from torchtitan.eval.benchmark import SALMON
+    from torchtitan.eval.suites import SALMON
 
     context = multiprocessing.get_context("spawn")
     seconds: dict[str, list[tuple[float, float]]] = {}

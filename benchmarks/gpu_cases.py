@@ -31,8 +31,7 @@ from transformers import LlamaForCausalLM, MimiModel  # noqa: F401 - take long t
 
 from torchtitan.audio.codec import FRAME_RATE, SAMPLE_RATE, no_tf32
 from torchtitan.audio.streaming import StreamingDecoder
-from torchtitan.components.loss import IGNORE_INDEX
-from torchtitan.config_manager import Comm, JobConfig
+from torchtitan.config.job_config import Comm, JobConfig
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.utils import init_distributed
 from torchtitan.generation import Engine, Request, Sampling, stream_speech
@@ -40,6 +39,7 @@ from torchtitan.generation.linear import Int8, widened
 from torchtitan.models.llama3.args import Llama3Args
 from torchtitan.models.llama3.parallel_model import ParallelModel
 from torchtitan.models.llama3.parallelize import compile_blocks
+from torchtitan.models.loss import IGNORE_INDEX
 from torchtitan.tools.prefetch import prefetch
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -26,11 +26,11 @@ import torch
 from torchtitan.audio.codec import Codec
 from torchtitan.audio.token_stream import TokenStream
 from torchtitan.components.dataloader import Batch, SpeechDataLoader, max_frames_of
-from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.datasets.packing import best_fit_decreasing
 from torchtitan.datasets.shards import Recording, merge_parts, shard_name, write_part
 from torchtitan.datasets.sources import Source
 from torchtitan.datasets.streams import find_data, open_streams
+from torchtitan.models.loss import IGNORE_INDEX
 
 # Llama 3 with Q = 4.
 STREAM = TokenStream(base_size=128_256, num_quantizers=4, bos_id=128_000)

@@ -44,7 +44,7 @@ def make_model(size: str, vocabulary: int, dtype: torch.dtype, device: torch.dev
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from torchtitan.audio.token_stream import TokenStream
-    from torchtitan.models.speech_lm import SpeechLM
+    from torchtitan.checkpoint.speech_lm import SpeechLM
 
     torch.manual_seed(0)
     sizes = SIZES[size]

@@ -56,7 +56,7 @@ def draw_rows(options: Options, seconds: tuple[int, int], seed: int) -> list[lis
 
 def fill(rows: list[list[torch.Tensor]], length: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Tokens, targets and positions [B, length] of rows of samples."""
-    from torchtitan.components.loss import IGNORE_INDEX
+    from torchtitan.models.loss import IGNORE_INDEX
 
     tokens, positions = torch.zeros(2, len(rows), length, dtype=torch.int64)
     targets = torch.full_like(tokens, IGNORE_INDEX)
@@ -111,7 +111,7 @@ class Step:
         self.device = device
 
     def __call__(self, batch: tuple[torch.Tensor, ...]) -> None:
-        from torchtitan.components.loss import IGNORE_INDEX
+        from torchtitan.models.loss import IGNORE_INDEX
 
         tokens, targets, *positions = (x.to(self.device) for x in batch)
         loss = self.model(tokens, targets, *positions)

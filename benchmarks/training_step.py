@@ -182,7 +182,7 @@ def plain(options: Options, rank: int, device: torch.device) -> Way:
 def make_batch(rows: Rows, options: Options) -> Any:
     """Rows of samples, as the trainer's loader makes them."""
     from torchtitan.components.dataloader import LENGTH_MULTIPLE, Batch
-    from torchtitan.components.loss import IGNORE_INDEX
+    from torchtitan.models.loss import IGNORE_INDEX
 
     longest = max(1, *(sum(sample.numel() for sample in row) for row in rows))
     length = options.seq_len if options.compile else -(-longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
@@ -204,10 +204,10 @@ def make_batch(rows: Rows, options: Options) -> Any:
 
 def make_run(options: Options, rank: int, device: torch.device, folder: Path) -> Any:
     """What torchtitan.train.train_step needs of a Trainer, with random weights."""
-    from torchtitan.components.checkpoint import CheckpointManager
+    from torchtitan.checkpoint.manager import CheckpointManager
     from torchtitan.components.gradients import FiniteGuard
     from torchtitan.components.optimizer import build_optimizer
-    from torchtitan.config_manager import JobConfig
+    from torchtitan.config.job_config import JobConfig
     from torchtitan.distributed.parallel_dims import ParallelDims
     from torchtitan.models.llama3.parallel_model import ParallelModel
     from torchtitan.models.llama3.weights import init_random

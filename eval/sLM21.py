@@ -10,7 +10,8 @@ def main() -> int:
     """Parse the command line and run the benchmark."""
     import tyro
 
-    from torchtitan.eval.benchmark import SLM21, Options, command
+    from torchtitan.eval.benchmark import Options, command
+    from torchtitan.eval.suites import SLM21
 
     options = tyro.cli(Options, default=Options(dataset="speed"), description=__doc__, use_underscores=True)
     return command(SLM21, options)

@@ -11,7 +11,8 @@ def main() -> int:
     """Parse the command line and run the benchmark."""
     import tyro
 
-    from torchtitan.eval.benchmark import STORY_CLOZE, Options, command
+    from torchtitan.eval.benchmark import Options, command
+    from torchtitan.eval.suites import STORY_CLOZE
 
     options = tyro.cli(Options, default=Options(dataset="speed"), description=__doc__, use_underscores=True)
     return command(STORY_CLOZE, options)

@@ -10,7 +10,8 @@ def main() -> int:
     """Parse the command line and run the benchmark."""
     import tyro
 
-    from torchtitan.eval.benchmark import SALMON, Options, command
+    from torchtitan.eval.benchmark import Options, command
+    from torchtitan.eval.suites import SALMON
 
     options = tyro.cli(Options, default=Options(dataset="slprl/SALMon"), description=__doc__, use_underscores=True)
     return command(SALMON, options)

@@ -13,14 +13,15 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from torchtitan.components.checkpoint import CheckpointManager, find_steps
-from torchtitan.components.hf_export import write_hf_files
-from torchtitan.config_manager import Comm, JobConfig, to_dict
+from torchtitan.audio.conventions import conventions_of
+from torchtitan.checkpoint.hf_export import write_hf_files
+from torchtitan.checkpoint.manager import CheckpointManager, find_steps
+from torchtitan.config.job_config import Comm, JobConfig
+from torchtitan.config_manager import to_dict
 from torchtitan.distributed.utils import init_distributed
 from torchtitan.models.base import BaseModel
 from torchtitan.models.llama3.model import Llama3
 from torchtitan.models.llama3.weights import load_hf, materialize
-from torchtitan.models.speech_lm import PUBLISHED_CONVENTIONS
 from torchtitan.tools.errors import UserError, run_command
 
 
@@ -41,8 +42,8 @@ def convert(model_name: str, output: Path, num_quantizers: int | None = None) ->
         config.model.num_quantizers = num_quantizers
     base = BaseModel.load(config.model)
     if base.is_speech_model:
-        for key, default in PUBLISHED_CONVENTIONS.items():
-            setattr(config.model, key, base.hf_config.get(key, default))
+        for key, value in conventions_of(base.hf_config).items():
+            setattr(config.model, key, value)
     with torch.device("meta"):
         model = Llama3(base.args)
     materialize(model, torch.device("cpu"), 1)

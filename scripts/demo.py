@@ -12,8 +12,8 @@ from typing import Literal
 
 import tyro
 
+from torchtitan.checkpoint.speech_lm import SpeechLM, choose_device
 from torchtitan.demo.server import DemoServer
-from torchtitan.models.speech_lm import SpeechLM, choose_device
 from torchtitan.tools.errors import UserError, run_command
 from torchtitan.tools.logging import init_logger
 

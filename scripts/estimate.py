@@ -11,8 +11,8 @@ import json
 from pathlib import Path
 
 from torchtitan.config_manager import ConfigManager
+from torchtitan.estimate import GPUS, MODEL_SIZES, estimate, find_gpu, model_args, table
 from torchtitan.tools.errors import UserError, run_command
-from torchtitan.tools.estimate import GPUS, MODEL_SIZES, estimate, find_gpu, model_args, table
 
 
 def main() -> None:

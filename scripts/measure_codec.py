@@ -752,7 +752,7 @@ def load_model(name: str, codec: str) -> Any:
     Raises:
         UserError: it cannot be loaded, or was trained on the codes of another codec, as far as that can be seen.
     """
-    from torchtitan.models.speech_lm import SpeechLM
+    from torchtitan.checkpoint.speech_lm import SpeechLM
 
     lm = SpeechLM.load(name, codec, "cpu", "float32")
     own = getattr(lm.model.config, "audio_tokenizer", None)

@@ -22,11 +22,12 @@ import soundfile
 import torch
 
 from torchtitan.audio.codec import FRAME_RATE, FRAME_SIZE, Codec
+from torchtitan.audio.conventions import conventions_of
 from torchtitan.audio.streaming import StreamingDecoder
 from torchtitan.audio.token_stream import TokenStream
 from torchtitan.audio.waveform import SAMPLE_RATE, load_audio
-from torchtitan.models.speech_lm import conventions_of, require_model_folder
 from torchtitan.tools.errors import UserError, run_command
+from torchtitan.tools.hub import local_copy, require_model_folder
 from torchtitan.tools.logging import quiet_transformers
 
 STALL_SECONDS = 120.0  # between two chunks; the first waits for the server's queue
@@ -67,7 +68,7 @@ def run(options: Options) -> None:
     if not 0 < options.max_seconds < math.inf:
         raise UserError(f"max_seconds must be a number of seconds over 0, not {options.max_seconds}.")
     stream, codec = load_ends(options.model_name, options.audio_tokenizer)
-    waveform = load_audio(options.prompt, options.max_seconds)
+    waveform = load_audio(options.prompt, options.max_seconds, resampler=codec.resampler)
     prompt = codec.encode([waveform])[0]
     room = int(options.max_seconds * FRAME_RATE + 1e-6) - prompt.shape[1]
     if room < 1:
@@ -123,15 +124,17 @@ def load_ends(model_name: str, audio_tokenizer: str | None) -> tuple[TokenStream
 
     quiet_transformers()
     require_model_folder(model_name)
+    folder = local_copy(model_name, weights=False)
     try:
-        config = AutoConfig.from_pretrained(model_name)
-        tokenizer = AutoTokenizer.from_pretrained(model_name)
+        config = AutoConfig.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
     except OSError as error:
         raise UserError(f"{model_name}: no configuration and tokenizer there ({str(error).splitlines()[0]}).") from None
     stream = TokenStream.from_tokenizer(tokenizer, getattr(config, "num_quantizers", None))
-    made = conventions_of(config)
+    made = conventions_of(config.to_dict())
     name = audio_tokenizer or made["audio_tokenizer"]
-    return stream, Codec.load(name, stream.num_quantizers, made["codec_padding"], made["codec_window"])
+    settings = (name, stream.num_quantizers, made["codec_padding"], made["codec_window"])
+    return stream, Codec.load(*settings, resampler=made["resampler"])
 
 
 def send(server: str, request: dict[str, Any]) -> Iterator[int]:

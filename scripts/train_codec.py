@@ -43,9 +43,9 @@ from tqdm import tqdm
 from torchtitan.audio.codec import FRAME_SIZE, Codec, no_tf32, published_names
 from torchtitan.audio.token_stream import CODEBOOK_SIZE
 from torchtitan.audio.waveform import SAMPLE_RATE, AudioError
+from torchtitan.checkpoint.speech_lm import choose_device
 from torchtitan.datasets.decoding import decode_row, open_recordings
 from torchtitan.datasets.readers import AudioDataset
-from torchtitan.models.speech_lm import choose_device
 from torchtitan.tools.errors import UserError, run_command
 from torchtitan.tools.memory import tune_malloc
 

@@ -6,12 +6,14 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from torchtitan.config_manager import ActivationCheckpoint, ConfigError, ConfigManager
+from torchtitan.config.job_config import ActivationCheckpoint
+from torchtitan.config_manager import ConfigManager
 from torchtitan.models.llama3.activation_checkpoint import checkpoint_activations
 from torchtitan.models.llama3.args import Llama3Args
 from torchtitan.models.llama3.model import Llama3
 from torchtitan.models.llama3.parallelize import compile_blocks
 from torchtitan.models.llama3.weights import init_random, materialize
+from torchtitan.tools.errors import ConfigError
 
 ARGS = Llama3Args(vocab_size=200, dim=64, n_layers=4, n_heads=4, n_kv_heads=2, head_dim=16, hidden_dim=128)
 NONE, FULL, OP = (ActivationCheckpoint(mode) for mode in ("none", "full", "selective"))

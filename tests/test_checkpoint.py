@@ -16,20 +16,20 @@ from torch.distributed.checkpoint import _async_process_executor
 
 from tests.test_train import STEPS, arguments, figures, launch  # noqa: F401 - a fixture
 from torchtitan import train
-from torchtitan.components import checkpoint
-from torchtitan.components.checkpoint import (
+from torchtitan.checkpoint import manager as checkpoint
+from torchtitan.checkpoint.manager import (
     CheckpointManager,
     find_checkpoint,
     find_steps,
     load_full_parameters,
     read_state,
 )
-from torchtitan.components.checkpoint_reader import CheckpointReader, read_metadata, read_tensors
-from torchtitan.config_manager import ConfigError, ConfigManager
+from torchtitan.checkpoint.reader import CheckpointReader, read_metadata, read_tensors
+from torchtitan.config_manager import ConfigManager
 from torchtitan.models.llama3.args import Llama3Args
 from torchtitan.models.llama3.model import Llama3
 from torchtitan.models.llama3.weights import init_random, materialize
-from torchtitan.tools.errors import UserError
+from torchtitan.tools.errors import ConfigError, UserError
 
 ASYNC = pytest.mark.parametrize("mode", ["async", "async_with_pinned_mem"])
 

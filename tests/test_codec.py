@@ -358,8 +358,9 @@ def test_fingerprint_covers_settings(load_mimi, codec):
 
 
 def test_conventions_are_told(mimi_folder):
-    codec = Codec.load(mimi_folder, 4, "aligned", "full")
+    codec = Codec.load(mimi_folder, 4, "aligned", "full", resampler="soxr_hq")
     expected = {"audio_tokenizer": str(mimi_folder), "codec_padding": "aligned", "codec_window": "full"}
+    expected["resampler"] = "soxr_hq"
     assert codec.conventions() == expected
 
 

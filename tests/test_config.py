@@ -1,31 +1,18 @@
 """Settings: where values come from, what is refused and how it is said."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from torchtitan.config_manager import (
-    DEFAULTS,
-    OFF_ONLY,
-    SOURCE_TYPES,
-    TYPES,
-    ConfigError,
-    ConfigManager,
-    DataSource,
-    JobConfig,
-    accumulation_steps,
-    check,
-    check_values,
-    data_parallel_degree,
-    explanations,
-    from_dict,
-    off_rule,
-    run_name,
-    to_dict,
-)
-from torchtitan.tools.errors import UserError
+from torchtitan.config.job_config import DataSource, JobConfig
+from torchtitan.config.keys import RETIRED, SOURCE_TYPES, TYPES
+from torchtitan.config_manager import ConfigManager, explanations, from_dict, run_name, to_dict
+from torchtitan.distributed.parallel_dims import accumulation_steps, data_parallel_degree
+from torchtitan.rules import check
+from torchtitan.tools.errors import ConfigError, UserError
 
 CONFIGS = sorted((Path(__file__).parents[1] / "config").glob("*.toml"))
 
@@ -138,10 +125,10 @@ def test_a_whole_number_in_a_file_is_accepted_for_a_real_one(toml):
 def test_both_names_of_the_compile_switch_set_it(toml, key):
     section, name = key.split(".")
     for config in (parse(f"--{key}"), parse(toml(f"[{section}]\n{name} = true\n"))):
-        assert config.training.compile and config.compile.enable
+        assert config.training.compile
     other = {"training.compile": "--compile.no-enable", "compile.enable": "--training.no-compile"}[key]
     config = parse(toml(f"[{section}]\n{name} = true\n"), other)
-    assert not config.training.compile and not config.compile.enable
+    assert not config.training.compile
 
 
 def test_the_compile_switch_cannot_contradict_itself(toml):
@@ -275,49 +262,31 @@ def test_the_shortest_row_holds_one_frame():
     assert parse("--validation.seq_len=6").validation.seq_len == 6  # nothing is validated
 
 
-def other_value(key: str) -> Any:
-    """A value of the key's type that is neither its default nor accepted."""
-    default = DEFAULTS[key]
-    if isinstance(default, bool):
-        return not default
-    if isinstance(default, (int, float)):
-        return default + 1
-    if isinstance(default, list):
-        return [*default, "layers.0"]
-    choices = {
-        "checkpoint.async_mode": "async",
-        "activation_checkpoint.mode": "selective",
-        "parallelism.context_parallel_rotate_method": "alltoall",
-        "parallelism.pipeline_parallel_layers_per_stage": 2,
-        "float8.recipe_name": "rowwise",
-        "mx.recipe_name": "mxfp4",
-    }
-    return choices.get(key, "something")
-
-
-@pytest.mark.parametrize("key", [key for key in TYPES if off_rule(key)])
-def test_what_is_not_built_is_refused_by_name_and_accepted_when_off(key):
+@pytest.mark.parametrize("key", RETIRED)
+def test_a_retired_key_may_ask_for_nothing_and_is_refused_by_name_otherwise(toml, key):
     section, name = key.split(".")
-    off = off_rule(key)
-    assert off is not None
-    for accepted in (DEFAULTS[key], *off.also):
-        config = JobConfig()
-        setattr(getattr(config, section), name, accepted)
-        check_values(config)
-    config = JobConfig()
-    setattr(getattr(config, section), name, other_value(key))
-    with pytest.raises(ConfigError, match=rf"^{key} = .*{off.reason[:20]}"):
-        check_values(config)
+    retired = RETIRED[key]
+    assert key not in TYPES
+    for value in retired.accepted:
+        if value is not None:
+            parse(toml(f"[{section}]\n{name} = {json.dumps(value)}\n"))
+            parse(f"--{key}={json.dumps(value)}")
+            from_dict({section: {name: value}})
+    if True not in retired.accepted:
+        for argv in ([f"--{key}", "7"], [toml(f"[{section}]\n{name} = 7\n")]):
+            assert re.match(rf"^{key} = .*{retired.reason[:20]}", error(*argv))
 
 
-def test_the_table_of_what_is_not_built_names_only_known_keys():
-    assert all(key in TYPES or any(known.startswith(key[:-1]) for known in TYPES) for key in OFF_ONLY)
+def test_a_second_name_of_a_key_is_read_as_the_key(toml):
+    assert parse("--evaluation.evaluation_freq", "7").evaluation.freq == 7
+    assert parse(toml("[evaluation]\nevaluation_freq = 7\n")).evaluation.freq == 7
+    assert "is the same setting" in error(toml("[evaluation]\nevaluation_freq = 7\nfreq = 8\n"))
 
 
 def test_a_refused_value_in_a_file_can_be_taken_back_on_the_command_line(toml):
     option = toml("[parallelism]\nexpert_parallel_degree = 2\n")
     assert "run.toml" in error(option)
-    assert parse(option, "--parallelism.expert_parallel_degree=1").parallelism.expert_parallel_degree == 1
+    assert parse(option, "--parallelism.expert_parallel_degree=1").parallelism == JobConfig().parallelism
 
 
 def test_updates_in_the_backward_pass_exclude_what_needs_all_gradients():
@@ -340,7 +309,7 @@ def test_what_can_be_compiled():
 
 
 def test_a_compiled_backward_pass_is_for_one_rank(here):
-    here.training.compile = here.compile.enable = here.parallelism.enable_compiled_autograd = True
+    here.training.compile = here.parallelism.enable_compiled_autograd = True
     check(here, 1)
     with pytest.raises(ConfigError, match=r"enable_compiled_autograd = true: FSDP2.*one rank alone"):
         check(here, 2)

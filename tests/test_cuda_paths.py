@@ -29,12 +29,12 @@ from torchtitan.audio.codec import ACTIVATION_BYTES, BATCH_SECONDS, FRAME_SIZE, 
 from torchtitan.audio.streaming import StreamingDecoder
 from torchtitan.audio.token_stream import TokenStream
 from torchtitan.audio.waveform import SAMPLE_RATE
-from torchtitan.components import loss as loss_module
+from torchtitan.checkpoint.speech_lm import SpeechLM
 from torchtitan.components.gradients import FiniteGuard, clip_grad_norm
-from torchtitan.components.loss import CHUNK_TOKENS, Columns, _ChunkedNLLSum, chunked_nll, chunked_nll_sum
 from torchtitan.generation import Engine, Request, Sampling
 from torchtitan.generation import linear as linear_module
 from torchtitan.generation.engine import Generation, _plan
+from torchtitan.models import loss as loss_module
 from torchtitan.models.llama3 import attention
 from torchtitan.models.llama3.args import Llama3Args
 from torchtitan.models.llama3.attention import Documents
@@ -42,7 +42,7 @@ from torchtitan.models.llama3.model import Llama3
 from torchtitan.models.llama3.parallelize import compile_blocks
 from torchtitan.models.llama3.pipeline import Pipeline
 from torchtitan.models.llama3.weights import init_random, materialize
-from torchtitan.models.speech_lm import SpeechLM
+from torchtitan.models.loss import CHUNK_TOKENS, Columns, _ChunkedNLLSum, chunked_nll, chunked_nll_sum
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 ROWS, LENGTH, VOCAB, DIM, LAYERS, HEADS, KV_HEADS, HEAD_DIM = 2, 64, 272, 64, 2, 4, 2, 16

@@ -19,11 +19,12 @@ from torchtitan.audio.token_stream import TokenStream, extend_tokenizer
 from torchtitan.audio.waveform import load_audio, load_beginning, resample
 from torchtitan.components import dataloader
 from torchtitan.components.dataloader import BadRows, Batch, SpeechDataLoader, max_frames_of
-from torchtitan.components.loss import IGNORE_INDEX
-from torchtitan.config_manager import Training
+from torchtitan.config.job_config import Training
 from torchtitan.datasets import order
 from torchtitan.datasets.sources import Source, sources_from_config
 from torchtitan.datasets.streams import find_data, open_streams
+from torchtitan.models.loss import IGNORE_INDEX
+from torchtitan.tools import retries
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.logging import logger
 
@@ -696,7 +697,7 @@ def test_a_read_of_a_recordings_own_file_is_tried_again(make_loader, tmp_path, m
             raise error
         return open(path, "rb")
 
-    monkeypatch.setattr(readers, "FIRST_WAIT", 0.0)
+    monkeypatch.setattr(retries, "FIRST_WAIT", 0.0)
     monkeypatch.setattr(readers, "_open", open_or_fail)
     monkeypatch.setattr(decoding, "load_beginning", load)
     assert take(make_loader(tmp_path, read_retries=2))[0].counters.bad_rows == 0

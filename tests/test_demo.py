@@ -19,9 +19,9 @@ import torch
 
 from torchtitan.audio.codec import FRAME_SIZE
 from torchtitan.audio.waveform import load_audio
+from torchtitan.checkpoint.speech_lm import SpeechLM
 from torchtitan.demo.server import DemoServer, pcm16
 from torchtitan.generation import Sampling, continue_codes
-from torchtitan.models.speech_lm import SpeechLM
 from torchtitan.tools.errors import UserError, run_command
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -20,8 +20,8 @@ import pytest
 
 from torchtitan.audio.codec import FRAME_SIZE
 from torchtitan.audio.waveform import SAMPLE_RATE
+from torchtitan.checkpoint.speech_lm import SpeechLM
 from torchtitan.demo.server import DemoServer
-from torchtitan.models.speech_lm import SpeechLM
 
 DRIVER = shutil.which("chromedriver")
 pytestmark = [

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch.distributed.tensor import DTensor
 
 from torchtitan.audio.token_stream import TokenStream
-from torchtitan.components.checkpoint import (
+from torchtitan.checkpoint.manager import (
     CheckpointManager,
     find_checkpoint,
     find_steps,
@@ -28,14 +28,14 @@ from torchtitan.components.checkpoint import (
     restore_random_state,
 )
 from torchtitan.components.dataloader import Batch
-from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.optimizer import build_optimizer
 from torchtitan.components.validate import ValidationResult, Validator
-from torchtitan.config_manager import Optimizer
+from torchtitan.config.job_config import Optimizer
 from torchtitan.models.llama3.args import Llama3Args, read_config
 from torchtitan.models.llama3.model import Llama3
 from torchtitan.models.llama3.parallelize import shard
 from torchtitan.models.llama3.weights import init_random, load_hf, materialize
+from torchtitan.models.loss import IGNORE_INDEX
 from torchtitan.tools.errors import UserError
 
 KNOWN_ROWS, VOCAB_SIZE = 258, 301

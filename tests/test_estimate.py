@@ -12,17 +12,11 @@ import torch.distributed as dist
 from scripts import estimate as script
 from tests.test_train import ROOT, arguments, launch  # noqa: F401 - a fixture
 from torchtitan import train
-from torchtitan.components.checkpoint import find_checkpoint, read_state
+from torchtitan.checkpoint.manager import find_checkpoint, read_state
 from torchtitan.components.optimizer import build_optimizer, optimizer_tensors
-from torchtitan.config_manager import ActivationCheckpoint, ConfigError, JobConfig
+from torchtitan.config.job_config import ActivationCheckpoint, JobConfig
 from torchtitan.distributed.parallel_dims import ParallelDims
-from torchtitan.models.llama3.activation_checkpoint import checkpoint_activations
-from torchtitan.models.llama3.args import Llama3Args
-from torchtitan.models.llama3.model import Llama3, TransformerBlock
-from torchtitan.models.llama3.parallel_model import ParallelModel
-from torchtitan.models.llama3.weights import init_random
-from torchtitan.tools.errors import UserError
-from torchtitan.tools.estimate import (
+from torchtitan.estimate import (
     MODEL_SIZES,
     Precision,
     block_activations,
@@ -37,6 +31,12 @@ from torchtitan.tools.estimate import (
     rank_parameters,
     traffic,
 )
+from torchtitan.models.llama3.activation_checkpoint import checkpoint_activations
+from torchtitan.models.llama3.args import Llama3Args
+from torchtitan.models.llama3.model import Llama3, TransformerBlock
+from torchtitan.models.llama3.parallel_model import ParallelModel
+from torchtitan.models.llama3.weights import init_random
+from torchtitan.tools.errors import ConfigError, UserError
 
 SMALL = Llama3Args(301, 64, 4, n_heads=8, n_kv_heads=4, head_dim=8, hidden_dim=96)
 

@@ -18,23 +18,15 @@ import soundfile
 import torch
 
 from torchtitan.audio.token_stream import TokenStream
+from torchtitan.checkpoint.speech_lm import SpeechLM
 from torchtitan.eval import scoring
-from torchtitan.eval.benchmark import (
-    SALMON,
-    SLM21,
-    STORY_CLOZE,
-    Benchmark,
-    Options,
-    command,
-    encode_pairs,
-    score_task,
-)
+from torchtitan.eval.benchmark import Options, command, encode_pairs, score_task
 from torchtitan.eval.data import DataError, open_tasks
 from torchtitan.eval.metrics import Rule, clip_scores, judge
 from torchtitan.eval.results import Clip, results_folder, samples_table
 from torchtitan.eval.scoring import score
 from torchtitan.eval.store import ArrayStore, digest
-from torchtitan.models.speech_lm import SpeechLM
+from torchtitan.eval.suites import SALMON, SLM21, STORY_CLOZE, Benchmark
 from torchtitan.tools.errors import UserError
 
 REPOSITORY = Path(__file__).parents[1]
@@ -338,7 +330,7 @@ def test_dev_and_test_pairs_are_not_mixed_where_no_split_was_asked_for(tmp_path)
             open_tasks(str(name), STORY_CLOZE.tasks, STORY_CLOZE.columns, False)
     (folder / "pairs.parquet").write_bytes((folder / "dev.parquet").read_bytes())
     (task,), _ = open_tasks(str(folder), STORY_CLOZE.tasks, STORY_CLOZE.columns, False)
-    assert task.rows == [folder / "pairs.parquet"]
+    assert task.files == [folder / "pairs.parquet"]
 
 
 def test_a_file_is_no_folder(tmp_path):
@@ -404,65 +396,12 @@ def test_audio_may_be_decoded(lm, tmp_path, cached):
         assert torch.equal(given.codes, decoded.codes) and torch.equal(given.codes, again.codes)
 
 
-@pytest.mark.parametrize("kind", ["struct", "array"])
-def test_the_hub_is_read_as_a_folder_is(lm, tmp_path, monkeypatch, kind):
-    """What loads from the hub need not be marked as audio, and gives the same clips as the same files in a folder."""
-    import datasets
-
-    folder = write_task(tmp_path / "sWUGGY", [(wav(0.2, 1), wav(0.3, 2))], SLM21.columns)
-    if kind == "array":
-        as_arrays(folder)
-    files = [str(file) for file in folder.glob("*.parquet")]
-    rows = datasets.Dataset.from_parquet(files, cache_dir=str(tmp_path / "cache"))
-    assert not any(isinstance(feature, datasets.Audio) for feature in rows.features.values())
-    monkeypatch.setattr(datasets, "load_dataset", lambda *arguments, **named: rows)
-    (from_hub,), _ = open_tasks("speed/sWUGGY", SLM21.tasks, SLM21.columns, False)
-    for local, hub in zip(
-        score_task(SLM21, open_task(folder, SLM21), lm), score_task(SLM21, from_hub, lm), strict=True
-    ):
-        assert torch.equal(local.codes, hub.codes) and torch.equal(local.nll, hub.nll)
-
-
-def test_columns_without_audio_are_refused_on_the_hub_and_in_folders(tmp_path, monkeypatch):
-    import datasets
-
+def test_columns_without_audio_are_refused(tmp_path):
     (tmp_path / "sWUGGY").mkdir()
     table = pa.table({"positive": [[0.1, 0.2]], "negative": ["a.wav"]})
     pq.write_table(table, tmp_path / "sWUGGY" / "train-0.parquet")
-    monkeypatch.setattr(datasets, "load_dataset", lambda *arguments, **named: datasets.Dataset(table))
-    for place in (str(tmp_path / "sWUGGY"), "speed/sWUGGY"):
-        with pytest.raises(DataError, match=r"'positive' of task sWUGGY must hold audio as \{bytes, path\} or \{array"):
-            open_tasks(place, SLM21.tasks, SLM21.columns, False)
-
-
-def test_hub_names_of_tasks(tmp_path, monkeypatch):
-    """Configurations of one data set for SALMon, data sets of one owner for the others."""
-    import datasets
-
-    write_task(tmp_path / "task", [(b"one", b"two")], SALMON.columns)
-    write_task(tmp_path / "other", [(b"one", b"two")], SLM21.columns)
-    asked = []
-
-    def load_dataset(repository, configuration, split):
-        asked.append((repository, configuration, split))
-        columns, folder = (SALMON.columns, "task") if configuration else (SLM21.columns, "other")
-        if configuration == "bg_alignment":
-            raise ValueError("BuilderConfig 'bg_alignment' not found. Available: []")
-        rows = datasets.Dataset(pq.read_table(tmp_path / folder))
-        for column in columns:
-            rows = rows.cast_column(column, datasets.Audio())
-        return rows
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    found, missing = open_tasks("slprl/SALMon", SALMON.tasks, SALMON.columns, True)
-    assert asked == [("slprl/SALMon", name, "train") for name in SALMON.tasks]
-    assert len(found) == 7
-    assert missing == ["bg_alignment"]
-    assert found[0].audio(next(found[0].pairs()), "negative_audio") == b"two"
-    asked.clear()
-    assert len(open_tasks("speed", SLM21.tasks, SLM21.columns, False)[0]) == 2
-    assert len(open_tasks("speed/sBLIMP", SLM21.tasks, SLM21.columns, False)[0]) == 1
-    assert [call[0] for call in asked] == ["speed/sWUGGY", "speed/sBLIMP", "speed/sBLIMP"]
+    with pytest.raises(DataError, match=r"'positive' of task sWUGGY must hold audio as \{bytes, path\} or \{array"):
+        open_tasks(str(tmp_path / "sWUGGY"), SLM21.tasks, SLM21.columns, False)
 
 
 # From files to results.
@@ -535,6 +474,8 @@ def test_results_can_be_recomputed_from_samples_alone(lm, model_folder, tmp_path
     assert [row["frequency"] for row in rows[::2]] == ["3", "1", "4", "1", "5", "9", "x", "y"]
     assert json.loads(samples.schema.metadata[b"num_quantizers"]) == 4
     assert json.loads(samples.schema.metadata[b"settings"]) == results["settings"]
+    docs = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text("utf-8")
+    assert [key for key in results["settings"] if f"`{key}`" not in docs and f"`{key}." not in docs] == []
     assert sorted(os.listdir(folder)) == ["accuracy.json", "accuracy.png", "results.json", "samples.parquet"]
     assert (folder / "accuracy.png").read_bytes().startswith(b"\x89PNG")
     assert "sWUGGY" in capsys.readouterr().out

@@ -46,7 +46,8 @@ def accuracies(folder: Path) -> dict[int, dict[str, float]]:
 
 
 def test_the_figures_are_those_of_the_benchmark(arguments, pairs, tmp_path, mimi_folder, capfd):  # noqa: F811
-    from torchtitan.eval.benchmark import SALMON, Options, command
+    from torchtitan.eval.benchmark import Options, command
+    from torchtitan.eval.suites import SALMON
 
     launch(arguments(tmp_path, 1, *options(pairs), "--checkpoint.last_save_in_hf", "--optimizer.lr", "1e-2"), 1)
     found = accuracies(tmp_path)

@@ -8,10 +8,11 @@ import torch.distributed as dist
 
 from tests.test_parallel import make, microbatch
 from tests.test_train import arguments, figures, launch  # noqa: F401 - a fixture
-from torchtitan.components import float8
-from torchtitan.components.float8 import check_float8
-from torchtitan.components.mx import check_mx
-from torchtitan.config_manager import ConfigError, ConfigManager
+from torchtitan.config_manager import ConfigManager
+from torchtitan.models import float8
+from torchtitan.models.float8 import check_float8
+from torchtitan.models.mx import check_mx
+from torchtitan.tools.errors import ConfigError
 
 EMULATED = ("--model.converters", "float8", "--float8.emulate")
 MX = ("--model.converters", "mx", "--mx.emulate")

@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from torchtitan.audio.token_stream import CODEBOOK_SIZE
+from torchtitan.checkpoint.speech_lm import SpeechLM
 from torchtitan.generation import Engine, Request, Sampling, SpeechService, continue_codes, stream_speech, text_prompt
 from torchtitan.generation.engine import RecentlyUsed, whole_frames
 from torchtitan.generation.linear import Int8, _agrees, widened
@@ -34,7 +35,6 @@ from torchtitan.generation.sampling import (
     position_words,
     sample_key,
 )
-from torchtitan.models.speech_lm import SpeechLM
 from torchtitan.tools.errors import UserError
 
 HOT = Sampling(temperature=2.0, top_k=None)

@@ -14,11 +14,12 @@ import pytest
 import torch
 
 from tests.test_eval import REPOSITORY, open_task, run, wav, write_task
+from torchtitan.checkpoint.speech_lm import SpeechLM
 from torchtitan.eval import benchmark, scoring, store
-from torchtitan.eval.benchmark import SALMON, SLM21, Options, command, encode_pairs
+from torchtitan.eval.benchmark import Options, command, encode_pairs
 from torchtitan.eval.results import results_folder
 from torchtitan.eval.store import ArrayStore, digest
-from torchtitan.models.speech_lm import SpeechLM
+from torchtitan.eval.suites import SALMON, SLM21
 
 
 @pytest.fixture(scope="module")
@@ -112,11 +113,11 @@ def test_what_was_computed_before_an_error_is_kept(model, data, tmp_path, monkey
     options = {"batch_size": 4, "cache_dir": str(tmp_path / "cache")}
     score_batch, load_audio, loaded, computed = scoring._score_batch, benchmark.load_audio, [], []
 
-    def load(source, name):
+    def load(source, name, resampler):
         loaded.append(name)
         if len(loaded) == 9:
             raise KeyboardInterrupt
-        return load_audio(source, name=name)
+        return load_audio(source, name=name, resampler=resampler)
 
     def score(lm, rows):
         if len(computed) == 2:
@@ -191,9 +192,9 @@ def test_codes_are_computed_once(model, data, alone, tmp_path, monkeypatch):
     decoded: list[str] = []
     load_audio = benchmark.load_audio
 
-    def load(source, name):
+    def load(source, name, resampler):
         decoded.append(name)
-        return load_audio(source, name=name)
+        return load_audio(source, name=name, resampler=resampler)
 
     monkeypatch.setattr(benchmark, "load_audio", load)
     _, folder = run(SLM21, data, model, tmp_path / "second", **options)

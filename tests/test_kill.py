@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.test_train import ROOT, arguments, figures, launch  # noqa: F401 - a fixture
-from torchtitan.components.checkpoint import find_steps
+from torchtitan.checkpoint.manager import find_steps
 
 STEPS, KILLS = 100, 10
 

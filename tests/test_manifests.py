@@ -16,6 +16,7 @@ from torchtitan.datasets import readers
 from torchtitan.datasets.decoding import UnreadError, decode_row
 from torchtitan.datasets.readers import AudioDataset, Row, index_files
 from torchtitan.datasets.sources import Source, find_files
+from torchtitan.tools import retries
 from torchtitan.tools.errors import UserError
 
 RATE = 16_000
@@ -398,7 +399,7 @@ def test_a_recording_on_the_hub_that_cannot_be_read(tmp_path, monkeypatch, failu
         raise failure()
 
     monkeypatch.setattr(readers, "_open", opened)
-    monkeypatch.setattr(readers, "FIRST_WAIT", 0.0)
+    monkeypatch.setattr(retries, "FIRST_WAIT", 0.0)
     row = Row("key", "hf://datasets/owner/name/long.wav", None, None, None, Part(1.0, 2.0))
     with pytest.raises(UnreadError) as error:
         decode_row(row, None, 2)

@@ -9,17 +9,17 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from torchtitan.audio.token_stream import extend_tokenizer
-from torchtitan.components import loss as loss_module
-from torchtitan.components.hf_export import write_hf_files, write_weights
-from torchtitan.components.loss import IGNORE_INDEX, chunked_nll, chunked_nll_sum
-from torchtitan.config_manager import ActivationCheckpoint, JobConfig, Model
+from torchtitan.checkpoint.hf_export import write_hf_files, write_weights
+from torchtitan.config.job_config import ActivationCheckpoint, JobConfig, Model
 from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.models import loss as loss_module
 from torchtitan.models.base import BaseModel
 from torchtitan.models.llama3.activation_checkpoint import checkpoint_activations
 from torchtitan.models.llama3.args import Llama3Args, read_config
 from torchtitan.models.llama3.model import Llama3
 from torchtitan.models.llama3.parallel_model import ParallelModel
 from torchtitan.models.llama3.weights import SafetensorsFolder, hf_names, init_random, load_hf, materialize
+from torchtitan.models.loss import IGNORE_INDEX, chunked_nll, chunked_nll_sum
 from torchtitan.tools.errors import UserError
 
 CPU = torch.device("cpu")
@@ -509,19 +509,21 @@ def test_exported_model_can_be_trained_further(export):
 def test_exported_config_tells_the_codec_and_serves_transformers_4(export):
     _, _, folder = export(scaled=True)
     config = read_config(folder)
-    told = {key: config[key] for key in ("num_quantizers", "audio_tokenizer", "codec_padding", "codec_window")}
+    keys = ("num_quantizers", "audio_tokenizer", "codec_padding", "codec_window", "resampler")
+    told = {key: config[key] for key in keys}
     assert told == {
         "num_quantizers": 1,
         "audio_tokenizer": "some/codec",
         "codec_padding": "exact",
         "codec_window": "codec",
+        "resampler": "torchaudio",
     }
     assert (config["rope_theta"], config["rope_scaling"]["factor"], config["torch_dtype"]) == (5_000, 8, "float32")
     assert json.loads((folder / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
 
 
 def test_export_in_several_files(make_base_model, tmp_path, monkeypatch, tokens):
-    monkeypatch.setattr("torchtitan.components.hf_export.MAX_SHARD_BYTES", 50_000)
+    monkeypatch.setattr("torchtitan.checkpoint.hf_export.MAX_SHARD_BYTES", 50_000)
     folder = make_base_model()
     model = load(folder)
     (tmp_path / "config.json").write_text(json.dumps(model.args.to_hf()))
@@ -554,6 +556,14 @@ def test_debug_flavour_takes_only_the_tokenizer(make_base_model):
     settings = Model(name=str(make_base_model()), num_quantizers=2, flavor="debug", pretrained=False)
     base = BaseModel.load(settings)
     assert base.args == Llama3Args(vocab_size=258 + 2 * 2048 + 2)
+
+
+def test_debugmodel_has_the_sizes_of_torchtitan(make_base_model):
+    settings = Model(name=str(make_base_model()), num_quantizers=1, flavor="debugmodel", pretrained=False)
+    args = BaseModel.load(settings).args
+    # 6 layers: 4 square projections for 16 heads of 16, 3 of 256 x 768, 2 norms; then a norm, an embedding and a head.
+    assert (args.dim, args.n_heads, args.n_kv_heads) == (256, 16, 16)
+    assert args.num_params == 6 * (4 * 256**2 + 3 * 256 * 768 + 2 * 256) + 256 + 2 * (258 + 2048 + 2) * 256
 
 
 def test_speech_model_of_another_q_is_refused_by_name(export):

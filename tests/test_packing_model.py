@@ -14,8 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from torchtitan.components.loss import IGNORE_INDEX
-from torchtitan.config_manager import ActivationCheckpoint
+from torchtitan.config.job_config import ActivationCheckpoint
 from torchtitan.models.llama3 import attention
 from torchtitan.models.llama3.activation_checkpoint import checkpoint_activations
 from torchtitan.models.llama3.args import Llama3Args, read_config
@@ -29,6 +28,7 @@ from torchtitan.models.llama3.attention import (
 from torchtitan.models.llama3.model import Llama3
 from torchtitan.models.llama3.parallelize import compile_blocks, shard
 from torchtitan.models.llama3.weights import init_random, load_hf, materialize
+from torchtitan.models.loss import IGNORE_INDEX
 
 CPU = torch.device("cpu")
 ROW = 64

@@ -20,18 +20,20 @@ import torch.distributed as dist
 from torch.torch_version import TorchVersion
 
 from torchtitan import train
-from torchtitan.components.checkpoint import CheckpointManager, load_checkpoint, load_full_parameters
+from torchtitan.checkpoint.manager import CheckpointManager, load_checkpoint, load_full_parameters
 from torchtitan.components.dataloader import Batch
 from torchtitan.components.gradients import FiniteGuard
-from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.optimizer import build_optimizer
-from torchtitan.config_manager import SPLIT_BACKWARD, ConfigError, ConfigManager, Parallelism
+from torchtitan.config.job_config import Parallelism
+from torchtitan.config_manager import ConfigManager
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.utils import sum_over_ranks
 from torchtitan.models.llama3.args import Llama3Args
 from torchtitan.models.llama3.parallel_model import ParallelModel, check_split
-from torchtitan.models.llama3.pipeline import own_stages, split_blocks, splits_backward
+from torchtitan.models.llama3.pipeline import SPLIT_BACKWARD, own_stages, split_blocks, splits_backward
 from torchtitan.models.llama3.weights import init_random
+from torchtitan.models.loss import IGNORE_INDEX
+from torchtitan.tools.errors import ConfigError
 from torchtitan.tools.signals import StopRequest
 
 STEPS, ACCUMULATION, ROWS, SEQ_LEN, VOCAB_SIZE, FIRST_AUDIO = 20, 2, 4, 32, 301, 100

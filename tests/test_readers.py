@@ -24,6 +24,7 @@ from torchtitan.audio.waveform import load_audio
 from torchtitan.datasets import readers
 from torchtitan.datasets.readers import AudioDataset, DatasetIndex, RecordingFile, Row, index_files
 from torchtitan.datasets.sources import Source, find_files
+from torchtitan.tools import retries
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.logging import logger
 
@@ -32,7 +33,7 @@ AUDIO_TYPE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch):
-    monkeypatch.setattr(readers, "FIRST_WAIT", 0.0)
+    monkeypatch.setattr(retries, "FIRST_WAIT", 0.0)
 
 
 @pytest.fixture
@@ -820,8 +821,8 @@ def test_waits_double(tmp_path, flaky, monkeypatch):
     data = opened(tmp_path)
     flaky(failures=4)
     waits: list[float] = []
-    monkeypatch.setattr(readers, "FIRST_WAIT", 1.0)
-    monkeypatch.setattr(readers.time, "sleep", waits.append)
+    monkeypatch.setattr(retries, "FIRST_WAIT", 1.0)
+    monkeypatch.setattr(retries.time, "sleep", waits.append)
     assert len(all_rows(data)) == 3
     assert waits == [1, 2, 4, 8]
 

@@ -8,12 +8,12 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 
 from torchtitan.eval import report
-from torchtitan.eval.benchmark import SALMON
 from torchtitan.eval.metrics import (
     MetricsError,
     Rule,
@@ -22,10 +22,12 @@ from torchtitan.eval.metrics import (
     first_differences,
     judge,
     pair_points,
+    quantizer_losses,
     zerospeech,
 )
 from torchtitan.eval.results import Clip, samples_table
 from torchtitan.eval.statistics import compare, mcnemar_p_value, standard_error, wilson_interval
+from torchtitan.eval.suites import SALMON
 from torchtitan.tools.errors import UserError
 
 Q = 3
@@ -207,6 +209,90 @@ def test_averages_of_salmon():
     errors = [results[task].standard_error for task in SALMON.tasks[6:]]
     assert found["alignment"]["standard_error"] == pytest.approx(math.hypot(*errors) / 2)
     assert found["alignment"]["pooled_standard_error"] == pytest.approx(math.hypot(9 * errors[0], 10 * errors[1]) / 19)
+
+
+# --- losses by quantizer
+
+
+def of_lengths(quantizers: int, lengths: list[tuple[int, int]], seed: int = 0) -> list[Clip]:
+    """Pairs of clips of so many frames, positive and negative, with random NLLs."""
+    random = torch.Generator().manual_seed(seed)
+    made = []
+    for pair, frames in enumerate(lengths):
+        for side, count in zip(("positive", "negative"), frames, strict=True):
+            nll = torch.rand(quantizers * count + 2, generator=random) * 9
+            made.append(Clip("t", pair, side, str(pair), torch.zeros(quantizers, count), nll))
+    return made
+
+
+@pytest.mark.parametrize("quantizers", [1, 2, 4])
+def test_losses_by_quantizer_are_those_of_a_plain_loop(quantizers):
+    made = of_lengths(quantizers, [(3, 5), (1, 2), (4, 4), (7, 1), (2, 6), (5, 3)])
+    # Pairs 2 and 4 are left out as a whole, 2 for an NLL of its negative clip, 4 for a clip that could not be read.
+    made[5].nll[-2] = math.nan
+    made[8] = Clip("t", 4, "positive", "4", error="no audio")
+    found = quantizer_losses(samples_table(made, quantizers, {}))
+    assert list(found) == ["t"]
+    for side, start in (("positive", 0), ("negative", 1)):
+        assert len(found["t"][side]) == quantizers
+        for q, loss in enumerate(found["t"][side]):
+            sums, counts = [], []
+            for pair in (0, 1, 3, 5):
+                units = made[2 * pair + start].nll.tolist()[1:-1]
+                values = [value for i, value in enumerate(units) if i % quantizers == q]
+                sums.append(sum(values))
+                counts.append(len(values))
+            means = [total / count for total, count in zip(sums, counts, strict=True)]
+            assert (loss["clips"], loss["frames"]) == (4, sum(counts))
+            assert loss["mean"] == pytest.approx(statistics.mean(means))
+            assert loss["standard_error"] == pytest.approx(statistics.stdev(means) / 2)
+            ratio = sum(sums) / sum(counts)
+            residuals = [total - ratio * count for total, count in zip(sums, counts, strict=True)]
+            squares = sum(residual**2 for residual in residuals)
+            assert loss["pooled"] == pytest.approx(ratio)
+            assert loss["pooled_standard_error"] == pytest.approx(math.sqrt(4 / 3 * squares) / sum(counts))
+
+
+def test_frames_of_a_clip_are_no_independent_draws():
+    """Clips that repeat one value each: more frames of the same clips make no figure surer."""
+    errors = []
+    for frames in (2, 200):
+        made = [
+            Clip("t", pair, side, "", torch.zeros(1, frames), torch.full((frames + 2,), float(pair)))
+            for pair in range(4)
+            for side in ("positive", "negative")
+        ]
+        loss = quantizer_losses(samples_table(made, 1, {}))["t"]["positive"][0]
+        errors += [loss["standard_error"], loss["pooled_standard_error"]]
+    assert errors == pytest.approx([statistics.stdev(range(4)) / 2] * 4)
+
+
+def test_losses_by_quantizer_of_one_clip_and_of_none():
+    loss = quantizer_losses(samples_table(of_lengths(2, [(3, 1)]), 2, {}))["t"]["positive"][1]
+    assert loss["mean"] == loss["pooled"] > 0
+    assert (loss["standard_error"], loss["pooled_standard_error"]) == (None, None)
+    made = of_lengths(2, [(3, 1)])
+    made[0].nll[0] = math.inf
+    loss = quantizer_losses(samples_table(made, 2, {}))["t"]["negative"][0]
+    assert loss == {"clips": 0, "frames": 0} | dict.fromkeys(
+        ("mean", "standard_error", "pooled", "pooled_standard_error")
+    )
+
+
+def test_a_report_has_the_losses_by_quantizer(tmp_path, capsys):
+    table = write(tmp_path / "a", 0, benchmark="SALMON", tasks=SALMON.tasks)
+    pq.write_table(table.drop_columns(["codes"]), tmp_path / "a" / "samples.parquet")
+    assert run(tmp_path) == 0
+    data = json.loads((tmp_path / "a" / "report.json").read_text())["benchmarks"]["SALMON"]["models"]["owner/model"]
+    expected = quantizer_losses(table)
+    assert data["quantizers"] == expected
+    printed = capsys.readouterr().out
+    loss = expected["bg_alignment"]["negative"][2]
+    assert f"{loss['mean']:.3f} ± {loss['standard_error']:.3f} |\n" in printed
+    assert f"{loss['pooled']:.3f} ± {loss['pooled_standard_error']:.3f} |\n" in printed
+    rows = [line for line in printed.splitlines() if "| positive |" in line or "| negative |" in line]
+    assert len(rows) == 2 * 2 * len(SALMON.tasks)
+    assert max(map(len, rows)) <= 120
 
 
 # --- ZeroSpeech's rules
@@ -421,6 +507,74 @@ def test_wrong_input_is_one_sentence(tmp_path, monkeypatch, capsys):
         lines = capsys.readouterr().err.strip().splitlines()
         assert len(lines) == 1
         assert said in lines[0]
+
+
+def docs_section(title: str) -> str:
+    text = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text("utf-8")
+    return text.split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
+def test_the_docs_list_every_column_and_setting(tmp_path):
+    cells = [
+        [cell.strip(" `") for cell in line.split("|")[1:]] for line in docs_section("samples.parquet").splitlines()
+    ]
+    listed = {row[0]: row[1:3] for row in cells if len(row) == 6}
+    table = write(tmp_path / "a", 0)
+    kinds = {field.name: str(field.type) for field in table.schema}
+    arrow = {"list of int16": "list<item: int16>", "list of float32": "list<item: float>", "float64": "double"}
+    written = {name: arrow.get(kind, kind) for name, (kind, _) in listed.items() if name in kinds}
+    assert list(written.items()) == list(kinds.items())
+    assert {"voice`, `type`, `subtype", "frequency`, `length"} < listed.keys()
+    for name in kinds:
+        pq.write_table(table.drop_columns([name]), tmp_path / "a" / "samples.parquet")
+        if listed[name][1] == "required":
+            with pytest.raises(UserError, match=f"lacks {name}"):
+                report.find_runs([tmp_path])
+        else:
+            assert run(tmp_path) == 0
+    pq.write_table(table.replace_schema_metadata({b"settings": b"{}"}), tmp_path / "a" / "samples.parquet")
+    with pytest.raises(UserError, match="num_quantizers"):
+        report.find_runs([tmp_path])
+
+
+def test_the_example_in_the_docs_is_a_report(tmp_path, monkeypatch):
+    """Another system's likelihoods, as the docs say to write them."""
+    monkeypatch.chdir(tmp_path)
+    exec(docs_section("samples.parquet").split("```python\n")[1].split("```")[0], {})
+    assert run(".") == 0
+    found = json.loads((tmp_path / "report.json").read_text())["benchmarks"]["sLM21"]["models"]["my/system"]
+    assert found["tasks"]["sWUGGY"]["accuracy"] == 1.0
+    losses = found["quantizers"]["sWUGGY"]
+    assert [loss["mean"] for loss in losses["positive"]] == pytest.approx([2.3, 3.55])
+    assert [loss["mean"] for loss in losses["negative"]] == pytest.approx([2.9, 3.5])
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda rows: rows[0].update(side="left"), 'side "left"'),
+        (lambda rows: rows[1].update(side="positive"), "a side twice"),
+        (lambda rows: rows[1].update(frames=None), "column frames has no value"),
+        (lambda rows: [row.update(nll="none") for row in rows], "column nll is of type string"),
+        (lambda rows: rows[0].update(frames=1), "row 0 has 4 NLLs where its 1 frames ask for 3"),
+    ],
+)
+def test_rows_that_cannot_be_reported_are_one_sentence(tmp_path, change, said):
+    clip = {"task": "t", "pair": 0, "item": "0", "frames": 2, "nll": [1.0, 2.0, 3.0, 4.0], "cut": 0.0}
+    rows = [{**clip, "side": side} for side in ("positive", "negative")]
+    change(rows)
+    table = pa.Table.from_pylist(rows).replace_schema_metadata({"num_quantizers": "1"})
+    pq.write_table(table, tmp_path / "samples.parquet")
+    with pytest.raises(UserError, match=said) as caught:
+        run(tmp_path)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("metadata", [{"num_quantizers": "four"}, {"num_quantizers": "0"}, {"num_quantizers": "2.5"}])
+def test_wrong_metadata_are_one_sentence(tmp_path, metadata):
+    pq.write_table(samples_table([], 1, {}).replace_schema_metadata(metadata), tmp_path / "samples.parquet")
+    with pytest.raises(UserError, match="num_quantizers must be a whole number"):
+        run(tmp_path)
 
 
 def test_the_same_name_twice_is_told_apart(tmp_path):

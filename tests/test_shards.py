@@ -366,6 +366,7 @@ def test_the_same_hub_name_is_accepted_without_loading(written):
         ((5, "exact", "full"), "they hold 4 quantizers and 5 are asked for"),
         ((4, "aligned", "full"), "codec_padding is exact in them and aligned is asked for"),
         ((4, "exact", "codec"), "codec_window is full in them and codec is asked for"),
+        ((4, "exact", "full", "ffmpeg"), "resampler is torchaudio in them and ffmpeg is asked for"),
         ((5, "aligned", "full"), "quantizers and 5 are asked for, and codec_padding is exact"),
     ],
 )

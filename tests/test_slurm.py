@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.test_train import ROOT, arguments  # noqa: F401 - a fixture
-from torchtitan.components.checkpoint import find_steps
+from torchtitan.checkpoint.manager import find_steps
 
 SCRIPT = ROOT / "scripts" / "train_multinode.slurm"
 SRUN = """#!/bin/bash

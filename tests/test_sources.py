@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from torchtitan.config_manager import SOURCE_TYPES, ConfigError
+from torchtitan.config.keys import SOURCE_TYPES
 from torchtitan.datasets.sources import (
     ALIASES,
     HELD_OUT,
@@ -21,7 +21,7 @@ from torchtitan.datasets.sources import (
     kind_of,
     sources_from_config,
 )
-from torchtitan.tools.errors import UserError
+from torchtitan.tools.errors import ConfigError, UserError
 
 
 def touch(folder: Path, *names: str) -> Path:
@@ -71,7 +71,7 @@ def test_every_entry_is_complete():
     [
         ("all", "mixture"),
         ("librispeech_asr", "librispeech_asr_test"),
-        ("librispeech", "librispeech_asr_train"),
+        ("librispeech", "librispeech_960"),
     ],
 )
 def test_aliases(alias, name):
@@ -95,7 +95,8 @@ def test_librispeech_train_and_test_are_apart(tmp_path):
     train = ["clean/train.100/0000.parquet", "other/train.500/0000.parquet"]
     test, other = ["clean/test/0000.parquet"], ["clean/validation/0000.parquet", "all/train.clean.100/0000.parquet"]
     touch(tmp_path, *train, *test, *other)
-    assert found("librispeech_asr_train", tmp_path) == train
+    assert found("librispeech_960", tmp_path) == train
+    assert found("librispeech_asr_train", tmp_path) == train[1:], "train.other.500, as in the published recipe"
     assert found("librispeech_asr_test", tmp_path) == test
 
 
@@ -328,6 +329,26 @@ def test_files_on_the_hub(hub):
     assert at == ["hf://datasets/owner/name@refs%2Fconvert%2Fparquet/clean/test-0.parquet"]
 
 
+@pytest.mark.parametrize("name", ["peoples_speech", "librispeech_asr_test", "mls_english"])
+@pytest.mark.parametrize("table", [False, True])
+def test_a_named_data_set_is_read_from_its_usual_folder_if_it_lies_there(tmp_path, monkeypatch, caplog, name, table):
+    files = {
+        "peoples_speech": "data/peoples_speech/clean/train-0.parquet",
+        "librispeech_asr_test": "data/librispeech_asr/clean/test/0000.parquet",
+        "mls_english": "data/mls_eng/data/train-00000-of-01416.parquet",
+    }
+    monkeypatch.chdir(tmp_path)
+    asked: tuple = ({"name": name},) if table else ()
+    assert described(*asked, dataset=name) == [find_source(name)]
+    (tmp_path / files[name]).parents[1].mkdir(parents=True)
+    assert described(*asked, dataset=name) == [find_source(name)], "an empty folder is none"
+    touch(tmp_path, files[name])
+    (source,) = described(*asked, dataset=name)
+    assert find_files(source) == [files[name]]
+    if table:
+        assert described({"name": name, "revision": "main"})[0].path == find_source(name).path
+
+
 def test_a_failing_hub_is_one_sentence(hub):
     hub.setattr(Hub, "error", OSError("no route\nto host"))
     with pytest.raises(UserError, match=r"^owner/name: the data set cannot be read from the hub \(no route\)\.$"):
@@ -385,7 +406,7 @@ def test_the_facts_of_a_built_in_name_are_defaults(tmp_path):
     assert len(find_files(source)) == 2
     (source,) = described({"name": "peoples_speech", "path": str(tmp_path), "exclude": []})
     assert len(find_files(source)) == 4
-    assert described({"name": "librispeech"}) == [find_source("librispeech_asr_train")]
+    assert described({"name": "librispeech"}) == [find_source("librispeech_960")]
 
 
 def test_another_split_of_a_built_in_data_set(tmp_path):

@@ -20,7 +20,7 @@ from tests.test_kill import descendants
 from tests.test_parallel import make, microbatch
 from tests.test_train import ROOT, arguments, figures, launch  # noqa: F401 - a fixture
 from torchtitan import train
-from torchtitan.components.checkpoint import find_steps, load_full_parameters, read_state
+from torchtitan.checkpoint.manager import find_steps, load_full_parameters, read_state
 from torchtitan.components.dataloader import Batch
 from torchtitan.components.gradients import FiniteGuard, clip_grad_norm
 from torchtitan.tools.errors import UserError
@@ -145,7 +145,7 @@ def test_a_rank_that_hangs_is_noticed_after_the_short_timeout(arguments, tmp_pat
 def test_a_rank_that_is_slow_to_save_is_waited_for(arguments, tmp_path, monkeypatch):  # noqa: F811
     (tmp_path / "modules").mkdir()
     (tmp_path / "modules" / "slow.py").write_text(
-        "import os, time\nfrom torchtitan.components import checkpoint\n\nwhole = checkpoint.checksum\n\n\n"
+        "import os, time\nfrom torchtitan.checkpoint import manager as checkpoint\n\nwhole = checkpoint.checksum\n\n\n"
         'def checksum(path):\n    time.sleep(5 if os.environ["RANK"] == "1" else 0)\n    return whole(path)\n\n\n'
         "checkpoint.checksum = checksum\n"
     )

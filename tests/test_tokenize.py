@@ -25,6 +25,7 @@ from torchtitan.datasets.readers import Row
 from torchtitan.datasets.shards import ShardedCodes, ShardError, find_shards
 from torchtitan.datasets.sources import Source
 from torchtitan.datasets.tokenization import Counts, Decoder, Options, tokenize
+from torchtitan.tools import retries
 from torchtitan.tools.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -487,6 +488,7 @@ def test_unfinished_output_is_no_data_set(reference, tmp_path):
         ({"num_quantizers": 4}, "num_quantizers is 8 there and 4 now"),
         ({"codec_padding": "aligned"}, 'codec_padding is "exact" there and "aligned" now'),
         ({"codec_window": "full"}, 'codec_window is "codec" there and "full" now'),
+        ({"resampler": "soxr_hq"}, 'resampler is "torchaudio" there and "soxr_hq" now'),
         ({"max_seconds": 5.0}, "max_seconds is null there and 5.0 now"),
         ({"rows_per_shard": 8, "codec_window": "full"}, "now, and rows_per_shard is 7 there and 8 now"),
     ],
@@ -717,7 +719,7 @@ def test_a_read_of_a_recordings_own_file_is_tried_again(rows, tmp_path, monkeypa
             raise OSError(5, "Input/output error")
         return torch.zeros(12_000), 0.5
 
-    monkeypatch.setattr(readers, "FIRST_WAIT", 0.0)
+    monkeypatch.setattr(retries, "FIRST_WAIT", 0.0)
     monkeypatch.setattr(readers, "_open", open_or_fail)
     monkeypatch.setattr(decoding, "load_beginning", load)
     rows.read = lambda numbers: iter([(0, Row("a", str(tmp_path / "a.wav"), None, None))])
@@ -726,7 +728,7 @@ def test_a_read_of_a_recordings_own_file_is_tried_again(rows, tmp_path, monkeypa
 
 
 def test_whatever_a_recording_brings_about_is_its_own_failure(rows, monkeypatch):
-    def broken(*arguments):
+    def broken(*_):
         raise MemoryError("too \udce9 much")
 
     monkeypatch.setattr(decoding, "load_beginning", broken)

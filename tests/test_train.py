@@ -13,7 +13,7 @@ import torch
 
 from tests.conftest import require_devices
 from torchtitan import train
-from torchtitan.components.checkpoint import find_checkpoint, load_full_parameters, read_state
+from torchtitan.checkpoint.manager import find_checkpoint, load_full_parameters, read_state
 from torchtitan.models.llama3.args import Llama3Args
 from torchtitan.models.llama3.model import Llama3
 
@@ -89,7 +89,7 @@ def test_the_converted_model_gives_the_trainers_logits(arguments, tmp_path, mimi
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from torchtitan.audio.token_stream import TokenStream
-    from torchtitan.components.hf_export import export_checkpoint as convert
+    from torchtitan.checkpoint.hf_export import export_checkpoint as convert
 
     launch(arguments(tmp_path), 1)
     checkpoint = find_checkpoint(tmp_path / "run")
@@ -109,7 +109,7 @@ def test_the_converted_model_gives_the_trainers_logits(arguments, tmp_path, mimi
 
 
 def test_a_model_with_audio_tokens_is_continued_not_extended(arguments, tmp_path):
-    from torchtitan.components.hf_export import export_checkpoint as convert
+    from torchtitan.checkpoint.hf_export import export_checkpoint as convert
 
     launch(arguments(tmp_path), 1)
     folder = convert(tmp_path / "run", tmp_path / "hf", torch.float32)
@@ -319,7 +319,11 @@ def test_a_run_is_not_resumed_on_other_data(arguments, tmp_path, capfd, make_sou
 
 
 @pytest.mark.parametrize(
-    "change", [("--training.task", "tts"), ("--model.codec_window", "full"), ("--training.seq_len", "100")]
+    "change",
+    [
+        *(("--training.task", "tts"), ("--training.seq_len", "100")),
+        *(("--model.codec_window", "full"), ("--model.resampler", "soxr_hq")),
+    ],
 )
 def test_a_run_is_not_resumed_with_other_codes_or_data(arguments, tmp_path, capfd, change):
     launch(arguments(tmp_path), 1)
@@ -366,7 +370,7 @@ def test_the_debug_config_learns_the_shipped_speech(tmp_path, ranks):
 def test_the_way_back_from_hugging_face_format(arguments, tmp_path):
     """Trained, converted, converted back: the same weights, and the same codec conventions."""
     from scripts.convert_hf_to_dcp import convert as to_dcp
-    from torchtitan.components.hf_export import export_checkpoint as to_hf
+    from torchtitan.checkpoint.hf_export import export_checkpoint as to_hf
 
     launch(arguments(tmp_path, 1, "--model.codec_padding", "aligned"), 1)
     step = to_dcp(str(to_hf(tmp_path / "run", tmp_path / "hf", torch.float32)), tmp_path / "back")

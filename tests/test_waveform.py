@@ -272,7 +272,7 @@ def test_a_part_may_end_a_little_after_its_recording():
 def test_a_part_that_is_not_there(part, said, max_seconds):
     data = encode(make_signal(8_000, 2.0, 2), 8_000, "WAV")
     with pytest.raises(AudioError) as error:
-        load_beginning(data, max_seconds, "x", part)
+        load_beginning(data, max_seconds, "x", part=part)
     assert str(error.value) == said
 
 

@@ -30,7 +30,8 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from torchtitan.audio.codec import Codec
-from torchtitan.components.checkpoint import (
+from torchtitan.checkpoint.hf_export import export_checkpoint, write_hf_files
+from torchtitan.checkpoint.manager import (
     CheckpointManager,
     find_start,
     is_hf_folder,
@@ -39,28 +40,17 @@ from torchtitan.components.checkpoint import (
     restore_random_state,
 )
 from torchtitan.components.dataloader import LENGTH_MULTIPLE, BadRows, Batch, Counters, SpeechDataLoader, max_frames_of
-from torchtitan.components.evaluate import Evaluator, find_pairs
-from torchtitan.components.float8 import check_float8
 from torchtitan.components.gradients import FiniteGuard, clip_grad_norm, total_norm
-from torchtitan.components.hf_export import export_checkpoint, write_hf_files
-from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.lr_scheduler import lr_factor
 from torchtitan.components.metrics import MetricsLogger
-from torchtitan.components.mx import check_mx
 from torchtitan.components.optimizer import AnyOptimizer, OptimizerInBackward, build_optimizer
+from torchtitan.components.profiling import memory_snapshots, profile
 from torchtitan.components.validate import ValidationResult, Validator
-from torchtitan.config_manager import (
-    ConfigManager,
-    JobConfig,
-    accumulation_steps,
-    check,
-    from_dict,
-    run_name,
-    to_dict,
-)
+from torchtitan.config.job_config import JobConfig
+from torchtitan.config_manager import ConfigManager, from_dict, run_name, to_dict
 from torchtitan.datasets.sources import sources_from_config
 from torchtitan.datasets.streams import FoundData, find_data, open_streams
-from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.distributed.parallel_dims import ParallelDims, accumulation_steps
 from torchtitan.distributed.utils import (
     broadcast_object,
     init_distributed,
@@ -69,14 +59,18 @@ from torchtitan.distributed.utils import (
     sum_over_ranks,
     world_size,
 )
+from torchtitan.estimate import estimate_here
 from torchtitan.eval.data import Task
+from torchtitan.eval.evaluator import Evaluator, find_pairs
 from torchtitan.models.base import BaseModel
+from torchtitan.models.float8 import check_float8
 from torchtitan.models.llama3.parallel_model import DTYPES, ParallelModel, check_split
 from torchtitan.models.llama3.weights import init_random, load_hf
+from torchtitan.models.loss import IGNORE_INDEX
+from torchtitan.models.mx import check_mx
+from torchtitan.rules import check
 from torchtitan.tools.errors import UserError
-from torchtitan.tools.estimate import estimate_here
 from torchtitan.tools.logging import init_logger, logger, quiet_transformers
-from torchtitan.tools.profiling import memory_snapshots, profile
 from torchtitan.tools.signals import StopRequest, stop_requests
 from torchtitan.tools.utils import GarbageCollection
 
@@ -144,9 +138,10 @@ def find_inputs(config: JobConfig) -> Inputs:
     if config.validation.enabled:
         validation_data = find_data(sources_from_config(config.validation, "validation"), retries, counts)
     model, saving = config.model, config.checkpoint
+    codec_settings = (model.audio_tokenizer, model.num_quantizers, model.codec_padding, model.codec_window)
     shards = [*train_data.shards.values(), *(validation_data.shards.values() if validation_data else ())]
     for codes in shards:
-        codes.check_codec(model.audio_tokenizer, model.num_quantizers, model.codec_padding, model.codec_window)
+        codes.check_codec(*codec_settings, model.resampler)
     if config.profiling.enable_memory_snapshot and not torch.cuda.is_available():
         raise UserError("profiling.enable_memory_snapshot = true: snapshots are of CUDA memory, and there is none.")
     folder = Path(config.job.dump_folder).expanduser() / run_name(config)
@@ -162,7 +157,7 @@ def find_inputs(config: JobConfig) -> Inputs:
     codec = None
     pairs = find_pairs(config.evaluation) if config.evaluation.enable_evaluation else []
     if train_data.files or (validation_data and validation_data.files) or pairs:
-        codec = Codec.load(model.audio_tokenizer, model.num_quantizers, model.codec_padding, model.codec_window)
+        codec = Codec.load(*codec_settings, resampler=model.resampler)
     base = BaseModel.load(model)
     base.warn_of_other_conventions(model)
     if initial is not None and is_hf_folder(initial):
@@ -190,7 +185,7 @@ def find_inputs(config: JobConfig) -> Inputs:
 
 # What a run cannot change on the way: what a token means and where it is in the data would no longer hold.
 FIXED_KEYS = (
-    *(f"model.{key}" for key in ("num_quantizers", "audio_tokenizer", "codec_padding", "codec_window")),
+    *(f"model.{key}" for key in ("num_quantizers", "audio_tokenizer", "codec_padding", "codec_window", "resampler")),
     *(f"training.{key}" for key in ("task", "max_seconds", "long_clips", "end_cut_clips")),
     *(f"training.{key}" for key in ("seq_len", "packing", "packing_window")),
 )

@@ -32,12 +32,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from torchtitan.audio.streaming import StreamingDecoder
 from torchtitan.audio.token_stream import CODEBOOK_SIZE
-from torchtitan.audio.waveform import SAMPLE_RATE
+from torchtitan.audio.waveform import FRAME_RATE, FRAME_SIZE, SAMPLE_RATE, require_resampler
 from torchtitan.tools.errors import UserError, first_line
+from torchtitan.tools.hub import commit_of, local_copy
 
-FRAME_SIZE = 1920
-FRAME_RATE = SAMPLE_RATE / FRAME_SIZE
 PADDINGS = ("exact", "aligned")
 WINDOWS = ("codec", "full")
 
@@ -77,7 +77,9 @@ class Codec:
         num_quantizers: Q, how many of the codec's codebooks to use.
         padding: ``exact`` or ``aligned``.
         window: ``codec`` or ``full``.
-        name: where the model is from, for messages and records.
+        name: where the model is from, for messages and records. :meth:`load` sets ``revision``, its commit on the hub.
+        resampler: one of :data:`~torchtitan.audio.waveform.RESAMPLERS`; how recordings become the 24 kHz waveforms that
+            the codec is given. It is kept here for those who load them, and because the codes depend on it.
 
     Raises:
         CodecError: the model is not a 24 kHz, 12.5 Hz, 2,048-entry Mimi, has fewer codebooks, is not in fp32, or has
@@ -85,12 +87,19 @@ class Codec:
     """
 
     def __init__(
-        self, model: Any, num_quantizers: int, padding: str = "exact", window: str = "codec", name: str = "Mimi"
+        self,
+        model: Any,
+        num_quantizers: int,
+        padding: str = "exact",
+        window: str = "codec",
+        name: str = "Mimi",
+        resampler: str = "torchaudio",
     ):
         if padding not in PADDINGS:
             raise CodecError(f"codec_padding must be one of {', '.join(PADDINGS)}, not {padding!r}.")
         if window not in WINDOWS:
             raise CodecError(f"codec_window must be one of {', '.join(WINDOWS)}, not {window!r}.")
+        require_resampler(resampler)
         config = model.config
         if (config.sampling_rate, config.frame_size, config.codebook_size) != (SAMPLE_RATE, FRAME_SIZE, CODEBOOK_SIZE):
             raise CodecError(
@@ -113,6 +122,8 @@ class Codec:
         self.padding = padding
         self.window = window
         self.name = name
+        self.resampler = resampler
+        self.revision: str | None = None
         # transformers 5.23 nests the encoder, earlier versions keep its parts at the top.
         encoder = model.encoder if hasattr(model.encoder, "encoder_seanet") else model
         self._seanet = encoder.encoder_seanet if encoder is not model else model.encoder
@@ -136,24 +147,29 @@ class Codec:
         window: str = "codec",
         device: torch.device | str = "cpu",
         revision: str | None = None,
+        resampler: str = "torchaudio",
     ) -> "Codec":
         """Load a codec by hub name or from a local folder, in fp32, onto ``device``.
 
         Raises:
             CodecError: there is no such codec, or it does not fit (see the class).
+            UserError: the resampler's package does not work here.
         """
         from safetensors import SafetensorError
         from transformers import MimiConfig, MimiModel
 
         try:
-            options: dict[str, Any] = {} if revision is None else {"revision": revision}
-            config = MimiConfig.from_pretrained(str(name), **options)
+            if str(name).startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
+                raise FileNotFoundError("there is no such folder")
+            folder = local_copy(name, revision)
+            config = MimiConfig.from_pretrained(folder)
             if config.model_type != "mimi":
                 raise CodecError(f"{name}: a Mimi codec is needed, this is a {config.model_type} model.")
-            model = MimiModel.from_pretrained(str(name), config=config, dtype=torch.float32, **options)
+            model = MimiModel.from_pretrained(folder, config=config, dtype=torch.float32)
         except (OSError, SafetensorError) as error:
             raise CodecError(f"{name}: no codec could be loaded from there ({first_line(error)}).") from None
-        codec = cls(model, num_quantizers, padding, window, str(name))
+        codec = cls(model, num_quantizers, padding, window, str(name), resampler)
+        codec.revision = commit_of(folder)
         return codec.to(device)
 
     def to(self, device: torch.device | str) -> "Codec":
@@ -246,8 +262,6 @@ class Codec:
             return torch.zeros(0)
         chunk = round(CHUNK_SECONDS * FRAME_RATE)
         if codes.shape[1] > chunk or self.device.type == "cuda":
-            from torchtitan.audio.streaming import StreamingDecoder
-
             decoder = StreamingDecoder(self)
             return torch.cat([decoder.decode(part) for part in codes.split(chunk, dim=1)])
         audio = self.model.decode(codes.to(self.device)[None]).audio_values
@@ -290,7 +304,12 @@ class Codec:
 
     def conventions(self) -> dict[str, str]:
         """The codec's name and the choices that its codes depend on, under the keys of config files."""
-        return {"audio_tokenizer": self.name, "codec_padding": self.padding, "codec_window": self.window}
+        return {
+            "audio_tokenizer": self.name,
+            "codec_padding": self.padding,
+            "codec_window": self.window,
+            "resampler": self.resampler,
+        }
 
     def _batches(self, lengths: list[int]) -> list[list[int]]:
         """Group clips by length so that each padded batch stays within the device's budget; long ones alone."""

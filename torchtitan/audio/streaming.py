@@ -11,12 +11,15 @@ that the pieces, put together, are the waveform of one whole call, however the c
 State and cost of a frame are constant, however long the speech is.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 
-from torchtitan.audio.codec import FRAME_SIZE, Codec
+from torchtitan.audio.waveform import FRAME_SIZE
+
+if TYPE_CHECKING:
+    from torchtitan.audio.codec import Codec
 
 
 class StreamingDecoder:
@@ -28,7 +31,7 @@ class StreamingDecoder:
         codec: its decoder's weights are used where they are.
     """
 
-    def __init__(self, codec: Codec):
+    def __init__(self, codec: "Codec"):
         from transformers import DynamicCache
 
         model = codec.model

@@ -2,8 +2,12 @@
 
 The one place where audio is read, cut, mixed and resampled: training, inference and the evaluations call
 :func:`load_audio`, so the same file gives the same samples everywhere. Decoding is libsndfile's (wav, flac, ogg, opus,
-mp3, aiff, ...), from a path, from bytes or from an open file; resampling is ``torchaudio.functional.resample`` with
-its defaults, whose name (:data:`RESAMPLER`) is stored with everything that is derived from its output.
+mp3, aiff, ...), from a path, from bytes or from an open file. Resampling is by one of :data:`RESAMPLERS`, whose name is
+stored with everything that is derived from its output, since it decides some of the codes:
+
+``torchaudio``  ``torchaudio.functional.resample`` with its defaults.
+``soxr_hq``     the SoX resampler at quality HQ, as the ``datasets`` library before version 4 called it through librosa.
+``ffmpeg``      FFmpeg's swresample with its defaults, as ``datasets`` calls it since, through torchcodec.
 """
 
 import io
@@ -22,7 +26,10 @@ from torchtitan.audio.recording import AudioSource, Part, Samples
 from torchtitan.tools.errors import UserError
 
 SAMPLE_RATE = 24_000
-RESAMPLER = "torchaudio.functional.resample(sinc_interp_hann, lowpass_filter_width=6, rolloff=0.99)"
+# Samples in a frame of the codec, and frames a second.
+FRAME_SIZE = 1920
+FRAME_RATE = SAMPLE_RATE / FRAME_SIZE
+RESAMPLERS = ("torchaudio", "soxr_hq", "ffmpeg")
 
 # Below this rate no speech is left in a recording; a header that claims less is broken.
 MIN_RATE = 2_000
@@ -36,6 +43,9 @@ MAX_OVERSHOOT = 0.1
 _UNKNOWN = 1 << 60
 # Samples that are read and dropped at a time where libsndfile cannot seek.
 _SKIP_SAMPLES = 1 << 20
+# Read beyond a limit, so that no resampler's filter looks past what was read:
+# the longest, that of soxr_hq, reaches about 100 samples.
+_LOOK_AHEAD_SECONDS = 0.1
 
 # torchaudio builds one filter per output phase: rates with a small common divisor (44,101 Hz) need gigabytes.
 _MAX_KERNEL_ELEMENTS = 1 << 24
@@ -47,13 +57,20 @@ class AudioError(UserError):
     """A file that cannot be used as audio; the message is one sentence that names the file and the reason."""
 
 
-def load_audio(source: AudioSource, max_seconds: float | None = None, name: str | None = None) -> torch.Tensor:
+def load_audio(
+    source: AudioSource,
+    max_seconds: float | None = None,
+    name: str | None = None,
+    resampler: str = "torchaudio",
+) -> torch.Tensor:
     """Read audio as a mono waveform at 24 kHz.
 
     Args:
         source: path of an audio file, the bytes of one, one that is open, or decoded audio.
-        max_seconds: keep only this much from the start. The result equals the start of the whole file's result.
+        max_seconds: keep only this much from the start. The result equals the start of the whole file's result (with
+            soxr_hq up to rounding in fp32).
         name: what to call the audio in error messages; the path, if there is one, otherwise.
+        resampler: one of :data:`RESAMPLERS`.
 
     Returns:
         float32 tensor [n], n >= 1.
@@ -62,11 +79,15 @@ def load_audio(source: AudioSource, max_seconds: float | None = None, name: str 
         AudioError: the audio is missing, unreadable, truncated, empty, not finite, not normalised or at a rate
             below 2 kHz.
     """
-    return load_beginning(source, max_seconds, name)[0]
+    return load_beginning(source, max_seconds, name, resampler)[0]
 
 
 def load_beginning(
-    source: AudioSource, max_seconds: float | None = None, name: str | None = None, part: Part | None = None
+    source: AudioSource,
+    max_seconds: float | None = None,
+    name: str | None = None,
+    resampler: str = "torchaudio",
+    part: Part | None = None,
 ) -> tuple[torch.Tensor, float]:
     """As :func:`load_audio`, and the length of the whole recording in seconds, as its header states it.
 
@@ -79,7 +100,7 @@ def load_beginning(
     """
     name = name or (str(source) if isinstance(source, str | Path) else "audio")
     samples, rate, num_samples = _read(source, max_seconds, name, part or Part())
-    waveform = resample(samples, rate)
+    waveform = resample(samples, rate, resampler)
     if max_seconds is not None:
         waveform = waveform[: round(max_seconds * SAMPLE_RATE)]
     return waveform, num_samples / rate
@@ -155,8 +176,8 @@ def _span(part: Part, max_seconds: float | None, rate: Any, frames: int, name: s
         raise AudioError(f"{name}: the part from {part.start:g} s to {part.stop:g} s holds no samples.")
     length = (min(last, frames) if known else last) - first
     wanted = length if known or part.stop is not None else -1
-    if max_seconds is not None:  # The resampling filter looks ahead by less than 1 % of a second.
-        beginning = math.ceil((max_seconds + 0.01) * rate)
+    if max_seconds is not None:
+        beginning = math.ceil((max_seconds + _LOOK_AHEAD_SECONDS) * rate)
         wanted = beginning if wanted < 0 else min(wanted, beginning)
     return first, length, wanted
 
@@ -222,14 +243,43 @@ def open_audio(source: AudioSource) -> Iterator[Any]:
             yield file
 
 
-def resample(waveform: torch.Tensor, rate: int) -> torch.Tensor:
+def recorded_resampler(record: str | None) -> str:
+    """The resampler that stored codes or a config.json name; without a name, or spelled out as once, ``torchaudio``."""
+    return "torchaudio" if record is None or record.startswith("torchaudio.") else record
+
+
+def require_resampler(name: str) -> None:
+    """Refuse a resampler that there is none of, or whose package does not work here.
+
+    Raises:
+        UserError: with what to install.
+    """
+    if name not in RESAMPLERS:
+        raise UserError(f"resampler must be one of {', '.join(RESAMPLERS)}, not {name!r}.")
+    try:
+        resample(torch.zeros(8), 8_000, name)
+    except ModuleNotFoundError as error:
+        package = str(error.name).partition(".")[0]
+        raise UserError(f'resampler = "{name}" needs the package {package} (pip install {package}).') from None
+    except (ImportError, RuntimeError, OSError):
+        raise UserError(
+            f'resampler = "{name}": torchcodec cannot be loaded; it needs the libraries of FFmpeg (apt install ffmpeg) '
+            "and a version of its own that suits the installed torch."
+        ) from None
+
+
+def resample(waveform: torch.Tensor, rate: int, resampler: str = "torchaudio") -> torch.Tensor:
     """Resample a waveform [n] from ``rate`` Hz to 24 kHz: float32 [ceil(n * 24000 / rate)].
 
-    Equals ``torchaudio.functional.resample`` with its defaults. Pairs of rates whose filter bank would not fit into
-    memory are computed tap by tap instead, from the same filter.
+    Each equals the call that :data:`RESAMPLERS` names; ``ffmpeg`` may give a sample less. With ``torchaudio``, pairs of
+    rates whose filter bank would not fit into memory are computed tap by tap instead, from the same filter.
     """
     if rate == SAMPLE_RATE:
         return waveform
+    if resampler == "soxr_hq":
+        return _resample_by_soxr(waveform, rate)
+    if resampler == "ffmpeg":
+        return _resample_by_ffmpeg(waveform, rate)
     import torchaudio.functional
 
     divisor = math.gcd(rate, SAMPLE_RATE)
@@ -238,6 +288,28 @@ def resample(waveform: torch.Tensor, rate: int) -> torch.Tensor:
     if reduced_target * (reduced_rate + 2 * width) <= _MAX_KERNEL_ELEMENTS:
         return torchaudio.functional.resample(waveform, rate, SAMPLE_RATE)
     return _resample_by_taps(waveform, reduced_rate, reduced_target)
+
+
+def _resample_by_soxr(waveform: torch.Tensor, rate: int) -> torch.Tensor:
+    """As ``librosa.resample(..., res_type="soxr_hq")``, which cuts or fills up to the exact length."""
+    import soxr
+
+    resampled = torch.from_numpy(soxr.resample(waveform.numpy(), rate, SAMPLE_RATE, quality="HQ"))
+    length = math.ceil(waveform.numel() * SAMPLE_RATE / rate)
+    return torch.nn.functional.pad(resampled, (0, length - resampled.numel()))
+
+
+def _resample_by_ffmpeg(waveform: torch.Tensor, rate: int) -> torch.Tensor:
+    """What torchcodec decodes of a WAV with these samples."""
+    import soundfile
+    from torchcodec.decoders import AudioDecoder
+
+    file = io.BytesIO()
+    soundfile.write(file, waveform.numpy(), rate, format="WAV", subtype="FLOAT")
+    resampled = AudioDecoder(file.getvalue(), sample_rate=SAMPLE_RATE).get_all_samples().data[0]
+    if resampled.numel() == 0:  # fewer samples than its filter is long
+        return torch.zeros(math.ceil(waveform.numel() * SAMPLE_RATE / rate))
+    return resampled
 
 
 def _resample_by_taps(waveform: torch.Tensor, rate: int, target: int, block: int = 1 << 18) -> torch.Tensor:

@@ -38,13 +38,13 @@ import torch.distributed as dist
 from torchtitan.audio.codec import FRAME_RATE, FRAME_SIZE, Codec, CodecError
 from torchtitan.audio.token_stream import TokenStream, mark_ids
 from torchtitan.audio.waveform import SAMPLE_RATE, AudioError
-from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.datasets.decoding import UnreadError, decode_row
 from torchtitan.datasets.order import Mixture, Permutation
 from torchtitan.datasets.packing import best_fit_decreasing
 from torchtitan.datasets.readers import Row
 from torchtitan.datasets.sources import Source
 from torchtitan.datasets.streams import AudioStream, CodeItem, CodeStream
+from torchtitan.models.loss import IGNORE_INDEX
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.logging import logger
 from torchtitan.tools.prefetch import prefetch
@@ -392,7 +392,8 @@ class SpeechDataLoader:
             return _Waveform(None, 0)
         # Cut to whole frames, so that codes that were stored uncut are the same.
         limit = None if self.split else self.max_frames * FRAME_SIZE / SAMPLE_RATE
-        waveform, seconds = decode_row(row, limit, self.read_retries)
+        assert self.codec is not None
+        waveform, seconds = decode_row(row, limit, self.read_retries, self.codec.resampler)
         if not source.admits(seconds):
             return _Waveform(None, 0)
         cut = limit is not None and waveform.numel() >= round(limit * SAMPLE_RATE)

@@ -2,14 +2,15 @@
 
 import math
 
-from torchtitan.config_manager import LRScheduler
+from torchtitan.config.job_config import LRScheduler
 
 
 def lr_factor(step: int, steps: int, config: LRScheduler) -> float:
     """The learning rate of one step, relative to optimizer.lr.
 
-    It rises linearly over the first ``warmup_steps``, stays, and falls to ``lr_min`` at the last step, over the last
-    ``decay_ratio`` of all steps (over all of them after the warm-up if that is not set). A warm-up longer than the
+    The rule is TorchTitan's, to the digit. The factor rises linearly over the first ``warmup_steps``, stays at 1, and
+    falls over the last ``decay_ratio`` of all steps (over all of them after the warm-up if that is not set). The fall
+    reaches ``lr_min`` one step after the last, so that no step is spent at a rate of zero. A warm-up longer than the
     run is cut to it, a decay that would begin within the warm-up begins after it.
 
     Args:
@@ -22,10 +23,10 @@ def lr_factor(step: int, steps: int, config: LRScheduler) -> float:
     decay = steps - warmup
     if config.decay_ratio is not None:
         decay = min(decay, round(config.decay_ratio * steps))
-    into_decay = step - (steps - decay)
+    into_decay = step - 1 - (steps - decay)
     if into_decay <= 0:
         return 1.0
-    progress = min(1.0, into_decay / decay)
+    progress = into_decay / decay
     fall = {
         "linear": 1 - progress,
         "sqrt": 1 - math.sqrt(progress),

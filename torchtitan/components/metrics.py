@@ -8,13 +8,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from torchtitan.config_manager import JobConfig, run_name, to_dict
+from torchtitan.config.job_config import JobConfig
 from torchtitan.distributed.utils import max_over_ranks, sum_over_ranks, world_size
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.logging import logger
@@ -79,11 +79,11 @@ class MetricsLogger:
                 self._wandb = wandb.init(
                     id=id_file.read_text().strip(),
                     resume="allow",
-                    name=run_name(self.config),
+                    name=folder.name,
                     project=os.environ.get("WANDB_PROJECT", "llama-mimi"),
                     entity=os.environ.get("WANDB_TEAM"),
                     dir=str(folder),
-                    config=to_dict(self.config),
+                    config=asdict(self.config),
                 )
             except wandb.errors.Error as error:
                 reason = str(error).strip().splitlines()[0].rstrip(".")

@@ -8,10 +8,26 @@ from typing import Any
 import torch
 from torch import nn
 
-from torchtitan.config_manager import Optimizer
+from torchtitan.config.job_config import JobConfig, Optimizer
+from torchtitan.config.keys import Refuse, show, value_of
 from torchtitan.models.llama3.weights import Weighted
 
 _STATES = ("exp_avg", "exp_avg_sq")
+
+
+def check_updates(config: JobConfig, refuse: Refuse) -> None:
+    """Refuse what does not go with updates in the backward pass, and a clipping norm of 0 without them."""
+    early = config.optimizer.early_step_in_backward
+    if config.training.max_norm == 0 and not early:
+        refuse("training.max_norm", "it must be above 0 but with optimizer.early_step_in_backward")
+    needed = {
+        "training.max_norm": 0,
+        "parallelism.pipeline_parallel_degree": 1,
+        "training.enable_cpu_offload": False,
+    }
+    for key, value in needed.items():
+        if early and value_of(config, key) != value:
+            refuse(key, f"with optimizer.early_step_in_backward = true it must be {show(value)}")
 
 
 def build_optimizer(model: Weighted, config: Optimizer) -> "AnyOptimizer":

@@ -11,8 +11,8 @@ import torch.distributed as dist
 
 from torchtitan.audio.token_stream import CODEBOOK_SIZE, TokenStream
 from torchtitan.components.dataloader import SpeechDataLoader
-from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.distributed.utils import max_over_ranks
+from torchtitan.models.loss import IGNORE_INDEX
 from torchtitan.tools.errors import UserError
 
 # (tokens, targets) [B, S] to the negative log-likelihood of each target [B, S].

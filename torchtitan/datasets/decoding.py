@@ -16,7 +16,9 @@ class UnreadError(AudioError):
     """A recording could not be read, which may pass; any other AudioError is a verdict on what was read."""
 
 
-def decode_row(row: Row, max_seconds: float | None, retries: int) -> tuple[torch.Tensor, float]:
+def decode_row(
+    row: Row, max_seconds: float | None, retries: int, resampler: str = "torchaudio"
+) -> tuple[torch.Tensor, float]:
     """The waveform of a row, as :func:`load_beginning` gives it, and the length of the whole row in seconds.
 
     A recording in a local file of its own that fails is read once more, as patiently as tables are.
@@ -32,14 +34,14 @@ def decode_row(row: Row, max_seconds: float | None, retries: int) -> tuple[torch
         raise AudioError("the row has neither audio bytes nor a path.")
     try:
         if not isinstance(audio, str):
-            return load_beginning(audio, max_seconds, name, row.part)
+            return load_beginning(audio, max_seconds, name, resampler, row.part)
         if not audio.startswith("hf://"):
             with suppress(AudioError, OSError):
-                return load_beginning(audio, max_seconds, name, row.part)
+                return load_beginning(audio, max_seconds, name, resampler, row.part)
         file = RecordingFile(audio, retries)
         with file:
             try:
-                return load_beginning(file, max_seconds, name, row.part)  # type: ignore[arg-type]
+                return load_beginning(file, max_seconds, name, resampler, row.part)  # type: ignore[arg-type]
             except AudioError:
                 if file.failure is None:
                     raise

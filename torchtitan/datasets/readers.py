@@ -14,15 +14,12 @@ import csv
 import gzip
 import hashlib
 import io
-import itertools
 import json
 import math
 import os
 import re
-import sys
 import tarfile
 import threading
-import time
 from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -39,6 +36,7 @@ from torchtitan.audio.recording import Part, Samples, audio_of
 from torchtitan.datasets.sources import AUDIO_EXTENSIONS, Source, kind_of, lhotse_name
 from torchtitan.tools.errors import UserError, first_line
 from torchtitan.tools.logging import logger
+from torchtitan.tools.retries import retried
 
 T = TypeVar("T")
 
@@ -57,8 +55,6 @@ INDEX_THREADS = 16
 # Bytes of a manifest when it is unpacked, at most, and of what a reader keeps of files that are read whole.
 UNPACKED_BYTES = 2 << 30
 KEPT_BYTES = 4 << 30
-# Seconds before the second try of a read; each further one waits twice as long.
-FIRST_WAIT = 1.0
 
 DURATIONS = ("duration", "duration_ms", "audio_duration")
 AUDIO_KEYS = ("audio", "path", "audio_filepath", "audio_path", "file_name", "filename", "file", "wav", "flac", "mp3")
@@ -134,32 +130,6 @@ def _open(path: str) -> BinaryIO:
     return HfFileSystem().open(path.removeprefix("hf://"), "rb", block_size=HUB_READ_BYTES)  # type: ignore[return-value]
 
 
-def _may_pass(error: Exception) -> bool:
-    """Whether a second try may succeed: network and file system yes, missing or forbidden files no."""
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    if isinstance(status, int) and 400 <= status < 500:
-        return status in (408, 429)
-    if isinstance(error, (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)):
-        return False
-    # The hub's client has errors of its own kind (httpx), which are imported where they can occur.
-    client = sys.modules.get("httpx")
-    return isinstance(error, OSError) or (client is not None and isinstance(error, client.HTTPError))
-
-
-def _retried(path: str, action: Callable[[], T], retries: int) -> T:
-    """What ``action`` gives, tried again up to ``retries`` times while it fails for a reason that may pass."""
-    for attempt in itertools.count():
-        try:
-            return action()
-        except Exception as error:
-            if attempt >= retries or not _may_pass(error):
-                raise
-            wait = FIRST_WAIT * 2**attempt
-            logger.warning(f"{path}: {first_line(error)}; trying again in {wait:g} s ({attempt + 1} of {retries})")
-            time.sleep(wait)
-    raise AssertionError("unreachable")
-
-
 class _File:
     """A file that is opened at its first use, and again whenever a read of it fails."""
 
@@ -180,7 +150,7 @@ class _File:
                 self._drop()
                 raise
 
-        return _retried(self.path, attempt, self.retries)
+        return retried(self.path, attempt, self.retries)
 
     def _drop(self) -> None:
         raw, self._raw = self._raw, None
@@ -508,7 +478,7 @@ class _Arrow(_Table):
             if path.startswith("hf://"):
                 data: Any = pyarrow.PythonFile(file, mode="r")
             else:
-                data = _retried(path, lambda: pyarrow.memory_map(path), self.retries)
+                data = retried(path, lambda: pyarrow.memory_map(path), self.retries)
             with data:
                 data.seek(offset)
                 batch = pyarrow.ipc.read_record_batch(pyarrow.ipc.read_message(data), schema)

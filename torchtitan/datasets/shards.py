@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
+from torchtitan.audio.waveform import recorded_resampler
 from torchtitan.tools.errors import UserError, first_line
 
 if TYPE_CHECKING:  # imported where it is used: training on recordings in other formats does without
@@ -388,7 +389,9 @@ class ShardedCodes:
         """Id of recording ``i`` in its source."""
         return self._value("id", i)
 
-    def check_codec(self, audio_tokenizer: str, num_quantizers: int, padding: str, window: str) -> None:
+    def check_codec(
+        self, audio_tokenizer: str, num_quantizers: int, padding: str, window: str, resampler: str = "torchaudio"
+    ) -> None:
         """Refuse shards that a model's codec would not have made.
 
         A codec of another name, or in a local folder, is loaded and its weights are compared.
@@ -398,6 +401,7 @@ class ShardedCodes:
             num_quantizers: Q wanted; the shards may hold more.
             padding: ``exact`` or ``aligned``.
             window: ``codec`` or ``full``.
+            resampler: one of :data:`~torchtitan.audio.waveform.RESAMPLERS`.
 
         Raises:
             ShardError: something contradicts; all of it is named.
@@ -408,9 +412,10 @@ class ShardedCodes:
         wrong = []
         if num_quantizers > stored["num_quantizers"]:
             wrong.append(f"they hold {stored['num_quantizers']} quantizers and {num_quantizers} are asked for")
-        for key, wanted in (("codec_padding", padding), ("codec_window", window)):
-            if stored[key] != wanted:
-                wrong.append(f"{key} is {stored[key]} in them and {wanted} is asked for")
+        recorded = {**stored, "resampler": recorded_resampler(stored.get("resampler"))}
+        for key, wanted in (("codec_padding", padding), ("codec_window", window), ("resampler", resampler)):
+            if recorded[key] != wanted:
+                wrong.append(f"{key} is {recorded[key]} in them and {wanted} is asked for")
         if wrong:
             raise ShardError(f"{where}: {', and '.join(wrong)}.")
         if audio_tokenizer == stored["audio_tokenizer"] and not Path(audio_tokenizer).expanduser().exists():

@@ -6,6 +6,7 @@ other one, or changes a known one (:func:`sources_from_config`). :func:`find_fil
 hub; :mod:`torchtitan.datasets.readers` reads them.
 """
 
+import math
 import os
 import re
 from collections.abc import Callable, Iterable
@@ -14,8 +15,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from torchtitan.config_manager import HUB_NAME, ConfigError, read_sources
-from torchtitan.tools.errors import UserError, first_line
+from torchtitan.config.job_config import Training, Validation
+from torchtitan.config.keys import said
+from torchtitan.config.values import read_sources
+from torchtitan.tools.errors import ConfigError, UserError, first_line
+from torchtitan.tools.hub import HUB_NAME
+from torchtitan.tools.logging import logger
+from torchtitan.tools.retries import may_pass, retried
 
 # What libsndfile reads.
 AUDIO_EXTENSIONS = frozenset("wav flac ogg oga opus mp3 aiff aif aifc au snd caf w64 rf64 sph nist voc wve".split())
@@ -113,6 +119,15 @@ SOURCES = {
             name="librispeech_asr_train",
             path="openslr/librispeech_asr",
             format="parquet",
+            files=("**/train.500/*.parquet",),
+            exclude=("all", "clean"),
+            hours=500,
+            licence="CC BY 4.0",
+        ),
+        Source(
+            name="librispeech_960",
+            path="openslr/librispeech_asr",
+            format="parquet",
             files=("**/train.*/*.parquet",),
             exclude=("all",),
             hours=960,
@@ -206,7 +221,7 @@ SOURCES = {
 }
 ALIASES = {
     "all": "mixture",
-    "librispeech": "librispeech_asr_train",
+    "librispeech": "librispeech_960",
     "librispeech_asr": "librispeech_asr_test",
 }
 
@@ -238,7 +253,8 @@ def sources_from_config(part: Any, what: str = "training") -> list[Source]:
         UserError: a table is wrong, or the data set is unknown.
     """
     if not part.source:
-        return [_at(find_source(part.dataset), part.dataset_path)]
+        source = find_source(part.dataset)
+        return [_at(source, part.dataset_path) if part.dataset_path else _at_home(source)]
     tables = read_sources(f"{what}.source", part.source)
     return [_from_table(table, f"[[{what}.source]] {number}") for number, table in enumerate(tables, start=1)]
 
@@ -247,7 +263,7 @@ def _from_table(table: dict[str, Any], where: str) -> Source:
     """A checked table to a source; what it does not say comes from the built-in entry of its name."""
     name, path = table.get("name"), table.get("path")
     if name in SOURCES or name in ALIASES:
-        source = _at(find_source(name), path)
+        source = _at(find_source(name), path) if path or "revision" in table else _at_home(find_source(name))
         if "split" in table and "files" not in table:
             # The patterns are those of the entry's own split. What repeats other files stays out.
             kept = tuple(word for word in source.exclude if word not in HELD_OUT)
@@ -279,6 +295,24 @@ def _at(source: Source, path: str | None) -> Source:
     return replace(source, path=path)
 
 
+def _at_home(source: Source) -> Source:
+    """A built-in source of the hub in ./data/NAME, where `hf download` is told to put it, if its files lie there."""
+    if _is_local(source.path):
+        return source
+    for name in dict.fromkeys((source.name, source.path.rsplit("/", 1)[-1])):
+        place = f"./data/{name}"
+        if os.path.isdir(place):
+            local = _at(source, place)
+            try:
+                find_files(local)
+            except UserError as error:
+                logger.warning("%s is read from the hub (%s)", source.name, first_line(error))
+                continue
+            logger.info("%s is read from %s", source.name, place)
+            return local
+    return source
+
+
 def _is_local(path: str) -> bool:
     """Whether a path is a local one, there or not; a hub id is anything else of the form ``owner/name``."""
     return os.path.exists(os.path.expanduser(path)) or not HUB_NAME.fullmatch(path)
@@ -293,6 +327,60 @@ def check_place(source: Source) -> None:
     if _is_local(source.path) and not os.path.exists(os.path.expanduser(source.path)):
         hint = f"; for {source.name}, {source.download}" if source.download else ""
         raise UserError(f"{source.path}: there is no such data set folder{hint}.")
+
+
+def check_tables(section: str, tables: list[dict[str, Any]], dataset_path: str | None) -> None:
+    """Refuse source tables that contradict each other, themselves or other settings.
+
+    Raises:
+        ConfigError: what is wrong.
+    """
+    key = f"{section}.source"
+    if tables and dataset_path is not None:
+        raise ConfigError(
+            f"{said(f'{section}.dataset_path', dataset_path)}: the [[{key}]] tables say where the data lie, so it "
+            "must not be set."
+        )
+    for number, table in enumerate(tables, start=1):
+        where = f"[[{key}]] {number}"
+        for name in ("weight", "max_seconds"):
+            if table.get(name, 1) <= 0:
+                raise ConfigError(f"{where}: {said(name, table[name])}: it must be above 0.")
+        if table.get("min_seconds", 0) < 0:
+            raise ConfigError(f"{where}: {said('min_seconds', table['min_seconds'])}: it must be at least 0.")
+        if table.get("min_seconds", 0) > table.get("max_seconds", math.inf):
+            raise ConfigError(
+                f"{where}: {said('min_seconds', table['min_seconds'])}: it is above max_seconds = "
+                f"{table['max_seconds']}, so nothing would be left."
+            )
+        for name in ("name", "path", "audio", "text", "id"):
+            if not table.get(name, "x").strip():
+                raise ConfigError(f"{where}: {said(name, table[name])}: it must be not empty.")
+        if "name" not in table and "path" not in table:
+            raise ConfigError(f"{where}: path must say where the data lie.")
+    weighted = sum("weight" in table for table in tables)
+    if 0 < weighted < len(tables):
+        missing = next(number for number, table in enumerate(tables, start=1) if "weight" not in table)
+        raise ConfigError(f"[[{key}]] {missing}: weight is missing; either all tables have one or none.")
+
+
+def check_places(section: str, part: Training | Validation) -> None:
+    """What the source tables of a section name must be there.
+
+    Raises:
+        ConfigError: something is not.
+    """
+    if not part.source:
+        return
+    for number, source in enumerate(sources_from_config(part, section), start=1):
+        table = part.source[number - 1]
+        if "path" not in table:
+            check_place(source)
+        elif not os.path.exists(os.path.expanduser(source.path)) and not HUB_NAME.fullmatch(source.path):
+            raise ConfigError(
+                f"[[{section}.source]] {number}: {said('path', source.path)}: this is neither a data set's folder or "
+                "file that exists nor a hub name (owner/name)."
+            )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -384,12 +472,14 @@ def _find_on_hub(repository: str, revision: str | None) -> tuple[list[str], str]
 
     root = f"datasets/{repository}" + (f"@{quote(revision, safe='')}" if revision else "")
     try:
-        listed: Iterable[str] = HfFileSystem().find(root)  # type: ignore[assignment]
+        listed: Iterable[str] = retried(repository, lambda: HfFileSystem().find(root))  # type: ignore[assignment]
         # A revision may come back quoted otherwise than it was asked for.
         return [re.sub(rf"datasets/{re.escape(repository)}(@[^/]*)?/", "", path, count=1) for path in listed], (
             f"hf://{root}/"
         )
-    except (OSError, HfHubHTTPError) as error:
+    except Exception as error:
+        if not (isinstance(error, (OSError, HfHubHTTPError)) or may_pass(error)):
+            raise
         raise UserError(f"{repository}: the data set cannot be read from the hub ({first_line(error)}).") from None
 
 

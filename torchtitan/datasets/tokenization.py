@@ -37,7 +37,7 @@ from typing import Any
 import torch
 
 from torchtitan.audio.codec import FRAME_RATE, Codec, CodecError
-from torchtitan.audio.waveform import RESAMPLER, SAMPLE_RATE, AudioError
+from torchtitan.audio.waveform import SAMPLE_RATE, AudioError
 from torchtitan.datasets.decoding import decode_row
 from torchtitan.datasets.readers import AudioDataset, DatasetIndex, Row, index_files
 from torchtitan.datasets.shards import (
@@ -93,6 +93,8 @@ class Options:
     """How a clip ends: exact or aligned."""
     codec_window: str = "codec"
     """The codec's attention window: codec or full."""
+    resampler: str = "torchaudio"
+    """How recordings become 24 kHz: torchaudio, soxr_hq or ffmpeg."""
     num_processes: int | None = None
     """Processes; by default one a CPU core, or one a GPU."""
     device: str = "auto"
@@ -225,7 +227,13 @@ def prepare(options: Options) -> Plan:
     source = find_source_of(options)
     index = index_files(source, find_files(source), progress=sys.stderr.isatty())
     num_rows = len(AudioDataset(source, index))
-    codec = Codec.load(options.audio_tokenizer, options.num_quantizers, options.codec_padding, options.codec_window)
+    codec = Codec.load(
+        options.audio_tokenizer,
+        options.num_quantizers,
+        options.codec_padding,
+        options.codec_window,
+        resampler=options.resampler,
+    )
     # Where a local copy of the data lies is no fact about them.
     local = Path(source.path).expanduser().exists()
     described = {key: value for key, value in asdict(source).items() if value not in (None, (), "")}
@@ -235,11 +243,11 @@ def prepare(options: Options) -> Plan:
         "format": FORMAT,
         "audio_tokenizer": options.audio_tokenizer,
         "codec_fingerprint": codec.fingerprint(),
-        "revision": getattr(codec.model.config, "_commit_hash", None),
+        "revision": codec.revision,
         "codec_padding": options.codec_padding,
         "codec_window": options.codec_window,
         "num_quantizers": options.num_quantizers,
-        "resampler": RESAMPLER,
+        "resampler": options.resampler,
         "sample_rate": SAMPLE_RATE,
         "frame_rate": FRAME_RATE,
         "source": described,
@@ -425,10 +433,19 @@ class Decoder:
         max_seconds: where recordings are cut.
         threads: that decode.
         ahead_seconds: how much audio may wait to be taken. A recording that alone is longer waits alone.
+        resampler: one of :data:`~torchtitan.audio.waveform.RESAMPLERS`.
     """
 
-    def __init__(self, data: AudioDataset, max_seconds: float | None, threads: int, ahead_seconds: float):
+    def __init__(
+        self,
+        data: AudioDataset,
+        max_seconds: float | None,
+        threads: int,
+        ahead_seconds: float,
+        resampler: str = "torchaudio",
+    ):
         self.data, self.max_seconds, self.threads, self.ahead_seconds = data, max_seconds, threads, ahead_seconds
+        self.resampler = resampler
 
     def __call__(self, numbers: Sequence[int]) -> Iterator[_Decoded]:
         """The rows of ascending numbers, in order."""
@@ -508,7 +525,7 @@ class Decoder:
         decoded = _Decoded(_storable(relative(row.key, source)), row.text and _storable(row.text))
         if row.error is not None or source.admits(row.seconds):
             try:
-                waveform, whole = decode_row(row, self.max_seconds, self.data.retries)
+                waveform, whole = decode_row(row, self.max_seconds, self.data.retries, self.resampler)
                 cut = self.max_seconds is not None and waveform.numel() >= round(self.max_seconds * SAMPLE_RATE)
                 decoded.seconds = max(waveform.numel() / SAMPLE_RATE, whole if cut else 0.0)
                 if source.admits(decoded.seconds):
@@ -545,10 +562,11 @@ class ShardTokenizer:
 
     def __init__(self, plan: Plan, device: torch.device, threads: int, report: "Callable[[str, Counts], None]"):
         self.plan, self.device, self.report = plan, device, report
-        self.codec = Codec.load(plan.audio_tokenizer, plan.num_quantizers, plan.padding, plan.window, device)
+        settings = (plan.audio_tokenizer, plan.num_quantizers, plan.padding, plan.window)
+        self.codec = Codec.load(*settings, device, resampler=plan.header["resampler"])
         ahead = AHEAD_SECONDS.get(device.type, 120.0)
         data = AudioDataset(plan.source, plan.index)
-        self.decoder = Decoder(data, plan.max_seconds, threads, ahead)
+        self.decoder = Decoder(data, plan.max_seconds, threads, ahead, self.codec.resampler)
 
     def make_parts(self, shard: int, parts: Sequence[int]) -> None:
         """Write those of a shard's parts that are not there."""

@@ -33,6 +33,7 @@ import torch
 
 from torchtitan.audio.codec import FRAME_RATE, FRAME_SIZE
 from torchtitan.audio.waveform import SAMPLE_RATE, load_beginning
+from torchtitan.checkpoint.speech_lm import SpeechLM
 from torchtitan.generation import (
     Engine,
     Request,
@@ -42,7 +43,6 @@ from torchtitan.generation import (
     require_room,
     sample_requests,
 )
-from torchtitan.models.speech_lm import SpeechLM
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.logging import logger
 
@@ -193,7 +193,7 @@ class DemoServer(ThreadingHTTPServer):
         limit = max_frames / FRAME_RATE
         # One at a time: a small file can hold a lot of audio.
         with self._reading:
-            waveform, seconds = load_beginning(body, limit + 1.0, name)
+            waveform, seconds = load_beginning(body, limit + 1.0, name, self.lm.codec.resampler)
             if waveform.numel() > limit * SAMPLE_RATE:
                 raise UserError(
                     f"{name}: the prompt lasts {seconds:.2f} s, and prompt and continuation together may last "

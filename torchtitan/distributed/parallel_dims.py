@@ -4,6 +4,7 @@ Ranks are laid out with the pipeline outermost and tensor parallelism innermost,
 a node: rank = (((pipeline * replicate + r) * shard + s) * context + c) * tensor + t.
 """
 
+import os
 from dataclasses import dataclass
 from functools import cached_property
 from math import lcm
@@ -11,7 +12,9 @@ from math import lcm
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from torchtitan.config_manager import JobConfig, data_parallel_degree
+from torchtitan.config.job_config import JobConfig
+from torchtitan.config.keys import Refuse, said
+from torchtitan.tools.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -122,3 +125,85 @@ class ParallelDims:
         if self.replicate == 1:
             return shard
         return mesh["dp_replicate", "dp_shard_cp" if self.context > 1 else "dp_shard"]
+
+
+def data_parallel_degree(config: JobConfig, world_size: int) -> int:
+    """Number of ranks that see different data.
+
+    Raises:
+        ConfigError: the degrees do not multiply to the number of ranks.
+    """
+    par = config.parallelism
+    model = par.tensor_parallel_degree * par.pipeline_parallel_degree * par.context_parallel_degree
+    others = model * par.data_parallel_replicate_degree
+    shard = par.data_parallel_shard_degree
+    if shard == -1:
+        shard = max(world_size // others, 1)
+    if shard * others != world_size:
+        rest = f" and the other degrees multiply to {others}" if others > 1 else ""
+        raise ConfigError(
+            f"{said('parallelism.data_parallel_shard_degree', par.data_parallel_shard_degree)}: "
+            f"there are {world_size} ranks{rest}, and all degrees together must multiply to the number of ranks "
+            "(-1 takes what is left)."
+        )
+    return par.data_parallel_replicate_degree * shard
+
+
+def accumulation_steps(config: JobConfig, world_size: int) -> int:
+    """Forward passes of each rank in one step.
+
+    Raises:
+        ConfigError: the global batch size is no whole number of them.
+    """
+    local, rows = config.training.local_batch_size, config.training.global_batch_size
+    degree = data_parallel_degree(config, world_size)
+    at_once = local * degree
+    if rows == -1:
+        return 1
+    if rows % at_once:
+        low = rows // at_once * at_once
+        near = f"{low} or {low + at_once}" if low else f"{at_once}"
+        raise ConfigError(
+            f"{said('training.global_batch_size', rows)}: it must be a multiple of training.local_batch_size "
+            f"({local}) times the data-parallel degree ({degree}), such as {near}."
+        )
+    return rows // at_once
+
+
+def check_parallelism(config: JobConfig, refuse: Refuse) -> None:
+    """Refuse degrees that do not fit the rows and batches, and settings of a parallelism that is not used."""
+    part = config.parallelism
+    tensor, context, pipeline = (
+        part.tensor_parallel_degree,
+        part.context_parallel_degree,
+        part.pipeline_parallel_degree,
+    )
+    multiple = tensor * (2 * context if context > 1 else 1)
+    sections = ["training"] + ["validation"] * config.validation.enabled
+    for section in sections:
+        if getattr(config, section).seq_len % multiple:
+            refuse(f"{section}.seq_len", f"with these degrees of parallelism it must be a multiple of {multiple}")
+    for key, value, degree in (
+        ("disable_loss_parallel", part.disable_loss_parallel, tensor),
+        ("enable_async_tensor_parallel", part.enable_async_tensor_parallel, tensor),
+        ("pipeline_parallel_split_points", part.pipeline_parallel_split_points, pipeline),
+        ("pipeline_parallel_layers_per_stage", part.pipeline_parallel_layers_per_stage, pipeline),
+        ("pipeline_parallel_schedule_csv", part.pipeline_parallel_schedule_csv, pipeline),
+    ):
+        if value and degree == 1:
+            refuse(f"parallelism.{key}", "there is no such parallelism in this run, its degree is 1")
+    if part.enable_async_tensor_parallel and not config.training.compile:
+        refuse("parallelism.enable_async_tensor_parallel", "it needs training.compile = true")
+    if part.pipeline_parallel_split_points and part.pipeline_parallel_layers_per_stage is not None:
+        refuse(
+            "parallelism.pipeline_parallel_split_points", "pipeline_parallel_layers_per_stage says the same otherwise"
+        )
+    if pipeline > 1 and config.training.local_batch_size % part.pipeline_parallel_microbatch_size:
+        refuse(
+            "training.local_batch_size",
+            f"it must be a multiple of parallelism.pipeline_parallel_microbatch_size = "
+            f"{part.pipeline_parallel_microbatch_size}",
+        )
+    csv = part.pipeline_parallel_schedule_csv
+    if csv is not None and not os.path.isfile(csv):
+        refuse("parallelism.pipeline_parallel_schedule_csv", "there is no such file")

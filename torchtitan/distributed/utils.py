@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from torchtitan.config_manager import Comm
+from torchtitan.config.job_config import Comm
 from torchtitan.tools.errors import UserError
 
 

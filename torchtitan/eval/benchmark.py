@@ -1,4 +1,4 @@
-"""SALMon, sLM21 and StoryCloze, and the run of one from audio files to results.
+"""The run of a benchmark, from audio files to results.
 
 The scripts under eval/ are command lines over :func:`command`; :func:`score_task` and torchtitan.eval.metrics do the
 work and can be called on their own.
@@ -25,63 +25,20 @@ import torchtitan
 from torchtitan.audio.codec import FRAME_SIZE, Codec
 from torchtitan.audio.recording import Samples
 from torchtitan.audio.token_stream import TokenStream
-from torchtitan.audio.waveform import RESAMPLER, SAMPLE_RATE, AudioError, load_audio
+from torchtitan.audio.waveform import SAMPLE_RATE, AudioError, load_audio
+from torchtitan.checkpoint.speech_lm import SpeechLM, choose_device
+from torchtitan.eval.charts import draw
 from torchtitan.eval.data import Task, open_tasks
 from torchtitan.eval.metrics import SIDES, Rule, TaskResult, judge
 from torchtitan.eval.results import Clip, format_table, make_folder, results_folder, samples_table, write_results
 from torchtitan.eval.scoring import score
 from torchtitan.eval.store import ArrayStore, default_cache_folder, digest
-from torchtitan.models.speech_lm import SpeechLM, choose_device
+from torchtitan.eval.suites import Benchmark
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.memory import tune_malloc
 
 # Clips decoded before the codec is called: bounds the memory and lets it batch clips of similar length.
 _CLIPS_PER_ENCODE = 64
-
-
-@dataclass(frozen=True)
-class Benchmark:
-    """What sets a benchmark apart.
-
-    Attributes:
-        name: its folder under the output folder.
-        tasks: their names, which are those of their data sets, configurations or folders.
-        columns: columns with the positive and the negative clip.
-        item_column: the column with a pair's id, where the data set has one.
-        rule: how clips are scored.
-        as_configurations: on the hub the tasks are configurations of one data set, otherwise data sets of one owner.
-    """
-
-    name: str
-    tasks: tuple[str, ...]
-    columns: tuple[str, str]
-    item_column: str
-    rule: Rule
-    as_configurations: bool = False
-
-
-# Its hub configurations all, all_consistency and all_alignment are unions of these, not tasks.
-SALMON = Benchmark(
-    name="SALMON",
-    tasks=(
-        "sentiment_consistency",
-        "speaker_consistency",
-        "gender_consistency",
-        "bg_domain_consistency",
-        "bg_all_consistency",
-        "rir_consistency",
-        "sentiment_alignment",
-        "bg_alignment",
-    ),
-    columns=("positive_audio", "negative_audio"),
-    item_column="ind",
-    rule=Rule("all"),
-    as_configurations=True,
-)
-SLM21 = Benchmark("sLM21", ("sWUGGY", "sBLIMP"), ("positive", "negative"), "id", Rule("semantic"))
-STORY_CLOZE = Benchmark("sStoryCloze", ("sStoryCloze", "tStoryCloze"), ("positive", "negative"), "id", Rule("semantic"))
-
-BENCHMARKS = {benchmark.name: benchmark for benchmark in (SALMON, SLM21, STORY_CLOZE)}
 
 
 @dataclass
@@ -108,6 +65,9 @@ class Options:
     """Commit, branch or tag of the hub's data sets; the newest by default. Which one it was is written down."""
     model_revision: str | None = None
     """Commit, branch or tag of the hub's model; the newest by default. Which one it was is written down."""
+    resampler: str | None = None
+    """How recordings become 24 kHz: torchaudio, soxr_hq or ffmpeg. Default: as the model's config.json says, else
+    torchaudio."""
     targets: str | None = None
     """Targets that count: all, semantic, acoustic, or q0, q1, ... for one quantizer; the benchmark's own by default."""
     reduction: Literal["mean", "sum"] = "mean"
@@ -181,7 +141,7 @@ def command(benchmark: Benchmark, options: Options) -> int:
     if ranks > 1 and device in (None, "cuda") and torch.cuda.is_available():
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     lm = SpeechLM.load(
-        options.model_name, options.audio_tokenizer, device, options.dtype, revision=options.model_revision
+        options.model_name, options.audio_tokenizer, device, options.dtype, options.model_revision, options.resampler
     )
     options.rule(benchmark.rule).check(lm.stream.num_quantizers)
     folder = results_folder(options.output_dir, benchmark.name, options.model_name)
@@ -211,8 +171,6 @@ def command(benchmark: Benchmark, options: Options) -> int:
     seconds = round(time.monotonic() - start, 1)
     report = {"missing_tasks": missing, "date": date, "seconds": seconds, "ranks": ranks, "settings": settings}
     write_results(folder, samples, results, localized, report)
-    from torchtitan.eval.charts import draw
-
     draw(folder / "accuracy.png", benchmark.name, {lm.name: results})
     shutil.rmtree(scores.folder, ignore_errors=True)
     _print_results(benchmark, results)
@@ -223,7 +181,7 @@ def command(benchmark: Benchmark, options: Options) -> int:
 def _cache_folder(name: str, codec: Codec) -> Path:
     """Where the codes of a codec are kept, with its conventions."""
     base = Path(name).expanduser() if name else default_cache_folder()
-    made_by = digest(codec.fingerprint(), codec.padding, codec.window, RESAMPLER)
+    made_by = digest(codec.fingerprint(), codec.padding, codec.window, codec.resampler)
     return base / made_by.hex()[:32]
 
 
@@ -231,8 +189,7 @@ def _scores_of(lm: SpeechLM) -> bytes:
     """Identifies what scores depend on besides the ids."""
     files = [] if lm.folder is None else sorted(file for file in lm.folder.rglob("*") if file.is_file())
     weights = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-    revision = getattr(lm.model.config, "_commit_hash", None)
-    return digest(lm.name, revision, weights, str(lm.model.dtype), lm.device.type)
+    return digest(lm.name, lm.revision, weights, str(lm.model.dtype), lm.device.type)
 
 
 def score_task(
@@ -379,7 +336,7 @@ def encode_pairs(
             try:
                 if source is None:
                     raise AudioError(f"{name}: the row holds no audio.")
-                waiting.append((clip, load_audio(source, name=name), key))
+                waiting.append((clip, load_audio(source, name=name, resampler=codec.resampler), key))
             except AudioError as error:
                 clip.error = str(error)
                 on_progress(1)
@@ -436,13 +393,12 @@ def _settings(benchmark: Benchmark, options: Options, tasks: list[Task], lm: Spe
         "model": {
             "name": lm.name,
             "folder": None if lm.folder is None else os.path.abspath(lm.folder),
-            "revision": getattr(lm.model.config, "_commit_hash", None) or options.model_revision,
+            "revision": lm.revision or options.model_revision,
         },
         "codec": {
             **lm.codec.conventions(),
             "num_quantizers": lm.stream.num_quantizers,
-            "revision": getattr(lm.codec.model.config, "_commit_hash", None),
-            "resampler": RESAMPLER,
+            "revision": lm.codec.revision,
         },
         "data": {task.name: {"source": task.source, "revision": task.revision} for task in tasks},
         "rule": asdict(options.rule(benchmark.rule)),

@@ -9,9 +9,9 @@ import matplotlib
 matplotlib.use("Agg")  # no screen
 from matplotlib import pyplot
 
-from torchtitan.eval.benchmark import SALMON
 from torchtitan.eval.metrics import TaskResult
 from torchtitan.eval.results import Replacing
+from torchtitan.eval.suites import SALMON
 
 # Percent, in the order of the tasks, from the leaderboard of the benchmark's repository (paper: arXiv 2409.07437).
 SALMON_SOURCE = "leaderboard of slp-rl/salmon, 2025"

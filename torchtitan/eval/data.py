@@ -6,15 +6,15 @@ all of them. Audio is ``{bytes, path}``, which stays undecoded until a clip is s
 """
 
 import os
-import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torchtitan.audio.recording import Samples, audio_of
 from torchtitan.datasets.readers import audio_fields
 from torchtitan.tools.errors import UserError, first_line
+from torchtitan.tools.hub import NotOnHub, fetch
 
 _ROWS_PER_READ = 16
 # Names that the files or folders of splits begin with, besides those that --splits asks for.
@@ -35,7 +35,8 @@ class Task:
         revision: the hub commit the rows are from; None for a folder, or where it is not known.
         columns: names of the columns with the positive and the negative clip.
         num_pairs: number of rows.
-        rows: parquet files, or a ``datasets.Dataset``.
+        folder: where its files lie.
+        files: parquet files.
     """
 
     name: str
@@ -43,7 +44,8 @@ class Task:
     revision: str | None
     columns: tuple[str, str]
     num_pairs: int
-    rows: Any
+    folder: Path
+    files: list[Path]
 
     def pairs(self, limit: int | None = None) -> Iterator[dict[str, Any]]:
         """The first ``limit`` rows (None: all) in the data set's order.
@@ -51,8 +53,7 @@ class Task:
         Raises:
             DataError: a parquet file cannot be read any further.
         """
-        rows = _parquet_rows(self.rows) if isinstance(self.rows, list) else iter(self.rows)
-        for index, row in enumerate(rows):
+        for index, row in enumerate(_parquet_rows(self.files)):
             if limit is not None and index >= limit:
                 return
             yield row
@@ -60,7 +61,7 @@ class Task:
     def audio(self, row: dict[str, Any], column: str) -> bytes | Path | Samples | None:
         """The audio in a column of a row: bytes, a path, decoded samples, or None where the row has no audio."""
         found = audio_of(row[column])
-        return Path(self.source) / found if isinstance(found, str) else found
+        return self.folder / found if isinstance(found, str) else found
 
 
 def open_tasks(
@@ -152,7 +153,8 @@ def _other_splits(folders: Sequence[Path]) -> list[str]:
     return [split for split in _SPLITS[1:] if any(_parquet_files(folder, split) for folder in folders)]
 
 
-def _open_folder(name: str, folder: Path, columns: tuple[str, str], split: str) -> Task:
+def _open_folder(name: str, folder: Path, columns: tuple[str, str], split: str, repository: str | None = None) -> Task:
+    """A task from a folder; ``repository`` is what messages and records call it, if not by its path."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -167,7 +169,7 @@ def _open_folder(name: str, folder: Path, columns: tuple[str, str], split: str) 
         _require_columns(name, str(file), columns, schema)
         num_pairs += parquet.metadata.num_rows
     _require_pairs(name, str(folder), num_pairs)
-    return Task(_task_name(name, split), str(folder), None, columns, num_pairs, files)
+    return Task(_task_name(name, split), repository or str(folder), None, columns, num_pairs, folder, files)
 
 
 def _parquet_rows(files: list[Path]) -> Iterator[dict[str, Any]]:
@@ -185,33 +187,21 @@ def _parquet_rows(files: list[Path]) -> Iterator[dict[str, Any]]:
 def _open_hub(
     name: str, repository: str, configuration: str | None, columns: tuple[str, str], split: str, revision: str | None
 ) -> Task | None:
-    """A task from the hub; None if the hub has no such data set or configuration."""
-    import datasets
-    from datasets.exceptions import DatasetNotFoundError
+    """A task from the hub, whose parquet files are downloaded; None if the hub has no such data set or task."""
+
+    def wanted(files: list[str]) -> list[str]:
+        tables = [file for file in files if file.endswith(".parquet")]
+        return [file for file in tables if configuration is None or configuration in file.split("/")[:-1]]
 
     try:
-        pinned: dict[str, Any] = {} if revision is None else {"revision": revision}
-        rows = datasets.load_dataset(repository, configuration, split=split, **pinned)
-    except DatasetNotFoundError:
+        folder, commit = fetch(repository, "dataset", wanted, revision)
+    except NotOnHub:
         return None
-    except (ValueError, OSError) as error:
-        if isinstance(error, ValueError) and configuration and f"'{configuration}' not found" in str(error):
-            return None
-        raise DataError(f"{repository}: the data set could not be loaded ({first_line(error)}).") from None
-    _require_columns(name, repository, columns, rows.features.arrow_schema)
-    _require_pairs(name, repository, rows.num_rows)
-    for column in columns:
-        if isinstance(rows.features[column], datasets.Audio):
-            rows = rows.cast_column(column, datasets.Audio(decode=False))
-    return Task(_task_name(name, split), repository, _revision(rows) or revision, columns, rows.num_rows, rows)
-
-
-def _revision(rows: Any) -> str | None:
-    """The hub commit that a data set's files were fetched at, read off their addresses."""
-    for address in rows.info.download_checksums or {}:
-        if match := re.search(r"@([0-9a-f]{40})/", address):
-            return match.group(1)
-    return None
+    if folder is not None and configuration is not None:
+        folder = next(folder.rglob(f"{configuration}/"), None)
+    if folder is None or not _parquet_files(folder, split):
+        return None
+    return replace(_open_folder(name, folder, columns, split, repository), revision=commit)
 
 
 def _require_columns(name: str, where: str, columns: Sequence[str], schema: Any) -> None:

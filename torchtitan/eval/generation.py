@@ -19,6 +19,7 @@ import torch
 
 from torchtitan.audio.codec import FRAME_SIZE
 from torchtitan.audio.waveform import SAMPLE_RATE, AudioError, load_audio
+from torchtitan.checkpoint.speech_lm import SpeechLM, choose_device
 from torchtitan.eval.results import Replacing, make_folder, results_folder
 from torchtitan.eval.scorers import (
     Judge,
@@ -33,7 +34,6 @@ from torchtitan.eval.scorers import (
 )
 from torchtitan.eval.statistics import standard_error
 from torchtitan.generation import BATCH_ROWS, Engine, Sampling, frame_bound, sample_requests
-from torchtitan.models.speech_lm import SpeechLM, choose_device
 from torchtitan.tools.errors import UserError
 
 ENDINGS = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif")
@@ -89,6 +89,9 @@ class Options:
     """cpu, cuda, cuda:1, mps, ...; the best one there is by default."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Precision of the model; bfloat16 on cuda and float32 elsewhere by default."""
+    resampler: str | None = None
+    """How recordings become 24 kHz: torchaudio, soxr_hq or ffmpeg. Default: as the model's config.json says, else
+    torchaudio."""
 
     def sampling(self) -> Sampling:
         return Sampling(self.temperature, self.top_k, self.top_p, self.seed)
@@ -107,7 +110,7 @@ class Options:
 
     # What the continuations depend on, besides the prompts.
     MADE_BY = (
-        *("model_name", "audio_tokenizer", "prompt_seconds", "max_seconds", "num_samples"),
+        *("model_name", "audio_tokenizer", "resampler", "prompt_seconds", "max_seconds", "num_samples"),
         *("temperature", "top_k", "top_p", "seed", "dtype"),
     )
 
@@ -219,14 +222,16 @@ def generate(prompts: list[Path], names: dict[Path, str], options: Options, samp
     missing = [path for path in prompts if names[path] not in done]
     if not missing:
         return
-    lm = SpeechLM.load(options.model_name, options.audio_tokenizer, options.device, options.dtype)
+    lm = SpeechLM.load(
+        options.model_name, options.audio_tokenizer, options.device, options.dtype, resampler=options.resampler
+    )
     max_frames = frame_bound(lm, options.max_seconds)
     rows = min(options.num_samples, BATCH_ROWS.get(lm.device.type, 8))
     engine = Engine(lm, rows, lm.stream.sample_length(max_frames), consume=True)
     for path in tqdm(missing, desc="continuations", unit="prompt"):
         name = names[path]
         try:
-            waveform = load_audio(path, options.prompt_seconds)
+            waveform = load_audio(path, options.prompt_seconds, resampler=lm.codec.resampler)
             (codes,) = lm.codec.encode([waveform])
             if codes.shape[1] >= max_frames:
                 raise AudioError(f"{path}: {codes.shape[1]} frames leave no room for a continuation in {max_frames}.")

@@ -306,6 +306,52 @@ def averages(results: dict[str, TaskResult]) -> dict[str, dict[str, Any]]:
     return found
 
 
+def quantizer_losses(samples: Any) -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """The negative log-likelihood of each quantizer's units in nats, by task and side, quantizer 0 first.
+
+    No rule applies: all frames count. A pair with an unreadable clip, or an NLL that is not finite, is left out.
+
+    Returns:
+        a quantizer's ``clips`` and ``frames``, the ``mean`` over clips of each clip's mean with its ``standard_error``,
+        and the ``pooled`` mean over all frames with its own: that of a ratio estimator, since clips are drawn
+        independently, frames are not. Means are None without any clip, errors below two.
+
+    Raises:
+        MetricsError: a row has another number of NLLs than its frames ask for.
+    """
+    quantizers = num_quantizers(samples)
+    points = pair_points(samples, Rule())
+    counted = {(task, pair.pair) for task, pairs in points.items() for pair in pairs if pair.point is not None}
+    clips: dict[str, dict[str, list[np.ndarray]]] = {task: {side: [] for side in SIDES} for task in points}
+    rows = samples.select(["task", "pair", "side", "frames"]).to_pylist()
+    for row, nll in zip(rows, _lists(samples["nll"]), strict=True):
+        if (row["task"], row["pair"]) in counted and row["frames"]:
+            # All targets but <audio> and </audio>, as [Q, T].
+            clips[row["task"]][row["side"]].append(nll[1:-1].astype(np.float64).reshape(-1, quantizers).T)
+    return {
+        task: {side: [_loss([clip[q] for clip in found]) for q in range(quantizers)] for side, found in sides.items()}
+        for task, sides in clips.items()
+    }
+
+
+def _loss(clips: list[np.ndarray]) -> dict[str, Any]:
+    """The figures of one quantizer from its NLLs, an array [T] a clip."""
+    frames = np.array([len(clip) for clip in clips], dtype=np.int64)
+    figures: dict[str, Any] = {"clips": len(clips), "frames": int(frames.sum())}
+    if not clips:
+        return figures | dict.fromkeys(("mean", "standard_error", "pooled", "pooled_standard_error"))
+    means = np.array([clip.mean() for clip in clips])
+    pooled = (means * frames).sum() / frames.sum()
+    # What each clip adds to the pooled mean's deviation; over all clips that is 0.
+    added = (means - pooled) * frames / frames.mean()
+    return figures | {
+        "mean": float(means.mean()),
+        "standard_error": standard_error(means.tolist()),
+        "pooled": float(pooled),
+        "pooled_standard_error": standard_error(added.tolist()),
+    }
+
+
 # ZeroSpeech 2021's frequency bands: how often a word is in LibriSpeech, from the number before the colon on and below
 # that of the next band. The names are the challenge's, although its program puts 5 into the band it calls 6-20.
 FREQUENCY_BANDS = {0: "oov", 1: "1-5", 5: "6-20", 20: "21-100", 100: ">100"}

@@ -8,16 +8,26 @@ report.md, report.json and one chart a benchmark.
 
 import itertools
 import json
+import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from torchtitan.eval.benchmark import BENCHMARKS, Benchmark
-from torchtitan.eval.metrics import Rule, TaskResult, averages, judge, num_quantizers, pair_points
+from torchtitan.eval.metrics import (
+    SIDES,
+    Rule,
+    TaskResult,
+    averages,
+    judge,
+    num_quantizers,
+    pair_points,
+    quantizer_losses,
+)
 from torchtitan.eval.results import Replacing, format_share, make_folder
 from torchtitan.eval.statistics import Comparison, compare
+from torchtitan.eval.suites import BENCHMARKS, Benchmark
 from torchtitan.tools.errors import UserError, run_command
 
 
@@ -106,15 +116,46 @@ def _read(file: Path) -> Run:
     if missing or b"num_quantizers" not in metadata:
         lack = ", ".join(sorted(missing)) or "num_quantizers in its metadata"
         raise UserError(f"{file}: this is not a samples table of an evaluation, it lacks {lack}.")
-    for name, kind in (("error", pa.string()), ("context_cut", pa.float64())):
-        if name not in samples.column_names:
-            empty = pa.nulls(samples.num_rows, kind) if name == "error" else pa.array([0.0] * samples.num_rows, kind)
-            samples = samples.append_column(name, empty)
-    settings = json.loads(metadata.get(b"settings", b"{}"))
-    model = (settings.get("model") or {}).get("name") or file.parent.name
+    try:
+        settings, quantizers = json.loads(metadata.get(b"settings", b"{}")), num_quantizers(samples)
+    except ValueError:
+        settings = quantizers = None
+    if not isinstance(settings, dict) or type(quantizers) is not int or quantizers < 1:
+        raise UserError(f"{file}: in its metadata num_quantizers must be a whole number, settings an object, in JSON.")
+    if "error" not in samples.column_names:
+        samples = samples.append_column("error", pa.nulls(samples.num_rows, pa.string()))
+    if "context_cut" not in samples.column_names:
+        samples = samples.append_column("context_cut", pa.array([0.0] * samples.num_rows, pa.float64()))
+    samples = _typed(file, samples)
+    if others := set(samples["side"].unique().to_pylist()) - set(SIDES):
+        raise UserError(f'{file}: a row has the side "{min(others)}", it must be {" or ".join(SIDES)}.')
+    if samples.group_by(["task", "pair", "side"]).aggregate([]).num_rows < samples.num_rows:
+        raise UserError(f"{file}: a pair has a side twice.")
+    model = settings.get("model")
+    model = (model.get("name") if isinstance(model, dict) else model) or file.parent.name
     if os.path.isabs(str(model)) or str(model).startswith((".", "~")):
         model = os.path.join(*Path(os.path.abspath(os.path.expanduser(model))).parts[-2:])
     return Run(str(model), _benchmark_of(settings, samples), file.parent, samples)
+
+
+def _typed(file: Path, samples: Any) -> Any:
+    """The table with the types that docs/evaluation.md lists, where another program wrote wider ones."""
+    import pyarrow as pa
+
+    kinds = dict.fromkeys(("task", "side", "item", "error"), pa.string()) | {"pair": pa.int64(), "frames": pa.int32()}
+    kinds |= {"codes": pa.list_(pa.int16()), "nll": pa.list_(pa.float32())}
+    kinds |= dict.fromkeys(("cut", "context_cut"), pa.float64())
+    for at, name in enumerate(samples.column_names):
+        if name not in kinds:
+            continue
+        try:
+            column = samples[name].cast(kinds[name])
+        except pa.ArrowException:
+            raise UserError(f"{file}: column {name} is of type {samples[name].type}, not {kinds[name]}.") from None
+        if name not in ("nll", "codes", "error") and column.null_count:
+            raise UserError(f"{file}: column {name} has no value in some row.")
+        samples = samples.set_column(at, name, column)
+    return samples
 
 
 def _benchmark_of(settings: dict[str, Any], samples: Any) -> str:
@@ -181,7 +222,9 @@ def make_report(runs: Sequence[Run], options: Options) -> tuple[str, dict[str, A
                 "folder": str(run.folder),
                 "tasks": {task: asdict(result) for task, result in run.results.items()},
                 "averages": averages(run.results),
+                "quantizers": (losses := quantizer_losses(run.samples)),
             }
+            parts += _quantizers(run.name, losses)
         parts += list(_zerospeech(members))
         if len(members) > 1:
             entry["comparisons"] = {}
@@ -229,6 +272,27 @@ def _accuracies(runs: Sequence[Run]) -> str:
 
 def _cell(accuracy: float | None, error: float | None, pairs: int) -> str:
     return f"{format_share(accuracy)} ± {format_share(error)} ({pairs})"
+
+
+def _quantizers(name: str, losses: dict[str, dict[str, list[dict[str, Any]]]]) -> Iterator[str]:
+    """The loss of each quantizer of a model, a row a task and side."""
+    for kind, error, said in (
+        ("mean", "standard_error", "mean over clips of each clip's mean"),
+        ("pooled", "pooled_standard_error", "mean over all frames"),
+    ):
+        rows = [
+            [task, side, str(found[0]["clips"]), *(f"{_nats(loss[kind])} ± {_nats(loss[error])}" for loss in found)]
+            for task, sides in losses.items()
+            for side, found in sides.items()
+        ]
+        if not rows:
+            return
+        yield f"{name}, negative log-likelihood in nats by quantizer, {said}:"
+        yield table(["task", "side", "clips", *(f"q{q}" for q in range(len(rows[0]) - 3))], rows)
+
+
+def _nats(value: float | None) -> str:
+    return f"{math.nan if value is None else value:.3f}"
 
 
 def _zerospeech(runs: Sequence[Run]) -> Iterator[str]:

@@ -1,20 +1,7 @@
 """What an evaluation writes: accuracy.json, results.json and samples.parquet.
 
-``samples.parquet`` has a row a clip:
-
-    task         string   the task's name
-    pair         int64    the pair's row in the data set
-    side         string   positive or negative
-    item         string   the data set's own id of the pair, or its row
-    frames       int32    frames scored, T; 0 for an unreadable clip
-    codes        [int16]  Q * T codes, frame by frame
-    nll          [float]  Q * T + 2 negative log-likelihoods in nats: <audio>, the units, </audio>
-    cut          float64  seconds of audio that were cut off the end, for whatever reason
-    context_cut  float64  seconds of these that were cut because of the model's context
-    error        string   why the clip could not be read, null for a good one
-
-and then the data set's own plain columns (voice, type, ...). Its metadata hold ``num_quantizers`` (Q) and
-``settings``, both as JSON. All figures are computed from it.
+``samples.parquet`` has a row a clip; docs/evaluation.md lists its columns and metadata. All figures are computed from
+it.
 """
 
 import dataclasses

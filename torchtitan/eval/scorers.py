@@ -12,7 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ import torch
 
 from torchtitan.audio.waveform import SAMPLE_RATE
 from torchtitan.tools.errors import UserError
+from torchtitan.tools.hub import local_copy
 
 # What speaker verification, recognition and UTMOS models hear.
 MODEL_RATE = 16_000
@@ -108,10 +109,12 @@ def split_words(text: str) -> list[str]:
 # --- models
 
 
-def _loaded(what: str, name: str, load: Any) -> Any:
+def _loaded(what: str, name: str, load: Callable[[], Any]) -> Any:
     """What a loading function returns; its failure as one sentence."""
     try:
         return load()
+    except UserError:
+        raise
     except (OSError, ValueError, KeyError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UserError(f"{name}: {what} could not be loaded from there ({reason.rstrip('.')}).") from None
@@ -124,8 +127,12 @@ class SpeakerSimilarity:
         from transformers import AutoFeatureExtractor, AutoModelForAudioXVector
 
         self.device = device
-        self.extractor = _loaded("a feature extractor", name, lambda: AutoFeatureExtractor.from_pretrained(name))
-        model = _loaded("a speaker verification model", name, lambda: AutoModelForAudioXVector.from_pretrained(name))
+        self.extractor = _loaded(
+            "a feature extractor", name, lambda: AutoFeatureExtractor.from_pretrained(local_copy(name))
+        )
+        model = _loaded(
+            "a speaker verification model", name, lambda: AutoModelForAudioXVector.from_pretrained(local_copy(name))
+        )
         self.model = model.to(device).eval()
 
     @torch.inference_mode()
@@ -175,7 +182,9 @@ class Transcriber:
         from transformers import pipeline
 
         self.pipeline = _loaded(
-            "a speech recogniser", name, lambda: pipeline("automatic-speech-recognition", model=name, device=device)
+            "a speech recogniser",
+            name,
+            lambda: pipeline("automatic-speech-recognition", model=local_copy(name), device=device),
         )
 
     def __call__(self, waveform: torch.Tensor) -> str:
@@ -202,8 +211,8 @@ class TextLikelihood:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         self.device = device
-        self.tokenizer = _loaded("a tokenizer", name, lambda: AutoTokenizer.from_pretrained(name))
-        model = _loaded("a language model", name, lambda: AutoModelForCausalLM.from_pretrained(name))
+        self.tokenizer = _loaded("a tokenizer", name, lambda: AutoTokenizer.from_pretrained(local_copy(name)))
+        model = _loaded("a language model", name, lambda: AutoModelForCausalLM.from_pretrained(local_copy(name)))
         self.model = model.to(device).eval()
 
     @torch.inference_mode()

@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 import torch
 
 from torchtitan.audio.token_stream import CODEBOOK_SIZE, TokenStream
+from torchtitan.checkpoint.speech_lm import SpeechLM
 from torchtitan.generation.decoder import BLOCK, Decoder
 from torchtitan.generation.linear import MIN_ROWS, make_linear
 from torchtitan.generation.sampling import (
@@ -39,7 +40,6 @@ from torchtitan.generation.sampling import (
     position_words,
     sample_key,
 )
-from torchtitan.models.speech_lm import SpeechLM
 from torchtitan.tools.errors import UserError
 
 _NO_LIMIT = 1 << 30

@@ -12,9 +12,9 @@ import torch
 from torchtitan.audio.codec import FRAME_RATE
 from torchtitan.audio.streaming import StreamingDecoder
 from torchtitan.audio.token_stream import mark_ids
+from torchtitan.checkpoint.speech_lm import SpeechLM
 from torchtitan.generation.engine import Continuation, Engine, Generation, Request
 from torchtitan.generation.sampling import Sampling
-from torchtitan.models.speech_lm import SpeechLM
 from torchtitan.tools.errors import UserError
 
 # The sequence length of the published recipe: BOS, <audio>, frames, </audio>.

@@ -1,20 +1,46 @@
 """What a run starts from: a Hugging Face Llama's sizes, tokenizer and, if wanted, weights."""
 
 import json
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torchtitan.audio.conventions import conventions_of
 from torchtitan.audio.token_stream import TokenStream, extend_tokenizer
-from torchtitan.config_manager import Model
+from torchtitan.config.job_config import JobConfig, Model
+from torchtitan.config.keys import Refuse
 from torchtitan.models.llama3.args import Llama3Args, read_config
 from torchtitan.models.llama3.weights import SafetensorsFolder
-from torchtitan.models.speech_lm import PUBLISHED_CONVENTIONS, require_model_folder
 from torchtitan.tools.errors import UserError, first_line
+from torchtitan.tools.hub import local_copy, require_model_folder
 from torchtitan.tools.logging import logger
 
-_WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
-_REST = ("*.json", "tokenizer*", "*.model")
+# Values of model.flavor that stand for small models, with what they have instead of the defaults of Llama3Args.
+DEBUG_SIZES: dict[str, dict[str, Any]] = {
+    "debug": {},
+    "debugmodel": {"n_layers": 6, "n_heads": 16, "n_kv_heads": 16, "head_dim": 16, "tied": False},
+}
+# What to name instead of TorchTitan's "llama3", by its flavor.
+PRESETS = {
+    "debugmodel": "./assets/llama-small",
+    **{size: f"meta-llama/Llama-3.1-{size}" for size in ("8B", "70B", "405B")},
+}
+
+
+def check_flavor(config: JobConfig, refuse: Refuse) -> None:
+    """Refuse a size that the model does not have by its name, and presets that only TorchTitan knows."""
+    name, flavor = config.model.name, config.model.flavor
+    if name == "llama3" and flavor in PRESETS:
+        refuse(
+            "model.name",
+            f'this is a preset of TorchTitan; write model.name = "{PRESETS[flavor]}", or another Llama in Hugging Face '
+            "format, model.pretrained = false to start from random weights, and no model.tokenizer_path",
+        )
+    if flavor in DEBUG_SIZES and config.model.pretrained:
+        refuse("model.flavor", "there are no weights for it, so it needs model.pretrained = false")
+    if flavor not in ("", *DEBUG_SIZES) and not re.search(rf"(?<![\d.]){flavor}", name, re.IGNORECASE):
+        refuse("model.flavor", f'model.name = "{name}" is not of that size by its name; leave model.flavor empty')
 
 
 @dataclass
@@ -46,20 +72,22 @@ class BaseModel:
         """
         from transformers import AutoTokenizer
 
-        folder = _fetch(config.name, config.pretrained)
+        require_model_folder(config.name)
+        folder = Path(local_copy(config.name, weights=config.pretrained))
         hf_config = read_config(folder)
         args = Llama3Args.from_hf(hf_config, config.name)
         try:
-            tokenizer: Any = AutoTokenizer.from_pretrained(config.tokenizer_path or folder)
+            source = local_copy(config.tokenizer_path, weights=False) if config.tokenizer_path else folder
+            tokenizer: Any = AutoTokenizer.from_pretrained(source)
         except (OSError, ValueError, KeyError) as error:
-            source = config.tokenizer_path or config.name
-            raise UserError(f"{source}: no tokenizer could be loaded from there ({first_line(error)}).") from None
+            place = config.tokenizer_path or config.name
+            raise UserError(f"{place}: no tokenizer could be loaded from there ({first_line(error)}).") from None
         if config.pretrained:
             SafetensorsFolder(folder)
         known = len(tokenizer)
         stream = extend_tokenizer(tokenizer, config.num_quantizers)
-        if config.flavor == "debug":
-            args = Llama3Args(vocab_size=stream.vocab_size)
+        if config.flavor in DEBUG_SIZES:
+            args = Llama3Args(stream.vocab_size, **DEBUG_SIZES[config.flavor])
         args = replace(args, vocab_size=len(tokenizer))
         return cls(folder, args, known, tokenizer, stream, hf_config)
 
@@ -81,8 +109,8 @@ class BaseModel:
 
     def warn_of_other_conventions(self, config: Model) -> None:
         """Warn when a speech model is trained further on codes that are made in another way than before."""
-        for key, default in PUBLISHED_CONVENTIONS.items():
-            before, now = self.hf_config.get(key, default), getattr(config, key)
+        for key, before in conventions_of(self.hf_config).items():
+            now = getattr(config, key)
             same = before == now or (Path(before).is_dir() and Path(before).resolve() == Path(now).resolve())
             if self.is_speech_model and not same:
                 logger.warning(
@@ -92,17 +120,3 @@ class BaseModel:
                     json.dumps(before),
                     json.dumps(now),
                 )
-
-
-def _fetch(name: str, weights: bool) -> Path:
-    """The local folder of a model; a hub name is downloaded, with its weights only if they are wanted."""
-    require_model_folder(name)
-    if Path(name).expanduser().is_dir():
-        return Path(name).expanduser()
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=[*_REST, *(_WEIGHTS if weights else ())]))
-    except (OSError, HfHubHTTPError) as error:
-        raise UserError(f"{name}: the model cannot be downloaded ({first_line(error)}).") from None

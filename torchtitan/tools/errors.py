@@ -8,6 +8,10 @@ class UserError(ValueError):
     """Input that cannot be used; its message is one clear sentence for the person who gave it."""
 
 
+class ConfigError(UserError):
+    """A setting that cannot be used."""
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, without a full stop; the error's kind where it has none."""
     text = (getattr(error, "strerror", None) or str(error)).strip()

@@ -3,6 +3,7 @@
 Whole blocks, every n-th block, or within each block only what is cheap to compute again ("op").
 """
 
+import re
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
@@ -12,7 +13,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from torchtitan.config_manager import ActivationCheckpoint
+from torchtitan.config.job_config import ActivationCheckpoint, JobConfig
+from torchtitan.config.keys import Refuse
 from torchtitan.models.llama3.model import Llama3
 
 _MATRIX_PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.linear.default}
@@ -36,6 +38,13 @@ def _kept() -> set[Any]:
         if (found := getattr(getattr(torch.ops, space), operation, None)) is not None:
             kept.add(found.default)
     return kept
+
+
+def check_mode(config: JobConfig, refuse: Refuse) -> None:
+    """Refuse a selective_ac_option that is neither "op" nor a number of blocks."""
+    option = config.activation_checkpoint.selective_ac_option
+    if option != "op" and not re.fullmatch(r"[1-9]\d*", option):
+        refuse("activation_checkpoint.selective_ac_option", 'it must be "op" or a whole number from 1 on')
 
 
 def checkpoint_activations(model: Llama3, config: ActivationCheckpoint) -> None:

@@ -15,13 +15,13 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from torchtitan.components.loss import Columns, chunked_nll, chunked_nll_sum
 from torchtitan.distributed.collectives import gather
 from torchtitan.models.llama3.args import Llama3Args
 from torchtitan.models.llama3.attention import Documents, attend, find_documents
+from torchtitan.models.loss import Columns, chunked_nll, chunked_nll_sum
 
 if TYPE_CHECKING:
-    from torchtitan.distributed.context_parallel import ContextParallel
+    from torchtitan.models.llama3.context_parallel import ContextParallel
 
 
 class RMSNorm(nn.Module):

@@ -7,11 +7,10 @@ import torch
 from torch import nn
 from torch.torch_version import TorchVersion
 
-from torchtitan.components.float8 import convert_to_float8, precompute_scales
-from torchtitan.components.loss import IGNORE_INDEX
-from torchtitan.components.mx import convert_to_mx
-from torchtitan.config_manager import ConfigError, JobConfig
+from torchtitan.config.job_config import JobConfig
+from torchtitan.config.keys import Refuse
 from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.models.float8 import convert_to_float8, precompute_scales
 from torchtitan.models.llama3.activation_checkpoint import checkpoint_activations
 from torchtitan.models.llama3.args import Llama3Args
 from torchtitan.models.llama3.model import Llama3
@@ -31,9 +30,45 @@ from torchtitan.models.llama3.pipeline import (
     splits_backward,
 )
 from torchtitan.models.llama3.weights import materialize
+from torchtitan.models.loss import IGNORE_INDEX
+from torchtitan.models.mx import convert_to_mx
+from torchtitan.tools.errors import ConfigError
 from torchtitan.tools.logging import logger
 
+# Converters of the model, each with the number of ids of which its products need a multiple.
+CONVERTERS = {"float8": 16, "mx": 32}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def check_compile(config: JobConfig, refuse: Refuse) -> None:
+    """Refuse what cannot be compiled."""
+    components = config.compile.components
+    if set(components) - {"model", "loss"}:
+        refuse("compile.components", "there are model and loss")
+    if config.training.compile and not components:
+        refuse("compile.components", "with training.compile = true it must name something")
+    if config.parallelism.enable_compiled_autograd and not (config.training.compile and "model" in components):
+        refuse("parallelism.enable_compiled_autograd", "it needs training.compile = true")
+
+
+def check_converters(config: JobConfig, refuse: Refuse) -> None:
+    """Refuse converters that there are not, or whose settings contradict each other."""
+    names, float8 = config.model.converters, config.float8
+    if set(names) - set(CONVERTERS) or len(names) > 1:
+        refuse("model.converters", 'there are "float8" and "mx", of which one can be chosen')
+    for name in names:
+        if config.training.seq_len % (CONVERTERS[name] * config.parallelism.context_parallel_degree):
+            refuse(
+                "training.seq_len",
+                f'with model.converters = ["{name}"] each rank needs a multiple of {CONVERTERS[name]} ids',
+            )
+    for key in ("enable_fsdp_float8_all_gather", "precompute_float8_dynamic_scale_for_fsdp"):
+        if getattr(float8, key) and float8.recipe_name not in (None, "tensorwise"):
+            refuse(f"float8.{key}", 'it needs float8.recipe_name = "tensorwise"')
+    if float8.precompute_float8_dynamic_scale_for_fsdp and not float8.enable_fsdp_float8_all_gather:
+        refuse(
+            "float8.precompute_float8_dynamic_scale_for_fsdp", "it needs float8.enable_fsdp_float8_all_gather = true"
+        )
 
 
 def check_split(config: JobConfig, args: Llama3Args) -> None:

@@ -22,7 +22,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from torchtitan.distributed.collectives import wait
-from torchtitan.distributed.context_parallel import ContextParallel
+from torchtitan.models.llama3.context_parallel import ContextParallel
 from torchtitan.models.llama3.model import Llama3, TransformerBlock, rotate_both, swiglu
 
 
@@ -74,7 +74,7 @@ def overlap_communication(mesh: DeviceMesh) -> None:
 
 
 def split_rows(model: Llama3, group: dist.ProcessGroup, method: Literal["allgather", "alltoall"]) -> None:
-    """Context parallelism: the ranks of the group share each row, see distributed/context_parallel.py."""
+    """Context parallelism: the ranks of the group share each row, see models/llama3/context_parallel.py."""
     model.context = ContextParallel(group, method)
     for block in model.layers.values():
         cast(TransformerBlock, block).attention.attend = model.context.attend

@@ -31,9 +31,10 @@ from torch.distributed.pipelining.schedules import (
 )
 from torch.distributed.tensor import DTensor
 
-from torchtitan.config_manager import SPLIT_BACKWARD, ConfigError, Parallelism
+from torchtitan.config.job_config import Parallelism
 from torchtitan.models.llama3.args import Llama3Args
 from torchtitan.models.llama3.model import Llama3
+from torchtitan.tools.errors import ConfigError
 
 SCHEDULES = ("1F1B", "GPipe", "Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
 
@@ -107,6 +108,10 @@ def check_schedule(config: Parallelism, batch_size: int, num_stages: int) -> Non
     rounds = max(1, microbatches // ranks)
     if kind in (ScheduleInterleaved1F1B, ScheduleInterleavedZeroBubble) and microbatches % rounds:
         raise ConfigError(f"{key}: {what} cannot be dealt out to {rounds} rounds of {ranks} ranks.")
+
+
+# Schedules that compute the gradients of inputs first and those of weights later.
+SPLIT_BACKWARD = ("interleavedzerobubble", "zbvzerobubble", "dualpipev")
 
 
 def splits_backward(config: Parallelism) -> bool:

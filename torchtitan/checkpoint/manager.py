@@ -31,8 +31,10 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 
-from torchtitan.components.checkpoint_reader import checksum, find_damage, read_metadata, read_tensors
+from torchtitan.checkpoint.reader import checksum, find_damage, read_metadata, read_tensors
 from torchtitan.components.optimizer import AnyOptimizer, optimizer_tensors
+from torchtitan.config.job_config import JobConfig
+from torchtitan.config.keys import DEFAULTS, Refuse, value_of
 from torchtitan.models.llama3.args import Llama3Args
 from torchtitan.models.llama3.weights import Weighted
 from torchtitan.tools.errors import UserError
@@ -44,6 +46,27 @@ HF_FOLDER = "hf"
 FORMAT = 2
 # How long a rank waits for the others to write their files, and for rank 0 to delete older checkpoints.
 SAVE_TIMEOUT = timedelta(hours=1)
+# Parts of a checkpoint that checkpoint.exclude_from_loading can name.
+EXCLUDABLE = ("optimizer", "lr_scheduler", "dataloader", "random")
+
+
+def check_saving(config: JobConfig, refuse: Refuse) -> None:
+    """Refuse settings of loading and saving that would have no effect."""
+    part = config.checkpoint
+    if part.export_dtype != "float32" and not (part.last_save_model_only or part.last_save_in_hf):
+        refuse(
+            "checkpoint.export_dtype",
+            "it applies only with checkpoint.last_save_model_only = true or checkpoint.last_save_in_hf = true",
+        )
+    if not part.enable_checkpoint:
+        for key in ("checkpoint.initial_load_path", "checkpoint.load_step", "checkpoint.exclude_from_loading"):
+            if value_of(config, key) != DEFAULTS[key]:
+                refuse(key, "nothing is loaded unless checkpoint.enable_checkpoint = true")
+        for key in ("checkpoint.create_seed_checkpoint", "checkpoint.last_save_in_hf"):
+            if value_of(config, key):
+                refuse(key, "nothing is saved unless checkpoint.enable_checkpoint = true")
+    if set(part.exclude_from_loading) - set(EXCLUDABLE):
+        refuse("checkpoint.exclude_from_loading", f"there are only {', '.join(EXCLUDABLE)}")
 
 
 def find_steps(folder: Path) -> list[int]:

@@ -10,9 +10,8 @@ import torch
 
 from torchtitan import __version__
 from torchtitan.audio.token_stream import TokenStream
-from torchtitan.audio.waveform import RESAMPLER
-from torchtitan.components.checkpoint import HF_FOLDER, find_checkpoint, load_full_parameters, read_state
-from torchtitan.config_manager import Model
+from torchtitan.checkpoint.manager import HF_FOLDER, find_checkpoint, load_full_parameters, read_state
+from torchtitan.config.job_config import Model
 from torchtitan.models.llama3.args import Llama3Args
 from torchtitan.models.llama3.weights import to_hf_tensors
 from torchtitan.tools.errors import UserError
@@ -66,7 +65,7 @@ def write_hf_files(folder: Path, args: Llama3Args, tokenizer: Any, stream: Token
         "audio_tokenizer": absolute_if_local(config.audio_tokenizer),
         "codec_padding": config.codec_padding,
         "codec_window": config.codec_window,
-        "resampler": RESAMPLER,
+        "resampler": config.resampler,
     }
     _write_json(folder / "config.json", hf_config)
     sampling = {"do_sample": True, "temperature": 0.8, "top_k": 30}
@@ -101,7 +100,7 @@ def write_model_card(folder: Path, state: dict[str, Any], title: str) -> None:
         "Parameters": f"{args.num_params:,}",
         "Quantizers (Q)": model["num_quantizers"],
         "Codec": f"{model['audio_tokenizer']} (padding {model['codec_padding']}, window {model['codec_window']})",
-        "Resampler": RESAMPLER,
+        "Resampler": model["resampler"],
         "Data": f"{data}, task {training['task']}",
         "Step": f"{state['step']:,} of {training['steps']:,}",
         "Tokens seen": f"{state['tokens_seen']:,}",

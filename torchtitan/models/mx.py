@@ -9,7 +9,8 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from torchtitan.config_manager import MX, ConfigError, JobConfig
+from torchtitan.config.job_config import MX, JobConfig
+from torchtitan.tools.errors import ConfigError
 
 MX_BLOCK = 32
 

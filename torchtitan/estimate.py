@@ -16,13 +16,14 @@ from typing import Any
 import torch
 
 from torchtitan.audio.codec import ACTIVATION_BYTES, BATCH_SECONDS
-from torchtitan.components.loss import CHUNK_TOKENS
-from torchtitan.config_manager import ConfigError, JobConfig, accumulation_steps
-from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.config.job_config import JobConfig
+from torchtitan.distributed.parallel_dims import ParallelDims, accumulation_steps
+from torchtitan.models.base import DEBUG_SIZES
 from torchtitan.models.llama3.args import Llama3Args
 from torchtitan.models.llama3.parallel_model import check_split
 from torchtitan.models.llama3.pipeline import own_stages, schedule_class, split_blocks
-from torchtitan.tools.errors import UserError
+from torchtitan.models.loss import CHUNK_TOKENS
+from torchtitan.tools.errors import ConfigError, UserError
 from torchtitan.tools.utils import peak_flops_of
 
 GIB = 2**30
@@ -131,7 +132,7 @@ def model_args(config: JobConfig, size: str | None = None) -> Llama3Args:
         UserError: it can be found neither here nor among the built-in ones.
     """
     args = built_in_size(size or config.model.name, config.model.num_quantizers)
-    if args is not None and config.model.flavor != "debug":
+    if args is not None and config.model.flavor not in DEBUG_SIZES:
         return args
     if size is not None:
         raise UserError(f"--model_size {size}: there are only {', '.join(MODEL_SIZES)}.")

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from torchtitan.config_manager import Profiling
+from torchtitan.config.job_config import Profiling
 from torchtitan.tools.logging import logger
 
 _WARMUP_STEPS = 1

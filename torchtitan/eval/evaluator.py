@@ -13,13 +13,14 @@ import torch.distributed as dist
 
 from torchtitan.audio.codec import Codec
 from torchtitan.audio.token_stream import TokenStream
-from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.validate import Losses
-from torchtitan.config_manager import Evaluation
-from torchtitan.eval.benchmark import SALMON, encode_pairs
+from torchtitan.config.job_config import Evaluation
+from torchtitan.eval.benchmark import encode_pairs
 from torchtitan.eval.data import Task, open_tasks, task_folders
 from torchtitan.eval.metrics import judge
 from torchtitan.eval.results import Clip, samples_table
+from torchtitan.eval.suites import SALMON
+from torchtitan.models.loss import IGNORE_INDEX
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.logging import logger
 

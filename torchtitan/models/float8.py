@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from torchtitan.config_manager import ConfigError, JobConfig
+from torchtitan.config.job_config import JobConfig
+from torchtitan.tools.errors import ConfigError
 
 
 def check_float8(config: JobConfig) -> None:

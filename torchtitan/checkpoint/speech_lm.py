@@ -12,14 +12,13 @@ from typing import Any
 import torch
 
 from torchtitan.audio.codec import Codec
+from torchtitan.audio.conventions import conventions_of
 from torchtitan.audio.token_stream import TokenStream
-from torchtitan.components.checkpoint import HF_FOLDER, find_checkpoint
-from torchtitan.components.hf_export import full_hf_tensors
+from torchtitan.checkpoint.hf_export import full_hf_tensors
+from torchtitan.checkpoint.manager import HF_FOLDER, find_checkpoint
 from torchtitan.tools.errors import UserError, first_line
+from torchtitan.tools.hub import commit_of, local_copy, require_model_folder
 from torchtitan.tools.logging import quiet_transformers
-
-# The published checkpoints: kyutai/mimi through a transformers version that attended over the whole clip.
-PUBLISHED_CONVENTIONS = {"audio_tokenizer": "kyutai/mimi", "codec_padding": "exact", "codec_window": "full"}
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -34,6 +33,7 @@ class SpeechLM:
         stream: the id layout, Q included (``stream.num_quantizers``).
         codec: the codec with the checkpoint's conventions, on the model's device.
         folder: of the weights, where they are not from the hub; of a training run, its latest checkpoint.
+        revision: the commit of a model from the hub.
     """
 
     name: str
@@ -42,6 +42,7 @@ class SpeechLM:
     stream: TokenStream
     codec: Codec
     folder: Path | None = None
+    revision: str | None = None
 
     @classmethod
     def load(
@@ -51,6 +52,7 @@ class SpeechLM:
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
         revision: str | None = None,
+        resampler: str | None = None,
     ) -> "SpeechLM":
         """Load a model by hub name or folder.
 
@@ -60,11 +62,13 @@ class SpeechLM:
         Args:
             audio_tokenizer: the codec's hub name or folder; None takes the one named in the model's config.json.
             device: None takes cuda if there is one, then mps, then cpu.
+            resampler: one of :data:`~torchtitan.audio.waveform.RESAMPLERS`; None takes the one named in the model's
+                config.json.
             dtype: of the language model (the codec is always fp32); None is bfloat16 on cuda, float32 elsewhere.
 
         Raises:
             UserError: the folder or hub id does not exist, is no causal language model, has no audio tokens, its
-                codec cannot be loaded, or there is no such device.
+                codec cannot be loaded, it was trained with another resampler, or there is no such device.
         """
         from safetensors import SafetensorError
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
@@ -80,14 +84,14 @@ class SpeechLM:
         checkpoint = _training_checkpoint(model_name)
         if checkpoint is None:
             require_model_folder(model_name)
-        source = model_name if checkpoint is None else str(checkpoint / HF_FOLDER)
+        source = local_copy(model_name, revision) if checkpoint is None else str(checkpoint / HF_FOLDER)
         model: Any
         try:
-            config = AutoConfig.from_pretrained(source, revision=revision)
-            tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+            config = AutoConfig.from_pretrained(source)
+            tokenizer = AutoTokenizer.from_pretrained(source)
             stream = TokenStream.from_tokenizer(tokenizer, getattr(config, "num_quantizers", None))
             if checkpoint is None:
-                model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, revision=revision)
+                model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
             else:
                 weights = dict(full_hf_tensors(checkpoint, dtype))
                 model = LlamaForCausalLM.from_pretrained(None, config=config, state_dict=weights, dtype=dtype)
@@ -102,7 +106,10 @@ class SpeechLM:
             raise UserError(
                 f"{model_name}: the model has {rows:,} embeddings, its tokenizer {stream.vocab_size:,} ids."
             )
-        conventions = conventions_of(config)
+        conventions = conventions_of(config.to_dict())
+        trained_with = conventions["resampler"]
+        if resampler is not None and getattr(config, "resampler", None) and trained_with != resampler:
+            raise UserError(f"{model_name}: the model was trained with resampler {trained_with}, not {resampler}.")
         codec_name = audio_tokenizer or conventions["audio_tokenizer"]
         if codec_name.startswith((".", "/", "~")) and not Path(codec_name).expanduser().is_dir():
             raise UserError(
@@ -114,10 +121,12 @@ class SpeechLM:
             conventions["codec_padding"],
             conventions["codec_window"],
             device,
+            resampler=resampler or trained_with,
         )
         path = Path(model_name).expanduser()
         folder = checkpoint or (path if path.is_dir() else None)
-        return cls(model_name, model.to(device).eval().requires_grad_(False), tokenizer, stream, codec, folder)
+        model = model.to(device).eval().requires_grad_(False)
+        return cls(model_name, model, tokenizer, stream, codec, folder, commit_of(source))
 
     @property
     def device(self) -> torch.device:
@@ -140,11 +149,6 @@ def _training_checkpoint(name: str) -> Path | None:
         return None
 
 
-def conventions_of(config: Any) -> dict[str, str]:
-    """The codec's name and conventions that a checkpoint's config states, or those of the published checkpoints."""
-    return {key: getattr(config, key, None) or default for key, default in PUBLISHED_CONVENTIONS.items()}
-
-
 def choose_device(name: str | torch.device | None = None) -> torch.device:
     """The device of a name; None takes cuda if there is one, then mps, then cpu.
 
@@ -161,20 +165,3 @@ def choose_device(name: str | torch.device | None = None) -> torch.device:
     if (device.index or 0) >= available.get(device.type, 0):
         raise UserError(f"device {str(name)!r} is not available on this machine; cpu always is.")
     return device
-
-
-def require_model_folder(name: str) -> None:
-    """Refuse a name that can only be a local folder but is none, or a folder without config.json.
-
-    Raises:
-        UserError: with what is missing.
-    """
-    path = Path(name).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise UserError(
-                f"{name}: the folder holds no config.json, so it is not a model in Hugging Face format, and it is no "
-                "training checkpoint either."
-            )
-    elif name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise UserError(f"{name}: there is no such folder (a hub name has the form owner/name).")

@@ -1,0 +1,50 @@
+"""Trying again what fails for a reason that may pass."""
+
+import itertools
+import sys
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from torchtitan.tools.errors import first_line
+from torchtitan.tools.logging import logger
+
+T = TypeVar("T")
+
+# Seconds before the second try; each further one waits twice as long.
+FIRST_WAIT = 1.0
+RETRIES = 5
+# The hub's client has errors of its own kind; it is imported where they can occur.
+_CLIENTS = ("httpx", "httpx2")
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether a second try may succeed: network and file system yes; missing, forbidden or damaged things no."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(status, int) and 400 <= status < 500:
+        return status in (408, 429)
+    if isinstance(error, FileNotFoundError) and error.__cause__ is not None:  # the hub's client could not ask for it
+        return may_pass(error.__cause__)
+    if isinstance(error, (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)):
+        return False
+    if type(error).__name__ == "OfflineModeIsEnabled":
+        return False
+    kinds = tuple(sys.modules[name].HTTPError for name in _CLIENTS if name in sys.modules)
+    return isinstance(error, (OSError, *kinds))
+
+
+def retried(what: str, action: Callable[[], T], retries: int = RETRIES) -> T:
+    """What ``action`` gives, tried again up to ``retries`` times while it fails for a reason that may pass.
+
+    Each time the logger says what failed and how long it waits.
+    """
+    for attempt in itertools.count():
+        try:
+            return action()
+        except Exception as error:
+            if attempt >= retries or not may_pass(error):
+                raise
+            wait = FIRST_WAIT * 2**attempt
+            logger.warning(f"{what}: {first_line(error)}; trying again in {wait:g} s ({attempt + 1} of {retries})")
+            time.sleep(wait)
+    raise AssertionError("unreachable")
