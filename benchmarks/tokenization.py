@@ -174,7 +174,7 @@ def run(way: str, options: argparse.Namespace, devices: list[str]) -> float:
 
 def main() -> None:
     options = parse()
-    from torchtitan.datasets.tokenization import choose_devices
+    from torchtitan.tokenization.run import choose_devices
 
     many = [str(device) for device in choose_devices(options.device, options.processes)]
     options.clips = options.clips or (8 if many[0] == "cpu" else 128) * len(many)

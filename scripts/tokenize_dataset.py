@@ -4,7 +4,7 @@
 
 A data set is a built-in name, a local folder or file, or a hub id. All CPU cores or GPUs of the machine work at it;
 under torchrun, each rank is one process and does its share of the shards. A run that was stopped continues when the
-same command is given again. Rows that cannot be used are listed in failed_rows.tsv.
+same command is given again. Rows that cannot be used are listed in bad_rows.tsv.
 """
 
 from torchtitan.tools.errors import run_command
@@ -14,7 +14,8 @@ def main() -> None:
     """Parse the command line and run."""
     import tyro
 
-    from torchtitan.datasets.tokenization import Options, tokenize
+    from torchtitan.tokenization.plan import Options
+    from torchtitan.tokenization.run import tokenize
 
     options = tyro.cli(Options, description=__doc__, use_underscores=True)
     print(tokenize(options))

@@ -25,10 +25,11 @@ from torchtitan.components.dataloader import SpeechDataLoader, max_frames_of
 from torchtitan.datasets.hf_dataset import Source
 from torchtitan.datasets.shards import ShardedCodes, find_shards
 from torchtitan.datasets.streams import find_data, open_streams
-from torchtitan.datasets.tokenization import Options, tokenize
 from torchtitan.eval.benchmark import Options as Evaluation
 from torchtitan.eval.benchmark import command
 from torchtitan.eval.suites import SLM21
+from torchtitan.tokenization.plan import Options
+from torchtitan.tokenization.run import tokenize
 from torchtitan.tools.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent

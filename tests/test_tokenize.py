@@ -17,14 +17,18 @@ import pytest
 import torch
 
 import torchtitan.datasets.shards as shards_module
-import torchtitan.datasets.tokenization as tokenization
 from torchtitan.audio.codec import Codec, CodecError
 from torchtitan.audio.waveform import load_audio, resample
 from torchtitan.datasets import decoding, files
 from torchtitan.datasets.hf_dataset import Source
 from torchtitan.datasets.rows import Row
 from torchtitan.datasets.shards import ShardedCodes, ShardError, find_shards
-from torchtitan.datasets.tokenization import Counts, Decoder, Options, tokenize
+from torchtitan.tokenization import plan as planning
+from torchtitan.tokenization import processes as many
+from torchtitan.tokenization import worker as work
+from torchtitan.tokenization.plan import Counts, Options
+from torchtitan.tokenization.run import tokenize
+from torchtitan.tokenization.worker import Decoder
 from torchtitan.tools import retries
 from torchtitan.tools.errors import UserError
 
@@ -51,8 +55,8 @@ def data(tmp_path_factory, make_sound, write_rows) -> Path:
 
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch):
-    monkeypatch.setattr(tokenization, "PART_ROWS", 3)
-    monkeypatch.setattr(tokenization, "tune_malloc", lambda: None)  # this is the process of all tests
+    monkeypatch.setattr(planning, "PART_ROWS", 3)
+    monkeypatch.setattr(many, "tune_malloc", lambda: None)  # this is the process of all tests
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
 
@@ -76,8 +80,8 @@ def reference(options, tmp_path_factory) -> dict[str, bytes]:
     """Files of an undisturbed run of one process."""
     output = tmp_path_factory.mktemp("reference") / "codes"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokenization, "PART_ROWS", 3)
-        patch.setattr(tokenization, "tune_malloc", lambda: None)
+        patch.setattr(planning, "PART_ROWS", 3)
+        patch.setattr(many, "tune_malloc", lambda: None)
         tokenize(replace(options, output=str(output)))
     return files_of(output)
 
@@ -193,14 +197,14 @@ def test_parts_of_recordings_are_the_codes_of_their_slices(options, tmp_path, ma
         np.testing.assert_array_equal(codes.codes(i), expected.T.numpy())
         assert codes.seconds[i] == pytest.approx(stop - start)
     assert [(codes.key(i), codes.text(i)) for i in range(2)] == [("wav.scp:0 (a)", None), ("wav.scp:2 (b)", "bee")]
-    failed = (tmp_path / "codes" / "failed_rows.tsv").read_text().splitlines()
+    failed = (tmp_path / "codes" / "bad_rows.tsv").read_text().splitlines()
     assert [line.split("\t")[0] for line in failed] == ["wav.scp:1 (late)", "wav.scp:3 (c)"]
     assert "is not in the recording" in failed[0] and "commands are not run" in failed[1]
 
 
 def test_failing_rows_and_files_are_listed(reference, tmp_path):
     codes = ShardedCodes(find_shards(write_files(tmp_path / "codes", reference)))
-    lines = [line.split("\t") for line in reference["failed_rows.tsv"].decode().splitlines()]
+    lines = [line.split("\t") for line in reference["bad_rows.tsv"].decode().splitlines()]
     assert [key for key, _ in lines] == [
         "train-00000-of-00002.parquet:10 (clip-10)",
         "train-00000-of-00002.parquet:3 (clip-3)",
@@ -223,7 +227,7 @@ def test_failing_rows_and_files_are_listed(reference, tmp_path):
 
 def test_nothing_else_is_left(reference):
     shards = [f"codes-0000{i}-of-00004.arrow" for i in range(4)]
-    assert sorted(reference) == [*shards, "failed_rows.tsv", "tokenization.json"]
+    assert sorted(reference) == ["bad_rows.tsv", *shards, "tokenization.json"]
     for contents in reference.values():
         assert b"/talks" not in contents  # a copy of the data elsewhere gives the same
 
@@ -233,7 +237,7 @@ def test_copy_of_the_data_gives_the_same_bytes(reference, options, data, tmp_pat
     told = tokenize(replace(options, dataset=str(copy), output=str(tmp_path / "codes")))
     assert files_of(tmp_path / "codes") == reference
     assert "4 shards hold 21 recordings" in told
-    assert "3 rows and 1 files could not be used and are listed in failed_rows.tsv" in told
+    assert "3 rows and 1 files could not be used and are listed in bad_rows.tsv" in told
 
 
 def test_ranks_of_torchrun_give_the_same_bytes(reference, options, tmp_path, monkeypatch):
@@ -304,14 +308,14 @@ def test_recording_that_the_codec_refuses_is_listed(options, tmp_path, monkeypat
 def test_groups_of_a_gpu_do_not_depend_on_where_a_run_began(options, tmp_path, monkeypatch):
     """What is encoded together is a function of the rows' places, as codes may depend on it there."""
     seen = []
-    monkeypatch.setattr(tokenization, "GPU_GROUP_SECONDS", 0.3)
+    monkeypatch.setattr(work, "GPU_GROUP_SECONDS", 0.3)
     monkeypatch.setattr(
         Codec,
         "encode",
         lambda self, waves: [seen.append([w.numel() for w in waves])] and [torch.zeros(8, 1).long()] * len(waves),
     )
-    plan = tokenization.prepare(replace(options, output=str(tmp_path / "codes")))
-    worker = tokenization.ShardTokenizer(plan, torch.device("cpu"), 1, lambda kind, counts: None)
+    plan = planning.prepare(replace(options, output=str(tmp_path / "codes")))
+    worker = work.ShardTokenizer(plan, torch.device("cpu"), 1, lambda kind, counts: None)
     worker.device = torch.device("mps")  # groups as on any GPU
     worker.make_parts(1, [0, 1, 2])
     together, seen[:] = list(seen), []
@@ -432,7 +436,7 @@ def test_leftovers_of_killed_processes_are_removed(reference, options, tmp_path)
     (output / "codes-00001-of-00004.partial" / "part-0000").touch()
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    host = tokenization.socket.gethostname()
+    host = planning.socket.gethostname()
     (output / f".codes-00001-of-00004.arrow.{host}-{dead.pid}.tmp").touch()
     living = f".codes-00002-of-00004.arrow.{host}-{os.getpid()}.tmp"
     (output / living).touch()
@@ -451,12 +455,12 @@ def test_text_that_is_no_unicode_is_stored(options, make_sound, tmp_path):
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_damaged_part_is_made_again(reference, options, tmp_path, processes):
-    plan = tokenization.prepare(replace(options, output=str(tmp_path / "codes")))
+    plan = planning.prepare(replace(options, output=str(tmp_path / "codes")))
     plan.partial_folder(0).mkdir()
     plan.part_path(0, 1).write_bytes(b"ARROW1 and no more")
     if processes == 2:  # as its parent shares out the work
-        tokenization.survey(plan, [0])
-        assert tokenization._Jobs(plan, [0], 1).next() == (0, [0])
+        planning.survey(plan, [0])
+        assert many._Jobs(plan, [0], 1).next() == (0, [0])
         assert not plan.part_path(0, 1).exists()
     tokenize(replace(options, output=str(tmp_path / "codes")))
     assert files_of(tmp_path / "codes") == reference
@@ -581,19 +585,19 @@ def test_full_disk_loses_nothing(reference, options, tmp_path, monkeypatch):
     assert len(kept) == 1 + 1 + 1  # settings, a shard, a part of the next
     assert kept["codes-00000-of-00004.arrow"] == reference["codes-00000-of-00004.arrow"]
     monkeypatch.undo()
-    monkeypatch.setattr(tokenization, "PART_ROWS", 3)
+    monkeypatch.setattr(planning, "PART_ROWS", 3)
     tokenize(replace(options, output=str(output)))
     assert files_of(output) == reference
 
 
 def test_too_many_failing_rows_stop_the_run(options, tmp_path, monkeypatch):
-    monkeypatch.setattr(tokenization, "BAD_SHARE_ROWS", 10)
+    monkeypatch.setattr(many, "BAD_SHARE_ROWS", 10)
     output = tmp_path / "codes"
     chosen = replace(options, output=str(output), max_bad_share=0.1)
-    told = rf"2 of the first 10 rows cannot be used, more than max_bad_share 0.1 .*; {output}/failed_rows\.tsv"
+    told = rf"2 of the first 10 rows cannot be used, more than max_bad_share 0.1 .*; {output}/bad_rows\.tsv"
     with pytest.raises(UserError, match=told):
         tokenize(chosen)
-    assert (output / "failed_rows.tsv").read_text().count("(clip-") == 2
+    assert (output / "bad_rows.tsv").read_text().count("(clip-") == 2
     assert not (output / "codes-00002-of-00004.arrow").exists()
     tokenize(replace(chosen, max_bad_share=0.3))
     assert (output / "codes-00003-of-00004.arrow").exists()
@@ -739,9 +743,9 @@ def test_whatever_a_recording_brings_about_is_its_own_failure(rows, monkeypatch)
 
 
 def test_progress_counts_resumed_work_once(options, tmp_path, capsys, monkeypatch):
-    plan = tokenization.prepare(replace(options, output=str(tmp_path / "codes")))
-    monkeypatch.setattr(tokenization, "_LOG_SECONDS", 0.0)
-    progress = tokenization.Progress(plan, Counts(rows=12, seconds=3600.0, failed=1), 24)
+    plan = planning.prepare(replace(options, output=str(tmp_path / "codes")))
+    monkeypatch.setattr(many, "_LOG_SECONDS", 0.0)
+    progress = many.Progress(plan, Counts(rows=12, seconds=3600.0, failed=1), 24)
     progress.report("rows", Counts(rows=3, seconds=1800.0, failed=1))
     progress.report("part", Counts(rows=3, seconds=1800.0, failed=1))
     told = capsys.readouterr().err
@@ -761,4 +765,4 @@ def test_progress_counts_resumed_work_once(options, tmp_path, capsys, monkeypatc
     ],
 )
 def test_names_are_relative_to_the_data(path, text, expected):
-    assert tokenization.relative(text, Source("talks", path)) == expected
+    assert work.relative(text, Source("talks", path)) == expected

@@ -1,0 +1,307 @@
+"""Many processes, each a worker, and how far they are."""
+
+import ctypes
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from multiprocessing import connection
+from typing import Any
+
+import torch
+
+from torchtitan.datasets.shards import (
+    ShardError,
+    WriteError,
+    read_part,
+)
+from torchtitan.tokenization.plan import BAD_ROWS_FILE, CONTINUE, Counts, Plan, write_text
+from torchtitan.tokenization.worker import ShardTokenizer, relative
+from torchtitan.tools.errors import UserError
+from torchtitan.tools.logging import quiet_transformers
+from torchtitan.tools.memory import tune_malloc
+
+# A data set of which too much fails is not the one that was meant; a few rows at the start prove nothing.
+BAD_SHARE_ROWS = 1000
+_LOG_SECONDS = 10.0
+_SEND_SECONDS = 0.2
+
+
+class Progress:
+    """How far all processes are: a bar on a terminal, else a line now and then.
+
+    Raises UserError from :meth:`report` when too large a share of the rows fails.
+    """
+
+    def __init__(self, plan: Plan, done: Counts, rows: int):
+        self.plan, self.total = plan, rows
+        self.shown, self.written = replace(done), replace(done)
+        self._at_start = replace(done)
+        self._begin = self._told = time.monotonic()
+        self._bar = None
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=rows, initial=done.rows, desc=plan.source.name, unit=" rows", dynamic_ncols=True)
+
+    def report(self, kind: str, counts: Counts) -> None:
+        """Take note of rows that are done, or of a part that is written."""
+        if kind == "part":
+            self.written.add(counts)
+            check_share(self.plan, self.written, BAD_SHARE_ROWS)
+            return
+        self.shown.add(counts)
+        if self._bar is not None:
+            self._bar.set_postfix_str(self._facts(), refresh=False)
+            self._bar.update(counts.rows)
+        elif time.monotonic() - self._told >= _LOG_SECONDS:
+            self._told = time.monotonic()
+            rows = self.shown.rows
+            rate = (rows - self._at_start.rows) / (self._told - self._begin)
+            left = f"{timedelta(seconds=round((self.total - rows) / rate))} left" if rate else "time left unknown"
+            share = f"{rows:,} of {self.total:,} rows ({100 * rows / self.total:.1f} %)"
+            print(f"{self.plan.source.name}: {share}, {self._facts()}, {left}", file=sys.stderr, flush=True)
+
+    def speed(self) -> float:
+        """Seconds of audio a second, since this run began."""
+        return (self.shown.seconds - self._at_start.seconds) / max(1e-9, time.monotonic() - self._begin)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def _facts(self) -> str:
+        facts = f"{self.shown.seconds / 3600:.2f} h of audio, {self.speed():.0f} s of it a second"
+        return facts + f", {self.shown.failed:,} failed"
+
+
+def write_bad_rows(plan: Plan) -> None:
+    """Write the list of rows and files that could not be used, of all that is there so far."""
+    lines = [(relative(path, plan.source), relative(reason, plan.source)) for path, reason in plan.index.bad_files]
+    for shard in range(plan.num_shards):
+        if plan.shard_path(shard).exists():
+            paths = [plan.shard_path(shard)]
+        else:
+            paths = [p for i in range(plan.num_parts(shard)) if (p := plan.part_path(shard, i)).exists()]
+        for path in paths:
+            with suppress(ShardError):  # merged by another process in between
+                lines += [(key, reason) for key, reason in read_part(path)[1]["failed"]]
+    text = "".join("\t".join(" ".join(part.split()) for part in line) + "\n" for line in sorted(lines))
+    write_text(plan.output / BAD_ROWS_FILE, text)
+
+
+def check_share(plan: Plan, counts: Counts, at_least: int) -> None:
+    """Raise UserError if more than the accepted share of the rows failed, once there are ``at_least`` rows."""
+    if counts.rows >= at_least and counts.failed > plan.max_bad_share * counts.rows:
+        write_bad_rows(plan)
+        raise UserError(
+            f"{plan.source.path}: {counts.failed:,} of the first {counts.rows:,} rows cannot be used, more than "
+            f"max_bad_share {plan.max_bad_share:g} accepts; {plan.output / BAD_ROWS_FILE} lists them."
+        )
+
+
+def _work(plan: Plan, device: torch.device, threads: int, channel: Any) -> None:
+    """A worker process: does the jobs that the parent sends."""
+    _die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent ends the others.
+    signal.signal(signal.SIGTERM, _exit_cleanly)
+    shown = Counts()
+    sent = time.monotonic()
+
+    def report(kind: str, counts: Counts) -> None:
+        nonlocal shown, sent
+        if kind == "rows":
+            shown.add(counts)
+        if kind == "part" or time.monotonic() - sent >= _SEND_SECONDS:
+            channel.send(("rows", shown))
+            shown, sent = Counts(), time.monotonic()
+        if kind == "part":
+            channel.send((kind, counts))
+
+    try:
+        settle(device)
+        worker = ShardTokenizer(plan, device, threads, report)
+        channel.send(("idle", None))
+        while True:
+            shard, parts = channel.recv()
+            if parts is None:
+                worker.merge(shard)
+            else:
+                worker.make_parts(shard, parts)
+            channel.send(("idle", None))
+    except (EOFError, BrokenPipeError, ConnectionResetError):  # the parent is gone
+        return
+    except UserError as error:
+        channel.send(("unwritable" if isinstance(error, WriteError) else "error", str(error)))
+    except Exception:
+        channel.send(("crash", traceback.format_exc()))
+
+
+def settle(device: torch.device) -> None:
+    """Make the process one that shares its machine with others of its kind."""
+    quiet_transformers()
+    tune_malloc()
+    torch.set_num_threads(1)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
+def _die_with_parent() -> None:
+    """Have the system end this process with its parent, however that ends."""
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def _exit_cleanly(number: int, frame: Any) -> None:
+    raise SystemExit(128 + number)
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """Let SIGTERM unwind the main thread as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, _exit_cleanly)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class _Jobs:
+    """What is still to do: (shard, parts to make), and (shard, None) to merge one whose parts are all there."""
+
+    def __init__(self, plan: Plan, shards: Sequence[int], num_processes: int):
+        # With few shards, each is worked at by several, so that all processes have work up to the end.
+        pieces = -(-4 * num_processes // max(1, len(shards)))
+        self._waiting: deque[tuple[int, list[int] | None]] = deque()
+        self._unfinished: dict[int, int] = {}
+        for shard in shards:
+            parts = [p for p in range(plan.num_parts(shard)) if not plan.part_path(shard, p).exists()]
+            size = max(1, -(-len(parts) // pieces))
+            runs = [parts[i : i + size] for i in range(0, len(parts), size)] or [[]]
+            self._waiting.extend((shard, run) for run in runs)
+            self._unfinished[shard] = len(runs)
+        self.largest = len(self._waiting)
+
+    def next(self) -> tuple[int, list[int] | None] | None:
+        return self._waiting.popleft() if self._waiting else None
+
+    def done(self, job: tuple[int, list[int] | None]) -> None:
+        shard, parts = job
+        if parts is not None:
+            self._unfinished[shard] -= 1
+            if self._unfinished[shard] == 0:
+                self._waiting.appendleft((shard, None))
+
+
+@dataclass
+class _Worker:
+    number: int
+    process: Any
+    channel: Any
+    job: tuple[int, list[int] | None] | None = None
+    idle: bool = False
+
+
+def run_processes(plan: Plan, shards: Sequence[int], devices: Sequence[torch.device], progress: Progress) -> None:
+    """Make shards with one process for each of the devices.
+
+    Raises:
+        UserError: a process died, the output cannot be written, or too many rows fail; the others are ended.
+    """
+    context = multiprocessing.get_context("spawn")
+    jobs = _Jobs(plan, shards, len(devices))
+    workers: list[_Worker] = []
+    try:
+        for number, device in enumerate(devices[: jobs.largest]):
+            ours, theirs = context.Pipe()
+            arguments = (plan, device, decoding_threads(device, len(devices)), theirs)
+            process = context.Process(target=_work, args=arguments, name=f"tokenizer {number}", daemon=True)
+            process.start()
+            theirs.close()  # or else the end of the process would not end the channel
+            workers.append(_Worker(number, process, ours))
+        while True:
+            for worker in workers:
+                if worker.idle and (job := jobs.next()) is not None:
+                    worker.job, worker.idle = job, False
+                    with suppress(OSError):  # a dead one is noticed below
+                        worker.channel.send(job)
+            if all(worker.idle for worker in workers):
+                return
+            for ready in connection.wait([worker.channel for worker in workers]):
+                worker = next(worker for worker in workers if worker.channel is ready)
+                _receive(plan, worker, jobs, progress)
+    finally:
+        _end(workers)
+
+
+def _receive(plan: Plan, worker: _Worker, jobs: _Jobs, progress: Progress) -> None:
+    """Take one message of a worker. Raises UserError where it is the last."""
+    try:
+        kind, content = worker.channel.recv()
+    except (EOFError, OSError):
+        raise UserError(_obituary(plan, worker)) from None
+    if kind in ("error", "unwritable"):
+        raise (WriteError if kind == "unwritable" else UserError)(content)
+    if kind == "crash":
+        raise RuntimeError(f"worker process {worker.number} failed:\n{content}")
+    if kind == "idle":
+        if worker.job is not None:
+            jobs.done(worker.job)
+        worker.job, worker.idle = None, True
+    else:
+        progress.report(kind, content)
+
+
+def _obituary(plan: Plan, worker: _Worker) -> str:
+    worker.process.join(10)
+    code = worker.process.exitcode
+    if code is not None and code < 0:
+        with suppress(ValueError):
+            code = signal.Signals(-code).name
+        how = f"was ended by {code}"
+        if code == "SIGKILL":
+            how += ", perhaps for lack of memory"
+    else:
+        how = f"ended with exit code {code}"
+    place = "before its first shard" if worker.job is None else f"at {plan.shard_path(worker.job[0]).name}"
+    return (
+        f"worker process {worker.number} (pid {worker.process.pid}) {how}, {place}; nothing finished is lost: "
+        f"{CONTINUE}."
+    )
+
+
+def _end(workers: list[_Worker]) -> None:
+    """End the processes: those that wait for a job, which have nothing to tidy up, at once."""
+    for worker in workers:
+        if worker.idle:
+            worker.process.kill()
+        elif worker.process.is_alive():
+            worker.process.terminate()
+    deadline = time.monotonic() + 10
+    for worker in workers:
+        worker.process.join(max(0.1, deadline - time.monotonic()))
+        if worker.process.is_alive():
+            worker.process.kill()
+            worker.process.join()
+        worker.channel.close()
+
+
+def decoding_threads(device: torch.device, num_processes: int) -> int:
+    """Threads of one process: a codec on a CPU takes most of its core, one on a GPU leaves the cores to them."""
+    return 1 if device.type == "cpu" else max(1, min(8, num_cores() // max(1, num_processes)))
+
+
+def num_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
