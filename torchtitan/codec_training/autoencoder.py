@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers import MimiConfig, MimiModel
 
 from torchtitan.audio.codec import FRAME_SIZE, Codec
 from torchtitan.audio.token_stream import CODEBOOK_SIZE
@@ -18,6 +17,8 @@ from torchtitan.tools.errors import UserError
 def make_config(options: Options) -> Any:
     """The MimiConfig of the options. Attention reaches as far as the stretches of a step, so it never sees further
     than in training."""
+    from transformers import MimiConfig
+
     if math.prod(options.upsampling_ratios) * 2 != FRAME_SIZE:
         raise UserError(f"upsampling_ratios {options.upsampling_ratios}: their product must be {FRAME_SIZE // 2}.")
     if options.hidden_size % 8:
@@ -52,6 +53,8 @@ def new_model(options: Options) -> Any:
     Raises:
         UserError: an option does not fit, or the codec to start from cannot be used.
     """
+    from transformers import MimiModel
+
     if options.start_from is None:
         return MimiModel(make_config(options))
     model = Codec.load(options.start_from, QUANTIZERS).model.requires_grad_(True)

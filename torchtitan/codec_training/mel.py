@@ -7,6 +7,9 @@ import torchaudio
 
 from torchtitan.audio.waveform import SAMPLE_RATE
 
+LOW_HZ, HIGH_HZ = 60.0, 7_600.0
+"""Where stored clips, at 16 kHz, have speech: bounds of the bands of teacher and measures."""
+
 
 @cache
 def mel_filters(

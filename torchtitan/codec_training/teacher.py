@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from torchtitan.audio.codec import FRAME_SIZE
 from torchtitan.codec_training.clusters import k_means, nearest
-from torchtitan.codec_training.mel import mel_filters
+from torchtitan.codec_training.mel import HIGH_HZ, LOW_HZ, mel_filters
 from torchtitan.codec_training.speech import Speech, save_arrays
 
 TEACHER_HOP = 480
@@ -22,8 +22,6 @@ TEACHER_COLUMNS = FRAME_SIZE // TEACHER_HOP
 TEACHER_BANDS, TEACHER_COEFFICIENTS, SLOPE_COLUMNS = 40, 13, 5
 TEACHER_WINDOW = 1024
 """Samples."""
-LOW_HZ, HIGH_HZ = 60.0, 7_600.0
-"""What stored clips have, from the first mel band to the last."""
 LOUD_SHARE = 0.05
 """Level of a column that counts as speech, as a share of the clip's loudest one."""
 SLOPE_WEIGHT = 0.6
