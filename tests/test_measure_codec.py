@@ -14,20 +14,20 @@ import torch
 
 from scripts.measure_codec import command
 from torchtitan.audio.codec import Codec
-from torchtitan.codec_training.judging.classifiers import Classifier, score
+from torchtitan.codec_training.judging.clips import Clip, Word, held_out_clips, pair_clips, spoken_words, training_clips
 from torchtitan.codec_training.judging.codes import Labelled, code_use, count_pairs, entropy, information
-from torchtitan.codec_training.judging.judge import Judge
-from torchtitan.codec_training.judging.measure import load_model
-from torchtitan.codec_training.judging.speech import Clip, held_out_clips, pair_clips, training_clips
-from torchtitan.codec_training.judging.waveforms import (
+from torchtitan.codec_training.judging.hearing import (
+    Classifier,
     intelligibility,
     load_pystoi,
     log_mel_distance,
     mel_levels,
     pitch_track,
+    score,
     speaks,
 )
-from torchtitan.codec_training.judging.words import Word, spoken_words
+from torchtitan.codec_training.judging.judge import Judge
+from torchtitan.codec_training.judging.measure import load_model
 from torchtitan.codec_training.voices import VOICES
 from torchtitan.tools.errors import UserError, run_command
 

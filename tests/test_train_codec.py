@@ -17,15 +17,11 @@ import torch
 from safetensors.torch import load_file
 
 from torchtitan.audio.codec import Codec, published_names
-from torchtitan.codec_training.autoencoder import Autoencoder
-from torchtitan.codec_training.clusters import farthest, k_means, nearest
-from torchtitan.codec_training.codebooks import without_speaker
-from torchtitan.codec_training.losses import Discriminators, spectral_loss
-from torchtitan.codec_training.mel import mel_spectrum
+from torchtitan.codec_training.autoencoder import Autoencoder, keep_in_float32
+from torchtitan.codec_training.codebooks import farthest, k_means, nearest, without_speaker
+from torchtitan.codec_training.data import Speech, normalised_mfcc
 from torchtitan.codec_training.options import FROM_SCRATCH, Options
-from torchtitan.codec_training.precision import keep_in_float32
-from torchtitan.codec_training.speech import Speech
-from torchtitan.codec_training.teacher import normalised_mfcc
+from torchtitan.codec_training.spectra import Discriminators, mel_spectrum, spectral_loss
 from torchtitan.codec_training.training import Training, train
 from torchtitan.tools.errors import UserError
 

@@ -8,6 +8,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 
 BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
 VOCABULARY = 512
+ROPE_THETA = 500_000.0
+CONTEXT = 4096  # tokens
 # Words, digits by threes, punctuation, white space: pieces are never merged across these bounds.
 WORD_PATTERN = r"(?i:'(?:s|t|re|ve|m|ll|d))|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+"
 
@@ -46,48 +48,22 @@ def build_tokenizer(output: Path) -> None:
     folder = output / "llama-small"
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
-    write_json(
-        folder / "tokenizer_config.json",
-        {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": BOS,
-            "eos_token": EOS,
-            "clean_up_tokenization_spaces": False,
-            "model_input_names": ["input_ids", "attention_mask"],
-            "model_max_length": 4096,
-        },
-    )
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "eos_token": EOS}
+    config |= {"clean_up_tokenization_spaces": False, "model_input_names": ["input_ids", "attention_mask"]}
+    write_json(folder / "tokenizer_config.json", {**config, "model_max_length": CONTEXT})
     write_json(folder / "config.json", llama_config(size, bos_id, eos_id))
     print(f"tokenizer: {size} tokens under {folder}")
 
 
 def llama_config(vocab_size: int, bos_id: int | None, eos_id: int | None) -> dict:
     """config.json of a Llama of 1.6M parameters, in the words of transformers 4 and of transformers 5."""
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": 192,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 6,
-        "num_key_value_heads": 2,
-        "head_dim": 32,
-        "intermediate_size": 512,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "tie_word_embeddings": True,
-        "rms_norm_eps": 1e-5,
-        "max_position_embeddings": 4096,
-        "initializer_range": 0.02,
-        "rope_theta": 500_000.0,
-        "rope_scaling": None,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 500_000.0},
-        "vocab_size": vocab_size,
-        "bos_token_id": bos_id,
-        "eos_token_id": eos_id,
-        "torch_dtype": "float32",
-        "use_cache": True,
-    }
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 192, "num_hidden_layers": 4}
+    config |= {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 32, "intermediate_size": 512}
+    config |= {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": True}
+    config |= {"rms_norm_eps": 1e-5, "max_position_embeddings": CONTEXT, "initializer_range": 0.02}
+    config |= {"rope_theta": ROPE_THETA, "rope_scaling": None}
+    config |= {"rope_parameters": {"rope_type": "default", "rope_theta": ROPE_THETA}, "vocab_size": vocab_size}
+    return {**config, "bos_token_id": bos_id, "eos_token_id": eos_id, "torch_dtype": "float32", "use_cache": True}
 
 
 def write_json(path: Path, content: dict) -> None:

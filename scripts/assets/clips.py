@@ -1,24 +1,19 @@
-"""Data sets of single clips: training speech, held-out speech, and the corpus of the codec."""
+"""Data sets of single clips (training, held-out, the corpus of the codec), prompts, and all of `speech`."""
 
 import random
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import soundfile
 from tqdm import tqdm
 
-from scripts.assets.mixing import noise, with_noise, with_room
-from scripts.assets.tables import AUDIO, CORPUS_SCHEMA, encode_audio, write_table
-from scripts.assets.texts import (
-    MOODS,
-    PROMPT_TEXT,
-    SCENES,
-    corpus_text,
-    sentence,
-    split_texts,
-)
-from torchtitan.codec_training.voices import STORED_RATE, VOICES, Voice, resample, say, speak
+from scripts.assets.pairs import build_pairs, build_salmon
+from scripts.assets.sound import AUDIO, CORPUS_SCHEMA, encode_audio, noise, with_noise, with_room, write_table
+from scripts.assets.texts import MOODS, PROMPT_TEXT, SCENES, corpus_text, sentence, split_texts
+from torchtitan.codec_training.voices import PROMPT_SECONDS, STORED_RATE, VOICES, Voice, resample, say, speak
 
+PROMPT_SAMPLES = round(PROMPT_SECONDS * STORED_RATE)
 # Declared sample rates of espeak-ng's 22,050 Hz output: the others change formants, pitch and tempo together.
 WARPED_RATES = (19_200, 20_000, 21_000, 22_050, 23_000, 24_500)
 VARIANTS = "m1 m2 m3 m4 m5 m6 m7 m8 f1 f2 f3 f4 f5 klatt klatt2 klatt3 klatt4 Andy Annie Alex Steph Mike Gene".split()
@@ -112,3 +107,34 @@ def build_corpus(folder: Path, minutes: float, seed: int) -> None:
             seconds += duration
             bar.update(round(duration))
     write_table(folder / "clean" / "train-00000-of-00001.parquet", rows, CORPUS_SCHEMA)
+
+
+def build_prompts(folder: Path, texts: list[str]) -> None:
+    """A held-out prompt in each voice, `<folder>/<voice>.flac`: the beginning of a longer text of counting."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for voice, text in zip(VOICES, texts, strict=False):
+        soundfile.write(folder / f"{voice.name}.flac", say(text, voice)[:PROMPT_SAMPLES], STORED_RATE)
+
+
+def build_speech(output: Path, minutes: float, seed: int) -> None:
+    """Everything under `<output>/speech`, and `<output>/prompt.flac`."""
+    rng = random.Random(seed)
+    speech = output / "speech"
+    train_texts, held_counting, held_sentences = split_texts(rng)
+    if PROMPT_TEXT in train_texts:
+        train_texts.remove(PROMPT_TEXT)
+    held_out = {PROMPT_TEXT, *held_counting, *held_sentences}
+    train_path = speech / "peoples_speech" / "clean" / "train-00000-of-00001.parquet"
+    build_train(train_path, train_texts, held_out, minutes, rng)
+    # 26 counting utterances, the longer ones among them, and 14 sentences.
+    test_texts = held_counting[-26:] + held_sentences
+    build_test(speech / "librispeech_asr" / "clean" / "test" / "0000.parquet", test_texts, rng)
+    short_texts = [text for text in held_counting if len(text.split()) <= 5]
+    build_salmon(speech / "SALMon", short_texts, rng)
+    build_pairs(speech, short_texts, rng)
+    # Cut off in the middle of the counting, so that there is something to continue.
+    prompt = say(PROMPT_TEXT, VOICES[3], "sad")[:PROMPT_SAMPLES]
+    soundfile.write(output / "prompt.flac", prompt, STORED_RATE)
+    build_prompts(output / "prompts", [text for text in held_counting if len(text.split()) >= 8])
+    size = sum(file.stat().st_size for file in speech.rglob("*.parquet"))
+    print(f"speech: {size / 1e6:.2f} MB under {speech}")

@@ -7,49 +7,21 @@ import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
-from scripts.assets.mixing import noise, switch, with_noise, with_room
-from scripts.assets.tables import AUDIO, encode_audio, write_table
-from scripts.assets.texts import (
-    MOODS,
-    SCENES,
-    counting,
-)
+from scripts.assets.sound import AUDIO, encode_audio, noise, switch, with_noise, with_room, write_table
+from scripts.assets.texts import MOODS, SCENES, counting
 from torchtitan.codec_training.voices import VOICES, WEEKDAYS, Voice, say
+from torchtitan.eval.benchmark import SALMON
 
 # Pairs of the tasks that the quickstart reports first, and of each of the others.
 MANY_PAIRS, FEW_PAIRS = 200, 10
-SALMON_TASKS = {
-    "sentiment_consistency": FEW_PAIRS,
-    "speaker_consistency": MANY_PAIRS,
-    "gender_consistency": MANY_PAIRS,
-    "bg_domain_consistency": FEW_PAIRS,
-    "bg_all_consistency": FEW_PAIRS,
-    "rir_consistency": FEW_PAIRS,
-    "sentiment_alignment": FEW_PAIRS,
-    "bg_alignment": FEW_PAIRS,
-}
-NON_WORDS = {
-    "seven": "vensef",
-    "eleven": "nevelel",
-    "twelve": "wetvel",
-    "thirteen": "neerthit",
-    "fourteen": "rofneet",
-    "sixteen": "teexins",
-    "eighteen": "neetaith",
-    "nineteen": "teeninen",
-    "monday": "donmay",
-    "tuesday": "dusetay",
-    "wednesday": "desenway",
-    "thursday": "dertsay",
-    "friday": "rifday",
-    "saturday": "tadursay",
-    "sunday": "nusday",
-    "january": "nurajay",
-    "march": "charm in",
-    "april": "pilar",
-    "september": "tembersep",
-    "october": "berocto",
-}
+MANY = ("speaker_consistency", "gender_consistency")
+# A word and a non-word of its letters.
+NON_WORDS = (
+    "seven vensef,eleven nevelel,twelve wetvel,thirteen neerthit,fourteen rofneet,sixteen teexins,"
+    "eighteen neetaith,nineteen teeninen,monday donmay,tuesday dusetay,wednesday desenway,thursday dertsay,"
+    "friday rifday,saturday tadursay,sunday nusday,january nurajay,march charm in,april pilar,"
+    "september tembersep,october berocto"
+).split(",")
 
 
 def build_salmon(folder: Path, texts: list[str], rng: random.Random) -> None:
@@ -104,9 +76,9 @@ def build_salmon(folder: Path, texts: list[str], rng: random.Random) -> None:
         return one, switch(one, other)
 
     schema = [("task", pa.string()), ("ind", pa.int64()), ("positive_audio", AUDIO), ("negative_audio", AUDIO)]
-    for task, pairs in tqdm(SALMON_TASKS.items(), desc="SALMon", mininterval=5):
+    for task in tqdm(SALMON.tasks, desc="SALMon", mininterval=5):
         rows = []
-        for index in range(pairs):
+        for index in range(MANY_PAIRS if task in MANY else FEW_PAIRS):
             good, bad = pair(task, index)
             positive, negative = (
                 encode_audio(wave, f"sample_{index}_{side}.ogg") for side, wave in enumerate((good, bad))
@@ -125,7 +97,7 @@ def build_pairs(folder: Path, texts: list[str], rng: random.Random) -> None:
         positive_audio, negative_audio = (encode_audio(clip, f"{index}_{side}.ogg") for side, clip in enumerate(clips))
         return {"positive": positive_audio, "negative": negative_audio}
 
-    rows = [row(i, VOICES[i % len(VOICES)], word, other) for i, (word, other) in enumerate(NON_WORDS.items())]
+    rows = [row(i, VOICES[i % len(VOICES)], *pair.split(" ", 1)) for i, pair in enumerate(NON_WORDS)]
     write_table(folder / "sWUGGY" / "train-00000-of-00001.parquet", rows, pair_schema)
 
     rows = []

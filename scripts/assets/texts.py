@@ -12,22 +12,10 @@ OBJECTS = "a red ball,the green house,an apple,the river,a white horse,the big t
 PROMPT_TEXT = "one two three four five six seven eight nine ten"
 # What is said in a happy and in a sad way; what is said in which noise.
 MOODS = {
-    "happy": [
-        "i am so happy today",
-        "what a wonderful day",
-        "we won the big game",
-        "i love this lovely song",
-        "this is the best news",
-        "my friend is coming home",
-    ],
-    "sad": [
-        "i am so sad today",
-        "what a terrible day",
-        "we lost the last game",
-        "i miss my old dog",
-        "this is very bad news",
-        "my friend has gone away",
-    ],
+    "happy": "i am so happy today,what a wonderful day,we won the big game,i love this lovely song,"
+    "this is the best news,my friend is coming home".split(","),
+    "sad": "i am so sad today,what a terrible day,we lost the last game,i miss my old dog,"
+    "this is very bad news,my friend has gone away".split(","),
 }
 SCENES = {
     "rain": ["the rain is falling", "take your umbrella along", "the street is all wet"],

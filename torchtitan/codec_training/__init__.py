@@ -2,19 +2,11 @@
 
 options       the manual, and what is checked first
 voices        synthetic speech
-speech        recordings to one decoded file
-mel           mel spectra
-clusters      k-means
-teacher       what the first codebook learns to predict
-losses        spectra and discriminators
-autoencoder   the codec in its two halves
-precision     where bfloat16 is right
-codebooks     entries from latents
-optimizer     Muon and AdamW
-schedule      stages and learning rates
-work_folder   options, checkpoint and log of a run
-stages        a step of each stage
-final_codes   the end of encoder and codebooks
-export        the codec's folder
+spectra       mel spectra, spectral loss, discriminators
+codebooks     clusters of points, entries from latents
+data          recordings, the semantic teacher, the stretches of a step
+autoencoder   the codec in its two halves, its precision and its folder
+optimizer     stages and learning rates, Muon and AdamW
+stages        a step of each stage, and the end of encoder and codebooks
 training      the run, from top to bottom
 """

@@ -1,16 +1,21 @@
-"""A small Mimi as it is trained: its config, its two halves, its first weights."""
+"""A small Mimi as it is trained: config, halves, first weights, precision, and the folder that it is stored in."""
 
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save
 
-from torchtitan.audio.codec import FRAME_SIZE, Codec
+from torchtitan.audio.codec import FRAME_SIZE, Codec, published_names
 from torchtitan.audio.token_stream import CODEBOOK_SIZE
-from torchtitan.codec_training.clusters import nearest
+from torchtitan.audio.waveform import SAMPLE_RATE
+from torchtitan.codec_training.codebooks import nearest
+from torchtitan.codec_training.data import TEACHER_COLUMNS
 from torchtitan.codec_training.options import QUANTIZERS, Options
-from torchtitan.codec_training.teacher import TEACHER_COLUMNS
+from torchtitan.datasets.shards import write_atomically
 from torchtitan.tools.errors import UserError
 
 
@@ -159,3 +164,60 @@ def scale_weights(autoencoder: Autoencoder, waveform: torch.Tensor) -> None:
         hook.remove()
     last = [module for module in autoencoder._decoder[2].modules() if isinstance(module, torch.nn.Conv1d)][-1]
     last.weight.mul_(0.02)
+
+
+def keep_in_float32(model: torch.nn.Module) -> list[str]:
+    """Run those convolutions in float32 under autocast whose bfloat16 is wrong on this CPU; returns their names.
+
+    With fewer than 32 channels and a large stride, oneDNN gets some of them wrong (torch 2.14 on a CPU with AMX:
+    the output of Conv1d(24, 48, 16, 8), the input's gradient of ConvTranspose1d(48, 24, 16, 8)). Training would go on
+    with losses that look well, and the codec, which is run in float32, would be another function. So each is tried.
+    """
+    generator = torch.Generator().manual_seed(0)
+    wrong = []
+    for name, module in model.named_modules():
+        if not isinstance(module, (torch.nn.Conv1d, torch.nn.ConvTranspose1d)):
+            continue
+        length = 8 * module.kernel_size[0] if isinstance(module, torch.nn.Conv1d) else 64
+        hidden = torch.randn(4, module.in_channels, length, generator=generator)
+        results: list[list[torch.Tensor]] = []
+        weights = None
+        for enabled in (False, True):
+            given = hidden.clone().requires_grad_()
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                made = module(given).float()
+            weights = torch.randn(made.shape, generator=generator) if weights is None else weights
+            gradients = torch.autograd.grad((made * weights).sum(), [given, module.weight])
+            results.append([made.detach(), *gradients])
+        likeness = [F.cosine_similarity(a.flatten(), b.flatten(), 0) for a, b in zip(*results, strict=True)]
+        if min(likeness) < 0.99:
+            wrong.append(name)
+            forward = module.forward
+
+            def exact(hidden: torch.Tensor, forward: Any = forward) -> torch.Tensor:
+                with torch.autocast(hidden.device.type, enabled=False):
+                    return forward(hidden.float())
+
+            vars(module)["forward"] = exact
+    return wrong
+
+
+@torch.no_grad()
+def round_to_half(parameters: list[torch.nn.Parameter]) -> None:
+    """Give every weight a value that float16 holds, since that is how the codec is stored."""
+    for parameter in parameters:
+        parameter.copy_(parameter.half().float())
+
+
+def save_codec(model: Any, folder: Path) -> None:
+    """The folder that MimiModel.from_pretrained of any version loads: weights in float16, to be run in float32."""
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {name: value.detach().cpu().half().contiguous() for name, value in model.state_dict().items()}
+    content = save(published_names(weights), metadata={"format": "pt"})
+    write_atomically(folder / "model.safetensors", lambda file: file.write(content))
+    config = {**model.config.to_diff_dict(), "architectures": ["MimiModel"], "dtype": "float32"}
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    extractor = {"chunk_length_s": None, "feature_extractor_type": "EncodecFeatureExtractor", "feature_size": 1}
+    extractor |= {"overlap": None, "padding_side": "right", "padding_value": 0.0, "return_attention_mask": True}
+    extractor |= {"sampling_rate": SAMPLE_RATE}
+    (folder / "preprocessor_config.json").write_text(json.dumps(extractor, indent=2) + "\n")

@@ -1,20 +1,43 @@
-"""The optimizers of codec and discriminators."""
+"""When the stages begin, how fast a step learns, and the optimizers of codec and discriminators."""
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from torchtitan.codec_training.autoencoder import Autoencoder
-from torchtitan.codec_training.losses import Discriminators
+from torchtitan.codec_training.options import Options
+from torchtitan.codec_training.spectra import Discriminators
 from torchtitan.tools.errors import UserError
 
-VECTORS_SHARE = 0.15
-"""The vectors' learning rate (AdamW), as a share of the matrices' (Muon)."""
-JUDGE_RATE = 5e-4
-"""The discriminators' learning rate."""
-LARGEST_NORM = 1.0
-"""What a longer gradient is clipped to."""
+WARM_UP_STEPS = 50
+DECAY = 0.95  # by how much the learning rate falls, as a share of its peak
+DECODER_SHARE = 0.5  # peak learning rate of stage 3, as a share of that of stages 1 and 2
+VECTORS_SHARE = 0.15  # the vectors' learning rate (AdamW), as a share of the matrices' (Muon)
+JUDGE_RATE = 5e-4  # the discriminators' learning rate
+LARGEST_NORM = 1.0  # what a longer gradient is clipped to
+
+
+class Schedule:
+    """The steps of the three stages.
+
+    Attributes:
+        quantized, decoder: the first step of stage 2 and of stage 3.
+        end: how many steps there are.
+    """
+
+    def __init__(self, options: Options):
+        before = [0, 0] if options.start_from else [options.continuous_steps, options.quantized_steps]
+        self.quantized, self.decoder, self.end = itertools.accumulate([*before, options.decoder_steps])
+
+    def learning_rate(self, step: int) -> float:
+        """A share of the peak: linear warm-up and linear decay, over stages 1 and 2 and again over stage 3."""
+        last = step >= self.decoder
+        start, end = (self.decoder, self.end) if last else (0, self.decoder)
+        share = (step - start) / max(1, end - start)
+        warm_up = min((step - start + 1) / WARM_UP_STEPS, 1.0)
+        return warm_up * (1 - DECAY * share) * (DECODER_SHARE if last else 1.0)
 
 
 class Muon(torch.optim.Optimizer):
@@ -55,58 +78,45 @@ class Optimizers:
     """Muon for the codec's matrices, AdamW for its vectors and for the discriminators.
 
     Attributes:
-        codec: the codec's optimizers, each with its share of the learning rate.
-        judge: the discriminators' optimizer.
-        parameters: all that the codec's optimizers hold.
+        parameters: of the codec.
+        judge_parameters: of the discriminators.
     """
 
     def __init__(self, autoencoder: Autoencoder, discriminators: Discriminators, learning_rate: float):
         self.parameters = [*autoencoder.encoder_parameters(), *autoencoder.decoder_parameters()]
+        self.judge_parameters = list(discriminators.parameters())
         matrices = [parameter for parameter in self.parameters if parameter.ndim > 1]
         vectors = [parameter for parameter in self.parameters if parameter.ndim == 1]
-        self.codec = [(Muon(matrices), 1.0), (torch.optim.AdamW(vectors, betas=(0.9, 0.98)), VECTORS_SHARE)]
-        self.judged_by = list(discriminators.parameters())
-        self.judge = torch.optim.AdamW(self.judged_by, JUDGE_RATE, (0.8, 0.98))
-        self.learning_rate = learning_rate
+        self._codec = (Muon(matrices), torch.optim.AdamW(vectors, betas=(0.9, 0.98)))
+        self._judge = torch.optim.AdamW(self.judge_parameters, JUDGE_RATE, (0.8, 0.98))
+        self._learning_rate = learning_rate
 
     def set_learning_rate(self, factor: float) -> None:
         """The codec's learning rate of a step, as a share of the peak; the discriminators' stays."""
-        for optimizer, part in self.codec:
+        for optimizer, part in zip(self._codec, (1.0, VECTORS_SHARE), strict=True):
             for group in optimizer.param_groups:
-                group["lr"] = self.learning_rate * part * factor
+                group["lr"] = self._learning_rate * part * factor
 
-    def improve_codec(self, loss: torch.Tensor, parameters: list[torch.nn.Parameter], step: int) -> None:
-        """One step of the codec's optimizers, for these of its parameters; raises as :meth:`_descend`."""
-        self._descend(loss, [optimizer for optimizer, _ in self.codec], parameters, step)
-
-    def improve_judge(self, loss: torch.Tensor, step: int) -> None:
-        """One step of the discriminators; raises as :meth:`_descend`."""
-        self._descend(loss, [self.judge], self.judged_by, step)
-
-    def _descend(
-        self, loss: torch.Tensor, optimizers: list[Any], parameters: list[torch.nn.Parameter], step: int
-    ) -> None:
-        """One step of these optimizers, for these parameters.
+    def descend(self, loss: torch.Tensor, parameters: list[torch.nn.Parameter], step: int) -> None:
+        """One step of these parameters: of the discriminators, or some of the codec.
 
         Raises:
             UserError: the loss is not finite.
         """
         if not loss.isfinite():
             raise UserError(f"training diverged at step {step}: lower --learning_rate or use float32.")
-        for parameter in (*self.parameters, *self.judged_by):
+        for parameter in (*self.parameters, *self.judge_parameters):
             parameter.grad = None
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, LARGEST_NORM)
-        for optimizer in optimizers:
+        for optimizer in (self._judge,) if parameters is self.judge_parameters else self._codec:
             optimizer.step()
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "optimizers": [optimizer.state_dict() for optimizer, _ in self.codec],
-            "judge": self.judge.state_dict(),
-        }
+        states = [optimizer.state_dict() for optimizer in self._codec]
+        return {"optimizers": states, "judge": self._judge.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for (optimizer, _), stored in zip(self.codec, state["optimizers"], strict=True):
+        for optimizer, stored in zip(self._codec, state["optimizers"], strict=True):
             optimizer.load_state_dict(stored)
-        self.judge.load_state_dict(state["judge"])
+        self._judge.load_state_dict(state["judge"])

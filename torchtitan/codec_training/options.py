@@ -6,8 +6,7 @@ from pathlib import Path
 from torchtitan.audio.token_stream import CODEBOOK_SIZE
 from torchtitan.tools.errors import UserError
 
-QUANTIZERS = 8
-"""Codebooks of a codec."""
+QUANTIZERS = 8  # codebooks of a codec
 FROM_SCRATCH = (
     "continuous_steps",
     "quantized_steps",

@@ -1,36 +1,77 @@
 """The training of a codec, from top to bottom."""
 
 import hashlib
+import json
 import time
+from dataclasses import asdict
 from typing import Any
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
-from torchtitan.audio.codec import FRAME_SIZE
-from torchtitan.codec_training.autoencoder import Autoencoder, new_model, scale_weights
-from torchtitan.codec_training.export import save_codec
-from torchtitan.codec_training.final_codes import finish_encoder
-from torchtitan.codec_training.losses import Discriminators
-from torchtitan.codec_training.optimizer import Optimizers
+from torchtitan.codec_training.autoencoder import Autoencoder, keep_in_float32, new_model, save_codec, scale_weights
+from torchtitan.codec_training.data import Speech, Teacher, draw_batch
+from torchtitan.codec_training.optimizer import Schedule
 from torchtitan.codec_training.options import Options, check
-from torchtitan.codec_training.precision import keep_in_float32
-from torchtitan.codec_training.schedule import Schedule
-from torchtitan.codec_training.speech import Speech
-from torchtitan.codec_training.stages import DecoderAlone, WholeCodec
-from torchtitan.codec_training.teacher import TEACHER_COLUMNS, TEACHER_HOP, Teacher
-from torchtitan.codec_training.work_folder import WorkFolder
+from torchtitan.codec_training.spectra import Discriminators
+from torchtitan.codec_training.stages import Stages, finish_encoder
+from torchtitan.datasets.shards import write_atomically
 from torchtitan.models.speech_lm import choose_device
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.memory import tune_malloc
 
 SPEAKER_DIRECTIONS = 3
 """That are taken out of the latents of a codec trained from scratch, if the options do not say how many."""
-GAINS_DB = (-8, 4)
-"""Least and greatest gain of a stretch of speech."""
-OLD_SHARE, NEW_SHARE = 0.98, 0.02
-"""Of what a running mean was and of the new value."""
+OLD_SHARE, NEW_SHARE = 0.98, 0.02  # of what a running mean was and of the new value
+NOT_COMPARED = ("output", "work", "threads", "device", "checkpoint_every")
+"""Options that may change from a run to its continuation."""
+
+
+class WorkFolder:
+    """The work folder of a run, and proof that it and the output folder are this run's, or free.
+
+    Raises:
+        UserError: they belong to a run with other options, or cannot be written to.
+    """
+
+    def __init__(self, options: Options):
+        output = options.output.resolve()
+        self.path = options.work or output.with_name(output.name + ".training")
+        self._record = self.path / "options.json"
+        mine = {name: value for name, value in asdict(options).items() if name not in NOT_COMPARED}
+        self._mine = json.loads(json.dumps(mine, default=str))
+        if self._record.exists():
+            other = json.loads(self._record.read_text())
+            different = [name for name in self._mine if other.get(name) != self._mine[name]]
+            if different:
+                raise UserError(
+                    f"{self.path}: it holds a run with other {', '.join(different)}; delete it or give another --work."
+                )
+        elif (options.output / "model.safetensors").exists():
+            raise UserError(f"{options.output}: it holds another codec; delete it or give another --output.")
+        for folder in (self.path, options.output):
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"{folder}: the folder cannot be made ({error.strerror}).") from None
+
+    def take(self) -> None:
+        """From here on the folder is this run's: the data have been read."""
+        self._record.write_text(json.dumps(self._mine, indent=2) + "\n")
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Replace the checkpoint."""
+        write_atomically(self.path / "checkpoint.pt", lambda file: torch.save(state, file))
+
+    def load(self) -> dict[str, Any] | None:
+        """The checkpoint, if there is one."""
+        path = self.path / "checkpoint.pt"
+        return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
+
+    def log(self, figures: dict[str, float]) -> None:
+        """Add a line to the log."""
+        with open(self.path / "log.jsonl", "a") as log:
+            log.write(json.dumps(figures) + "\n")
 
 
 class Training:
@@ -68,9 +109,7 @@ class Training:
         self.discriminators = Discriminators()
         self.autoencoder.to(self.device)
         self.discriminators.to(self.device)
-        self.optimizers = Optimizers(self.autoencoder, self.discriminators, options.learning_rate)
-        self.whole = WholeCodec(self.autoencoder, self.optimizers, self.schedule, options)
-        self.decoder = DecoderAlone(self.autoencoder, self.discriminators, self.optimizers, options)
+        self.stages = Stages(self.autoencoder, self.discriminators, self.schedule, options)
         self.step = 0
         self.shown: dict[str, float] = {}
 
@@ -101,16 +140,15 @@ class Training:
         """The losses of a step of the stage whose turn it is."""
         digest = hashlib.sha256(f"{self.options.seed} {self.step}".encode()).digest()
         torch.manual_seed(int.from_bytes(digest[:7], "big"))
-        self.optimizers.set_learning_rate(self.schedule.learning_rate(self.step))
+        self.stages.optimizers.set_learning_rate(self.schedule.learning_rate(self.step))
         batch = draw_batch(self.speech, self.teacher, self.options, self.step)
         waveform, labels = (part.to(self.device) for part in batch)
         if self.step < self.schedule.decoder:
-            return self.whole.train(self.step, waveform, labels)
+            return self.stages.train_whole(self.step, waveform, labels)
         if self.step == self.schedule.decoder:
             finish_encoder(self.autoencoder, self.speech, self.options, self.speaker_directions, self.step)
-            self.whole.seen = []
-        adversarial = self.step - self.schedule.decoder >= self.options.adversarial_from
-        return self.decoder.train(self.step, waveform, adversarial)
+            self.stages.seen = []
+        return self.stages.train_decoder(self.step, waveform)
 
     def show(self, bar: Any, losses: dict[str, torch.Tensor]) -> None:
         """Running means of the losses, beside the bar."""
@@ -125,8 +163,8 @@ class Training:
             "step": self.step,
             "autoencoder": self.autoencoder.state_dict(),
             "discriminators": self.discriminators.state_dict(),
-            **self.optimizers.state_dict(),
-            "seen": self.whole.seen,
+            **self.stages.optimizers.state_dict(),
+            "seen": self.stages.seen,
         }
         self.folder.save(state)
 
@@ -139,37 +177,9 @@ class Training:
             for layer in half.layers:
                 layer.codebook._embed = None
         self.discriminators.load_state_dict(state["discriminators"])
-        self.optimizers.load_state_dict(state)
-        self.whole.seen, self.step = [part.to(self.device) for part in state["seen"]], state["step"]
+        self.stages.optimizers.load_state_dict(state)
+        self.stages.seen, self.step = [part.to(self.device) for part in state["seen"]], state["step"]
         print(f"going on from step {self.step}")
-
-
-def draw_batch(
-    speech: Speech, teacher: Teacher | None, options: Options, step: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The stretches of a step, which depend on the seed and the step alone.
-
-    Returns:
-        waveforms [rows, frames * 1920] with random gain, and the teacher's clusters [rows, frames * 4], -1 for none.
-    """
-    rng = np.random.default_rng((options.seed, step))
-    length = options.frames * FRAME_SIZE
-    waveforms, labels = (
-        torch.zeros(options.rows, length),
-        torch.full((options.rows, options.frames * TEACHER_COLUMNS), -1),
-    )
-    # Each sample of the data is as likely as any other.
-    picks = rng.integers(speech.starts[-1], size=options.rows)
-    for row, pick in enumerate(picks):
-        number = int(np.searchsorted(speech.starts, pick, side="right")) - 1
-        room = int(speech.starts[number + 1] - speech.starts[number]) - length
-        first = TEACHER_HOP * int(rng.integers(max(room, 0) // TEACHER_HOP + 1))
-        clip = speech.clip(number, first, length)
-        waveforms[row, : len(clip)] = clip * 10 ** (rng.uniform(*GAINS_DB) / 20)
-        if teacher is not None:
-            known = teacher.labels(number)[first // TEACHER_HOP :][: labels.shape[1]]
-            labels[row, : len(known)] = known
-    return waveforms, labels
 
 
 def train(options: Options) -> None:

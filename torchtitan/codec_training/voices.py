@@ -9,12 +9,9 @@ import numpy as np
 import torch
 import torchaudio
 
-ESPEAK_RATE = 22_050
-"""Samples a second of espeak-ng's output."""
-STORED_RATE = 16_000
-"""Samples a second of the assets' clips."""
-PROMPT_SECONDS = 1.28
-"""Length of a prompt: 16 frames."""
+ESPEAK_RATE = 22_050  # samples a second of espeak-ng's output
+STORED_RATE = 16_000  # samples a second of the assets' clips
+PROMPT_SECONDS = 1.28  # length of a prompt: 16 frames
 
 ONES = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen".split()
 ONES += "seventeen eighteen nineteen".split()

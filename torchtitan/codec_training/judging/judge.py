@@ -9,19 +9,25 @@ from tqdm import tqdm
 
 from torchtitan.audio.codec import FRAME_RATE, FRAME_SIZE, Codec
 from torchtitan.audio.waveform import SAMPLE_RATE
-from torchtitan.codec_training.clusters import k_means, nearest
-from torchtitan.codec_training.judging.classifiers import Classifier, score, summary, voice_features, word_features
+from torchtitan.codec_training.codebooks import k_means, nearest
+from torchtitan.codec_training.data import TEACHER_COLUMNS, normalised_mfcc
+from torchtitan.codec_training.judging.clips import Clip, Word
 from torchtitan.codec_training.judging.codes import code_use, histogram, information
-from torchtitan.codec_training.judging.speech import Clip
-from torchtitan.codec_training.judging.waveforms import intelligibility, log_mel_distance, speaks
-from torchtitan.codec_training.judging.words import Word
-from torchtitan.codec_training.teacher import TEACHER_COLUMNS, normalised_mfcc
+from torchtitan.codec_training.judging.hearing import (
+    Classifier,
+    intelligibility,
+    log_mel_distance,
+    score,
+    speaks,
+    summary,
+    voice_features,
+    word_features,
+)
 from torchtitan.codec_training.voices import PROMPT_SECONDS, VOICES
 from torchtitan.generation import BATCH_ROWS, Engine, Sampling, frame_bound, sample_requests
 from torchtitan.tools.errors import UserError
 
-QUANTIZERS = (8, 4)
-"""How many quantizers round trips use: all that a small codec has, and the token stream's default."""
+QUANTIZERS = (8, 4)  # how many quantizers round trips use: all that a small codec has, and the token stream's default
 SOUNDS = 64
 """Clusters of the teacher's columns that stand for the sounds: fewer than in training, so that 30 minutes tell their
 probabilities given a code."""
@@ -29,10 +35,8 @@ HISTOGRAM_PENALTY = 1.0
 """Of the classifiers of histograms; the best of 0.001 to 1 in cross-validation over the assets' training clips."""
 WORD_MARGIN = 2 * FRAME_SIZE
 """Samples of silence around a word on its way through the codec: it does not begin at the codec's first moment."""
-CONTINUATION_SECONDS = 3.0
-"""Of a continuation, at most."""
-LEAST_ACCURACY = 0.5
-"""Of the voices of clean prompts: below it, the clips are not in the order of the voices."""
+CONTINUATION_SECONDS = 3.0  # of a continuation, at most
+LEAST_ACCURACY = 0.5  # of the voices of clean prompts: below it, the clips are not in the order of the voices
 
 
 class Judge:
@@ -189,7 +193,6 @@ class Judge:
             lm: the SpeechLM, with the codec that is judged.
             pairs: clips whose voice does not change.
         """
-
         length = round(PROMPT_SECONDS * SAMPLE_RATE)
         frames = length // FRAME_SIZE
         bound = frame_bound(lm, PROMPT_SECONDS + CONTINUATION_SECONDS)

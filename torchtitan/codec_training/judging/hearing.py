@@ -1,6 +1,7 @@
-"""Measures of waveforms: levels, distances, intelligibility, pitch."""
+"""What is heard in waveforms: levels, intelligibility, pitch, and classifiers of words and voices."""
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -8,23 +9,23 @@ import torch.nn.functional as F
 import torchaudio
 
 from torchtitan.audio.waveform import SAMPLE_RATE
-from torchtitan.codec_training.mel import HIGH_HZ, LOW_HZ, mel_spectrum
+from torchtitan.codec_training.spectra import HIGH_HZ, LOW_HZ, mel_spectrum
+from torchtitan.eval.statistics import standard_error, wilson_interval
 from torchtitan.tools.errors import UserError
 
-STOI_RATE = 10_000
-"""Samples a second."""
+STOI_RATE = 10_000  # samples a second
 MEL_WINDOW, MEL_SIZE, MEL_HOP, MEL_BANDS = 600, 1024, 240, 40
 """Of log-mel spectra: windows of 25 ms and a column each 10 ms, in samples."""
-FLOOR_DB = 60.0
-"""How far below a clip's loudest value differences stop to count."""
+FLOOR_DB = 60.0  # how far below a clip's loudest value differences stop to count
 SILENT_SECONDS, SILENT_DB = 0.2, 30.0
 """A continuation with less speech is silent; speech is what lies less than this below the prompt's loudest column."""
-PITCH_WINDOW = 1440
-"""Samples that a pitch is read from: 60 ms."""
-LOWEST_HZ, HIGHEST_HZ = 60, 400
-"""Between which pitches lie."""
-OCTAVE_COST = 0.02
-"""By how much a pitch must be more periodic than one an octave higher."""
+PITCH_WINDOW = 1440  # samples that a pitch is read from: 60 ms
+LOWEST_HZ, HIGHEST_HZ = 60, 400  # between which pitches lie
+OCTAVE_COST = 0.02  # by how much a pitch must be more periodic than one an octave higher
+WORD_COLUMNS = 32  # that a word's spectrum is stretched to
+LOUD_DB = 26.0  # how far below a clip's loudest column columns stop to be speech
+VOICED = 0.6  # how periodic a voiced column is at least
+PITCH_WEIGHT = 2  # a semitone weighs as much as two decibels: there are two figures of pitch and eighty of levels
 
 
 def mel_levels(waveform: torch.Tensor, floor: float | None = None) -> torch.Tensor:
@@ -120,3 +121,75 @@ def pitch_track(waveform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     best = scores.argmax(1)
     periodic = normal[:, shortest:longest].gather(1, best[:, None])[:, 0].clamp(0, 1)
     return 12 * torch.log2(SAMPLE_RATE / lags[best] / 100), periodic
+
+
+class Classifier:
+    """Multinomial logistic regression with an L2 penalty, fitted to its one optimum by L-BFGS in double precision.
+
+    Features are centred and divided by one common deviation, so they should be of one kind or one size.
+
+    Args:
+        features: float [N, D].
+        labels: int64 [N], from 0 to classes - 1.
+        penalty: of the squared weights, beside the mean cross-entropy.
+    """
+
+    def __init__(self, features: torch.Tensor, labels: torch.Tensor, classes: int, penalty: float = 1e-3):
+        points = features.double()
+        self.centre, self.scale = points.mean(0), points.std(0, correction=0).square().mean().sqrt().clamp(min=1e-9)
+        points = (points - self.centre) / self.scale
+        self.weight = torch.zeros(classes, points.shape[1], dtype=torch.float64, requires_grad=True)
+        self.bias = torch.zeros(classes, dtype=torch.float64, requires_grad=True)
+        optimizer = torch.optim.LBFGS([self.weight, self.bias], max_iter=200, line_search_fn="strong_wolfe")
+
+        def loss() -> torch.Tensor:
+            optimizer.zero_grad()
+            value = F.cross_entropy(points @ self.weight.T + self.bias, labels)
+            value = value + penalty * self.weight.square().sum()
+            value.backward()
+            return value
+
+        optimizer.step(loss)  # type: ignore[arg-type]
+
+    @torch.no_grad()
+    def __call__(self, features: torch.Tensor) -> torch.Tensor:
+        """float [N, D] to the likeliest classes, int64 [N]."""
+        return ((features.double() - self.centre) / self.scale @ self.weight.T + self.bias).argmax(1)
+
+
+def word_features(waveform: torch.Tensor) -> torch.Tensor:
+    """A word's levels in mel bands, stretched to 32 columns and freed of their mean: [n] to [40 * 32], in dB."""
+    levels = F.interpolate(mel_levels(waveform)[None], WORD_COLUMNS, mode="linear", align_corners=True)[0]
+    return (levels - levels.mean()).flatten()
+
+
+def voice_features(waveform: torch.Tensor) -> torch.Tensor:
+    """What a voice is like on average: [n] at 24 kHz to [82].
+
+    Mean (less the mean of all bands, which is the level) and deviation of the levels in each mel band over the loud
+    columns, in dB, and mean and deviation of the pitch over the periodic ones among them, in semitones.
+    """
+    levels = mel_levels(waveform)
+    loud = loudness(levels) >= loudness(levels).max() - LOUD_DB
+    pitch, periodic = pitch_track(waveform)
+    voiced = loud & (periodic > VOICED)
+    if not voiced.any():
+        voiced = loud
+    mean, deviation = levels[:, loud].mean(1), levels[:, loud].std(1, correction=0)
+    pitches = PITCH_WEIGHT * torch.stack([pitch[voiced].mean(), pitch[voiced].std(correction=0)])
+    return torch.cat([mean - mean.mean(), deviation, pitches])
+
+
+def summary(values: Sequence[float]) -> dict[str, Any]:
+    """Mean, standard error, minimum and number of values; None where there are too few."""
+    mean, minimum = (sum(values) / len(values), min(values)) if len(values) else (None, None)
+    return {"mean": mean, "standard_error": standard_error(values), "minimum": minimum, "clips": len(values)}
+
+
+def score(right: Sequence[bool]) -> dict[str, Any]:
+    """Accuracy with its standard error, 95 % interval (Wilson) and number of trials; None without any."""
+    points = [float(value) for value in right]
+    accuracy = sum(points) / len(points) if points else None
+    interval = None if accuracy is None else list(wilson_interval(accuracy, len(points)))
+    error = standard_error(points)
+    return {"accuracy": accuracy, "standard_error": error, "interval": interval, "clips": len(points)}

@@ -1,23 +1,60 @@
-"""How far what a decoder makes is from what it should make: by spectra, and as discriminators see it."""
+"""Mel spectra, and how far what a decoder makes is from what it should make: by spectra and for discriminators."""
 
 import itertools
+from functools import cache
 
 import torch
 import torch.nn.functional as F
+import torchaudio
 
 from torchtitan.audio.waveform import SAMPLE_RATE
-from torchtitan.codec_training.mel import mel_spectrum
 
+LOW_HZ, HIGH_HZ = 60.0, 7_600.0
+"""Where stored clips, at 16 kHz, have speech: bounds of the bands of teacher and measures."""
 RESOLUTIONS = ((2048, 96), (1024, 80), (512, 64), (256, 40), (128, 20))
 """Samples of a window and mel bands, for each resolution of the spectral loss."""
-FLOOR = 1e-4
-"""Amplitude below which differences stop to count."""
-DISCRIMINATOR_WINDOWS = (1024, 512, 256)
-"""Samples of a window, for each discriminator."""
-DISCRIMINATOR_TOP_HZ = 8_000
-"""The discriminators see what lies below."""
-CHANNELS = 8
-"""Of a discriminator's first two convolutions; the others have twice as many."""
+FLOOR = 1e-4  # amplitude below which differences stop to count
+DISCRIMINATOR_WINDOWS = (1024, 512, 256)  # samples of a window, for each discriminator
+DISCRIMINATOR_TOP_HZ = 8_000  # the discriminators see what lies below
+CHANNELS = 8  # of a discriminator's first two convolutions; the others have twice as many
+
+
+@cache
+def mel_filters(
+    window: int, bands: int, device: torch.device, low: float = 0.0, high: float = SAMPLE_RATE / 2
+) -> torch.Tensor:
+    """Triangular mel filters [bands, window // 2 + 1]."""
+    filters = torchaudio.functional.melscale_fbanks(window // 2 + 1, low, high, bands, SAMPLE_RATE)
+    return filters.T.contiguous().to(device)
+
+
+def mel_spectrum(
+    waveform: torch.Tensor,
+    window: int,
+    bands: int,
+    *,
+    hop: int | None = None,
+    size: int | None = None,
+    low: float = 0.0,
+    high: float = SAMPLE_RATE / 2,
+    pad_mode: str = "reflect",
+) -> torch.Tensor:
+    """Amplitudes in mel bands: 1 for a full-scale sine in the band's middle.
+
+    Args:
+        waveform: [..., samples] at 24 kHz.
+        window, hop, size: samples of a Hann window, between windows (a quarter of one by default), and of the transform
+            (a window by default).
+        bands: how many, from `low` to `high` in Hz.
+        pad_mode: what lies before and after the waveform, as torch.stft names it.
+
+    Returns:
+        [..., bands, 1 + samples // hop].
+    """
+    hann = torch.hann_window(window, device=waveform.device)
+    size = size or window
+    spectrum = torch.stft(waveform, size, hop or window // 4, window, hann, pad_mode=pad_mode, return_complex=True)
+    return mel_filters(size, bands, waveform.device, low, high) @ spectrum.abs() * (2 / hann.sum())
 
 
 def spectral_loss(made: torch.Tensor, true: torch.Tensor) -> torch.Tensor:

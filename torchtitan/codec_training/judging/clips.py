@@ -1,6 +1,10 @@
-"""The speech that a codec is judged on, in the layout of the assets, and any other."""
+"""The clips that a codec is judged on: of the assets, of any data set, and spoken words."""
 
-from dataclasses import dataclass
+import functools
+import json
+import random
+import shutil
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +14,16 @@ import pyarrow.parquet as pq
 import torch
 from tqdm import tqdm
 
-from torchtitan.audio.waveform import SAMPLE_RATE, AudioError, load_audio
-from torchtitan.codec_training.voices import PROMPT_SECONDS, VOICES
+from torchtitan.audio.waveform import SAMPLE_RATE, AudioError, load_audio, resample
+from torchtitan.codec_training.data import FULL_SCALE, RETRIES
+from torchtitan.codec_training.voices import PROMPT_SECONDS, STORED_RATE, VOICES, WEEKDAYS, number, say
 from torchtitan.datasets.decoding import decode_row, open_recordings
+from torchtitan.datasets.shards import write_atomically
 from torchtitan.tools.errors import UserError
 
-REAL_SECONDS = 20.0
-"""Of a clip of any other data set, at most."""
-REST_SECONDS = 0.5
-"""What a clip has after its prompt, at least."""
+REAL_SECONDS = 20.0  # of a clip of any other data set, at most
+REST_SECONDS = 0.5  # what a clip has after its prompt, at least
+WORDS = [*(number(n) for n in range(1, 21)), *WEEKDAYS]
 
 
 @dataclass(frozen=True)
@@ -120,15 +125,68 @@ def other_clips(path: str, count: int) -> list[Clip]:
     Raises:
         UserError: the data set is not there, or none of these clips can be used.
     """
-
     dataset = open_recordings(path)
     picks = np.linspace(0, len(dataset) - 1, min(count, len(dataset))).round().astype(int).tolist()
     clips = []
     for _, row in tqdm(dataset.read(picks), path, len(picks), mininterval=5):
         try:
-            clips.append(Clip(decode_row(row, REAL_SECONDS, 5)[0]))
+            clips.append(Clip(decode_row(row, REAL_SECONDS, RETRIES)[0]))
         except AudioError as error:
             tqdm.write(f"left out: {row.key}: {error}")
     if not clips:
         raise UserError(f"{path}: no recording in it can be used.")
     return clips
+
+
+@dataclass(frozen=True)
+class Word:
+    """A spoken word: waveform float32 [n] at 24 kHz, its number in the list of words, and whether it tests."""
+
+    waveform: torch.Tensor
+    word: int
+    test: bool
+
+
+def spoken_words(folder: Path, words: list[str], renditions: int, seed: int) -> list[Word]:
+    """Each word in each voice, as espeak-ng says it at various pitches (+-13), speeds (+-20 %) and levels.
+
+    `renditions` of a word and voice are to learn from, half as many (one at least) to test with. They are kept in
+    <folder>/words.npz for the next time.
+
+    Raises:
+        RuntimeError: espeak-ng is not installed.
+    """
+    tests = max(1, renditions // 2)
+    voices = [asdict(voice) for voice in VOICES]
+    made_by = json.dumps({"words": words, "renditions": [renditions, tests], "seed": seed, "voices": voices})
+    stored = _load_words(folder / "words.npz", made_by)
+    if stored is None:
+        if shutil.which("espeak-ng") is None:
+            raise RuntimeError("espeak-ng is not installed")
+        samples, numbers, test = [], [], []
+        tasks = [(w, v, n) for w in range(len(words)) for v in range(len(VOICES)) for n in range(renditions + tests)]
+        for w, v, n in tqdm(tasks, "spoken words", mininterval=5):
+            rng = random.Random(f"{seed} {words[w]} {VOICES[v].name} {n}")
+            pitch, speed = VOICES[v].pitch + rng.randint(-10, 10), round(VOICES[v].speed * rng.uniform(0.85, 1.15))
+            wave = say(words[w], replace(VOICES[v], pitch=pitch, speed=speed), "neutral", rng)
+            samples.append((FULL_SCALE * wave).round().astype(np.int16))
+            numbers.append(w)
+            test.append(n >= renditions)
+        starts = np.cumsum([0, *map(len, samples)])
+        stored = {"samples": np.concatenate(samples), "starts": starts, "words": np.array(numbers)}
+        stored |= {"test": np.array(test), "made_by": np.array(made_by)}
+        write_atomically(folder / "words.npz", functools.partial(np.savez, **stored))
+    parts = np.split(stored["samples"].astype(np.float32) / FULL_SCALE, stored["starts"][1:-1])
+    return [
+        Word(resample(torch.from_numpy(part), STORED_RATE), int(word), bool(test))
+        for part, word, test in zip(parts, stored["words"], stored["test"], strict=True)
+    ]
+
+
+def _load_words(path: Path, made_by: str) -> dict[str, np.ndarray] | None:
+    """The words kept in a file, if it is there and they were made the same way."""
+    if not path.exists():
+        return None
+    with np.load(path) as stored:
+        found = dict(stored)
+    return found if str(found.pop("made_by")) == made_by else None

@@ -1,10 +1,20 @@
-"""Noise and rooms around speech, and two clips in one."""
+"""How a clip sounds and is stored: noise, rooms, two clips in one, and the parquet files."""
+
+import io
+from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import soundfile
 import torch
 import torchaudio
 
 from torchtitan.codec_training.voices import STORED_RATE
+
+AUDIO = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+CORPUS_SCHEMA = [("id", pa.string()), ("audio", AUDIO), ("duration_ms", pa.int32()), ("text", pa.string())]
+LOUDEST = 0.95  # amplitude that a louder clip is brought down to
 
 
 def noise(kind: str, samples: int, rng: np.random.Generator) -> np.ndarray:
@@ -36,9 +46,9 @@ def with_noise(wave: np.ndarray, background: np.ndarray, ratio_db: float = 12.0)
     return wave + level * background
 
 
-def with_room(wave: np.ndarray, decay_s: float, rng: np.random.Generator, rate: int = STORED_RATE) -> np.ndarray:
+def with_room(wave: np.ndarray, decay_s: float, rng: np.random.Generator) -> np.ndarray:
     """Speech in a synthetic room: convolved with noise that decays by 60 dB in `decay_s`. Same length and level."""
-    tail = int(decay_s * rate)
+    tail = int(decay_s * STORED_RATE)
     response = rng.standard_normal(tail) * 10 ** (-3 * np.arange(tail) / tail) * 0.12
     response[0] = 1.0
     dry, tail_wave = (torch.from_numpy(samples.astype(np.float32)) for samples in (wave, response))
@@ -52,3 +62,20 @@ def switch(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     samples, fade = len(first), int(0.03 * STORED_RATE)
     ramp = np.clip((np.arange(samples) - samples // 2) / fade, 0, 1)
     return (first * (1 - ramp) + second * ramp).astype(np.float32)
+
+
+def encode_audio(wave: np.ndarray, path: str) -> dict[str, bytes | str]:
+    """The struct that data sets hold: the bytes of a file, FLAC or Opus as its name says, and the name."""
+    buffer, samples = io.BytesIO(), wave / max(1.0, np.abs(wave).max() / LOUDEST)
+    if path.endswith(".flac"):
+        soundfile.write(buffer, samples, STORED_RATE, format="FLAC")
+    else:
+        soundfile.write(buffer, samples, STORED_RATE, format="OGG", subtype="OPUS", compression_level=0.985)
+    return {"bytes": buffer.getvalue(), "path": path}
+
+
+def write_table(path: Path, rows: list[dict], schema: list[tuple[str, pa.DataType]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = pa.Table.from_pylist(rows, schema=pa.schema(schema))
+    # Recordings do not repeat, so a dictionary would only take room.
+    pq.write_table(table, path, compression="zstd", compression_level=19, use_dictionary=False, write_statistics=False)
