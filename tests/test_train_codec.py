@@ -20,6 +20,7 @@ from torchtitan.audio.codec import Codec, published_names
 from torchtitan.codec_training.autoencoder import Autoencoder, keep_in_float32
 from torchtitan.codec_training.codebooks import farthest, k_means, nearest, without_speaker
 from torchtitan.codec_training.data import Speech, normalised_mfcc
+from torchtitan.codec_training.optimizer import Schedule
 from torchtitan.codec_training.options import FROM_SCRATCH, Options
 from torchtitan.codec_training.spectra import Discriminators, mel_spectrum, spectral_loss
 from torchtitan.codec_training.training import Training, train
@@ -406,6 +407,15 @@ def test_discriminators_learn_to_tell_noise_from_tones():
     fooled, matched = discriminators.judge(made, true)
     same, none = discriminators.judge(true, true)
     assert fooled > 3 * same and matched > 0.1 and none == 0
+
+
+def test_learning_rate_warms_up_and_falls_twice():
+    """By hand: 100 steps of stages 1 and 2, 100 of stage 3 at half the rate; each warms up over 50 steps."""
+    steps = {"continuous_steps": 60, "quantized_steps": 40, "decoder_steps": 100}
+    schedule = Schedule(Options([], Path("mimi"), **steps))
+    assert (schedule.quantized, schedule.decoder, schedule.end) == (60, 100, 200)
+    shares = [schedule.learning_rate(step) for step in (0, 49, 80, 100, 180)]
+    assert shares == pytest.approx([1 / 50, 1 - 0.95 * 0.49, 1 - 0.95 * 0.8, 0.5 / 50, 0.5 * (1 - 0.95 * 0.8)])
 
 
 @pytest.mark.slow
