@@ -14,7 +14,9 @@ import soundfile
 import torch
 from PIL import Image
 
-from scripts.draw_figures import FRAMES, HEARD, WIDTH, Options, main
+from scripts.draw_figures import Options, main
+from scripts.figures.architecture import FRAMES, HEARD
+from scripts.figures.style import WIDTH
 from torchtitan.audio.spectrogram import draw_spectrogram
 from torchtitan.tools.errors import UserError, run_command
 from torchtitan.tools.plots import THEMES, draw_losses, read_metrics

@@ -12,9 +12,23 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from scripts import measure_codec as script
-from scripts.build_assets import VOICES
+from scripts.measure_codec import command
 from torchtitan.audio.codec import Codec
+from torchtitan.codec_training.judging.clips import Clip, Word, held_out_clips, pair_clips, spoken_words, training_clips
+from torchtitan.codec_training.judging.codes import Labelled, code_use, count_pairs, entropy, information
+from torchtitan.codec_training.judging.hearing import (
+    Classifier,
+    intelligibility,
+    load_pystoi,
+    log_mel_distance,
+    mel_levels,
+    pitch_track,
+    score,
+    speaks,
+)
+from torchtitan.codec_training.judging.judge import Judge
+from torchtitan.codec_training.judging.measure import load_model
+from torchtitan.codec_training.voices import VOICES
 from torchtitan.tools.errors import UserError, run_command
 
 ASSETS = Path(__file__).parent.parent / "assets"
@@ -52,20 +66,20 @@ def model(tmp_path_factory, save_speech_model) -> Path:
 
 
 @pytest.fixture(scope="module")
-def held_out(speech) -> list[script.Clip]:
-    return script.held_out_clips(speech)
+def held_out(speech) -> list[Clip]:
+    return held_out_clips(speech)
 
 
 @pytest.fixture(scope="module")
-def judge(speech, held_out) -> script.Judge:
-    return script.Judge(Codec.load(CODEC, 8), script.training_clips(speech), held_out, 0)
+def judge(speech, held_out) -> Judge:
+    return Judge(Codec.load(CODEC, 8), training_clips(speech), held_out, 0)
 
 
 def run(monkeypatch, *arguments: str | Path) -> int:
     """Exit code of the command."""
     monkeypatch.setattr(sys, "argv", ["measure_codec.py", *map(str, arguments)])
     with pytest.raises(SystemExit) as end:
-        run_command(script.command)
+        run_command(command)
     return end.value.code or 0
 
 
@@ -83,19 +97,19 @@ def points(seed: int, shuffled: bool) -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_classifier_learns_what_is_there():
     features, labels = points(1, shuffled=False)
-    accuracy = (script.Classifier(*points(0, shuffled=False), 3)(features) == labels).float().mean()
+    accuracy = (Classifier(*points(0, shuffled=False), 3)(features) == labels).float().mean()
     assert accuracy > 0.95
 
 
 def test_classifier_learns_nothing_where_nothing_is():
     features, labels = points(1, shuffled=True)
-    accuracy = (script.Classifier(*points(0, shuffled=True), 3)(features) == labels).float().mean()
+    accuracy = (Classifier(*points(0, shuffled=True), 3)(features) == labels).float().mean()
     assert abs(accuracy - 1 / 3) < 0.12  # four standard errors
 
 
 def test_classifier_is_at_its_optimum():
     features, labels = points(0, shuffled=False)
-    found = script.Classifier(features, labels, 3, penalty=0.01)
+    found = Classifier(features, labels, 3, penalty=0.01)
     # The gradient, by hand: the mean of (probability - truth) times the input, and the penalty's.
     inputs = (features.double() - found.centre) / found.scale
     wrong = (inputs @ found.weight.T + found.bias).softmax(1) - torch.eye(3, dtype=torch.float64)[labels]
@@ -105,10 +119,10 @@ def test_classifier_is_at_its_optimum():
 
 
 def test_score_has_its_standard_error():
-    found = script.score([True, True, True, False])
+    found = score([True, True, True, False])
     assert found["accuracy"] == 0.75
     assert found["standard_error"] == pytest.approx(math.sqrt(0.75 * 0.25 / 3))
-    assert script.score([])["accuracy"] is None
+    assert score([])["accuracy"] is None
 
 
 # Codes
@@ -116,7 +130,7 @@ def test_score_has_its_standard_error():
 
 def test_code_use_is_that_of_plain_loops():
     codes = torch.tensor([3, 3, 3, 2047, 5, 5, 3, 0])
-    found, total = script.code_use(codes), 0.0
+    found, total = code_use(codes), 0.0
     for entry in range(2048):
         share = sum(int(code) == entry for code in codes) / len(codes)
         total -= share * math.log(share) if share else 0.0
@@ -126,10 +140,10 @@ def test_code_use_is_that_of_plain_loops():
 
 
 def test_perplexity_of_codes_used_alike_is_their_number():
-    assert script.code_use(torch.arange(64).repeat(5))["perplexity"] == pytest.approx(64)
+    assert code_use(torch.arange(64).repeat(5))["perplexity"] == pytest.approx(64)
 
 
-def clips_of_codes(seed: int, label_of) -> list[script.Labelled]:
+def clips_of_codes(seed: int, label_of) -> list[Labelled]:
     """Twenty clips of 100 frames: codes 0 to 15 and the labels that a function gives them."""
     generator = torch.Generator().manual_seed(seed)
     codes = [torch.randint(16, (100,), generator=generator) for _ in range(20)]
@@ -139,8 +153,8 @@ def clips_of_codes(seed: int, label_of) -> list[script.Labelled]:
 def test_information_of_codes_that_decide_the_label_is_its_entropy():
     learned, tests = (clips_of_codes(seed, lambda codes, _: codes % 4) for seed in (0, 1))
     labels = torch.cat([labels for _, labels in tests])
-    found = script.information(learned, tests)
-    assert found["nats"] == pytest.approx(script.entropy(torch.bincount(labels)), abs=0.05)
+    found = information(learned, tests)
+    assert found["nats"] == pytest.approx(entropy(torch.bincount(labels)), abs=0.05)
     assert found["nats"] == pytest.approx(found["at_most"], abs=0.05)
 
 
@@ -148,27 +162,27 @@ def test_information_of_codes_that_say_nothing_is_none():
     def any_label(codes: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         return torch.randint(4, codes.shape, generator=generator)
 
-    found = script.information(clips_of_codes(0, any_label), clips_of_codes(1, any_label))
+    found = information(clips_of_codes(0, any_label), clips_of_codes(1, any_label))
     assert abs(found["nats"]) < 0.02 and found["at_most"] == pytest.approx(math.log(4), abs=0.02)
 
 
 def test_information_does_not_grow_with_the_number_of_codes():
-    def many(seed: int) -> list[script.Labelled]:
+    def many(seed: int) -> list[Labelled]:
         generator = torch.Generator().manual_seed(seed)
         return [tuple(torch.randint(high, (100,), generator=generator) for high in (2048, 64)) for _ in range(20)]
 
     learned, tests = many(0), many(1)
-    assert abs(script.information(learned, tests)["nats"]) < 0.05
+    assert abs(information(learned, tests)["nats"]) < 0.05
     # What the counts alone seem to say: nearly all, since most codes occur once.
-    counts = script.count_pairs(learned, 64)
-    assert sum(map(script.entropy, (counts.sum(0), counts.sum(1)))) - script.entropy(counts) > 3
+    counts = count_pairs(learned, 64)
+    assert sum(map(entropy, (counts.sum(0), counts.sum(1)))) - entropy(counts) > 3
 
 
 def test_information_and_standard_error_are_those_of_plain_loops(monkeypatch):
     def half_decided(codes: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         return torch.where(torch.rand(codes.shape, generator=generator) < 0.5, codes % 3, 0)
 
-    monkeypatch.setattr(script, "PRIORS", (2.0,))
+    monkeypatch.setattr("torchtitan.codec_training.judging.codes.PRIORS", (2.0,))
     learned, tests = clips_of_codes(0, half_decided), clips_of_codes(1, half_decided)
     tests[0] = (tests[0][0][:30], tests[0][1][:30])
     seen = [pair for codes, labels in learned for pair in zip(codes.tolist(), labels.tolist(), strict=True)]
@@ -183,7 +197,7 @@ def test_information_and_standard_error_are_those_of_plain_loops(monkeypatch):
     frames = sum(len(codes) for codes, _ in tests)
     mean = sum(sums) / frames
     squares = sum((total - mean * len(codes)) ** 2 for total, (codes, _) in zip(sums, tests, strict=True))
-    found = script.information(learned, tests)
+    found = information(learned, tests)
     assert found["nats"] == pytest.approx(mean)
     assert found["standard_error"] == pytest.approx(math.sqrt(squares) / frames)
 
@@ -199,25 +213,25 @@ def noise_like(waveform: torch.Tensor, seed: int = 0) -> torch.Tensor:
 
 def test_speech_is_as_intelligible_as_itself(held_out):
     true = held_out[0].waveform
-    assert script.intelligibility(true, true) == pytest.approx(1.0, abs=1e-6)
-    assert script.intelligibility(0.1 * true, true) == pytest.approx(1.0, abs=1e-6)
+    assert intelligibility(true, true) == pytest.approx(1.0, abs=1e-6)
+    assert intelligibility(0.1 * true, true) == pytest.approx(1.0, abs=1e-6)
 
 
 def test_noise_is_not_intelligible(held_out):
     true = held_out[0].waveform
-    pure, some = script.intelligibility(noise_like(true), true), script.intelligibility(true + noise_like(true), true)
+    pure, some = intelligibility(noise_like(true), true), intelligibility(true + noise_like(true), true)
     assert pure < 0.5 < some < 0.95
 
 
 def test_a_moment_has_no_intelligibility(held_out):
     moment = held_out[0].waveform[5000:10_000]
-    assert script.intelligibility(moment, moment) is None
+    assert intelligibility(moment, moment) is None
 
 
 def test_log_mel_distance_is_in_decibels(held_out):
     noise, true = noise_like(torch.ones(24_000)), held_out[0].waveform
-    assert script.log_mel_distance(2 * noise, noise) == pytest.approx(20 * math.log10(2), abs=1e-3)
-    assert script.log_mel_distance(true, true) == 0.0
+    assert log_mel_distance(2 * noise, noise) == pytest.approx(20 * math.log10(2), abs=1e-3)
+    assert log_mel_distance(true, true) == 0.0
 
 
 def test_a_sine_has_its_level_in_its_band():
@@ -225,9 +239,9 @@ def test_a_sine_has_its_level_in_its_band():
     mels = np.linspace(*(2595 * np.log10(1 + hertz / 700) for hertz in (60, 7600)), 42)
     hertz = 700 * (10 ** (mels[7] / 2595) - 1)
     sine = torch.sin(2 * math.pi * hertz * torch.arange(24_000) / 24_000)
-    levels = script.mel_levels(sine)
+    levels = mel_levels(sine)
     assert levels.shape == (40, 101) and levels[:, 50].argmax() == 6
-    assert float(levels[6, 50] - script.mel_levels(0.1 * sine)[6, 50]) == pytest.approx(20, abs=1e-3)
+    assert float(levels[6, 50] - mel_levels(0.1 * sine)[6, 50]) == pytest.approx(20, abs=1e-3)
     assert float(levels.min()) == pytest.approx(float(levels.max()) - 60)
 
 
@@ -236,18 +250,18 @@ def test_pitch_of_pulses_is_their_rate(hertz):
     period = round(24_000 / hertz)
     pulses = torch.zeros(24_000)
     pulses[::period] = 1.0
-    pitch, periodic = script.pitch_track(pulses)
+    pitch, periodic = pitch_track(pulses)
     assert pitch[20:80].median() == pytest.approx(12 * math.log2(24_000 / period / 100), abs=0.05)
     assert periodic[20:80].min() > 0.9
-    assert script.pitch_track(noise_like(torch.ones(24_000)))[1].mean() < 0.6
+    assert pitch_track(noise_like(torch.ones(24_000)))[1].mean() < 0.6
 
 
 def test_silence_is_not_speech(held_out):
     clip = held_out[0].waveform
     prompt, rest = clip[:24_000], clip[24_000:]
-    assert script.speaks(rest, prompt)
-    assert not script.speaks(1e-3 * rest, prompt)
-    assert not script.speaks(torch.zeros(0), prompt)
+    assert speaks(rest, prompt)
+    assert not speaks(1e-3 * rest, prompt)
+    assert not speaks(torch.zeros(0), prompt)
 
 
 # Judging
@@ -255,8 +269,8 @@ def test_silence_is_not_speech(held_out):
 
 @pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="espeak-ng is not installed")
 def test_words_are_kept_and_heard(judge, tmp_path):
-    def listen(seed: int) -> list[script.Word]:
-        return script.spoken_words(tmp_path, ["six", "monday"], 1, seed)
+    def listen(seed: int) -> list[Word]:
+        return spoken_words(tmp_path, ["six", "monday"], 1, seed)
 
     words = listen(0)
     kept = (tmp_path / "words.npz").stat().st_mtime_ns
@@ -278,14 +292,14 @@ def test_clean_voices_are_heard(judge):
 
 
 def test_pairs_in_another_order_are_not_judged(judge, lm, speech):
-    pairs = [script.Clip(clip.waveform, (clip.voice + 1) % 3) for clip in script.pair_clips(speech, 3)]
+    pairs = [Clip(clip.waveform, (clip.voice + 1) % 3) for clip in pair_clips(speech, 3)]
     assert "do not take turns" in judge.continuations(lm, pairs)["skipped"]
 
 
 def test_a_voice_without_training_clips_is_named(speech, held_out):
-    training = [clip for clip in script.training_clips(speech) if clip.voice != 1]
+    training = [clip for clip in training_clips(speech) if clip.voice != 1]
     with pytest.raises(UserError, match="voice ben is held out, but no training clip has it"):
-        script.Judge(Codec.load(CODEC, 8), training, held_out, 0)
+        Judge(Codec.load(CODEC, 8), training, held_out, 0)
 
 
 # The command
@@ -361,19 +375,17 @@ def test_bad_speech_is_told_in_a_sentence(tmp_path, speech, path, change, senten
     if change == {"ind": None}:
         rows = [{"positive_audio": row["positive_audio"]} for row in rows]
     write(tmp_path / "speech" / path, rows)
-    read = {TRAIN: script.training_clips, TEST: script.held_out_clips}.get(
-        path, lambda folder: script.pair_clips(folder, 1)
-    )
+    read = {TRAIN: training_clips, TEST: held_out_clips}.get(path, lambda folder: pair_clips(folder, 1))
     with pytest.raises(UserError, match=sentence):
         read(tmp_path / "speech")
 
 
 def test_a_model_of_another_codec_is_refused(speech_model):
     with pytest.raises(UserError, match=r"it was trained on the codes of .*tiny-mimi, which are not those of"):
-        script.load_model(str(speech_model(4)), CODEC)
+        load_model(str(speech_model(4)), CODEC)
 
 
 def test_a_missing_pystoi_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "pystoi", None)
     with pytest.raises(UserError, match="pystoi, which is not installed"):
-        script.load_pystoi()
+        load_pystoi()

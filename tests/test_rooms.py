@@ -8,7 +8,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # From the ground up. A file that stands alone in torchtitan/ is a room of its own.
 ROOMS = (
     *("tools", "config", "audio", "distributed", "datasets", "models", "components", "checkpoint", "generation"),
-    *("eval", "demo", "rules", "config_manager", "tokenization", "estimate", "train"),
+    *("eval", "demo", "rules", "config_manager", "tokenization", "codec_training", "estimate", "train"),
     *("inference", "commands", "scripts"),
 )
 # Imports that lead up, each with its reason.

@@ -16,8 +16,14 @@ import soundfile
 import torch
 from safetensors.torch import load_file
 
-from scripts import train_codec
 from torchtitan.audio.codec import Codec, published_names
+from torchtitan.codec_training.autoencoder import Autoencoder, keep_in_float32
+from torchtitan.codec_training.codebooks import farthest, k_means, nearest, without_speaker
+from torchtitan.codec_training.data import Speech, normalised_mfcc
+from torchtitan.codec_training.optimizer import Schedule
+from torchtitan.codec_training.options import FROM_SCRATCH, Options
+from torchtitan.codec_training.spectra import Discriminators, mel_spectrum, spectral_loss
+from torchtitan.codec_training.training import Training, train
 from torchtitan.tools.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -54,8 +60,8 @@ def data(tmp_path_factory) -> Path:
     return folder
 
 
-def options(data: Path, output: Path, **changes) -> train_codec.Options:
-    small = train_codec.Options(
+def options(data: Path, output: Path, **changes) -> Options:
+    small = Options(
         data=[str(data)],
         output=output,
         continuous_steps=4,
@@ -74,15 +80,15 @@ def options(data: Path, output: Path, **changes) -> train_codec.Options:
         device="cpu",
     )
     if "start_from" in changes:
-        default = train_codec.Options([], output)
-        small = replace(small, **{name: getattr(default, name) for name in train_codec.FROM_SCRATCH})
+        default = Options([], output)
+        small = replace(small, **{name: getattr(default, name) for name in FROM_SCRATCH})
     return replace(small, **changes)
 
 
 @pytest.fixture(scope="module")
 def trained(data, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("codec") / "mimi"
-    train_codec.main(options(data, folder))
+    train(options(data, folder))
     return folder
 
 
@@ -91,7 +97,7 @@ def test_codec_loads_as_a_mimi_and_uses_its_codebooks(trained, data):
     config = codec.model.config
     assert (config.sampling_rate, config.frame_size, config.codebook_size) == (24_000, 1_920, 2_048)
     assert (config.num_quantizers, config.num_semantic_quantizers, config.sliding_window) == (8, 1, 8)
-    clip = train_codec.Speech(trained.with_name("mimi.training")).clip(7)
+    clip = Speech(trained.with_name("mimi.training")).clip(7)
     codes = codec.model.encode(clip[None, None], num_quantizers=8).audio_codes
     # Fewer frames than entries: the first codebook of each kind holds them all, and leaves nothing to the others.
     assert all(len(row.unique()) > 5 for row in codes[0, :2])
@@ -114,8 +120,8 @@ def test_stored_weights_are_what_was_trained(trained, data, tmp_path):
 
 
 def test_same_seed_gives_the_same_codec_and_another_gives_another(trained, data, tmp_path):
-    train_codec.main(options(data, tmp_path / "again"))
-    train_codec.main(options(data, tmp_path / "other", seed=1))
+    train(options(data, tmp_path / "again"))
+    train(options(data, tmp_path / "other", seed=1))
     first, again, other = (
         load_file(folder / "model.safetensors") for folder in (trained, tmp_path / "again", tmp_path / "other")
     )
@@ -130,7 +136,7 @@ def test_stopped_run_ends_as_an_uninterrupted_one(trained, data, tmp_path, stop,
     class Stopped(Exception):
         pass
 
-    show = train_codec.Training.show
+    show = Training.show
 
     def show_or_stop(self, bar, figures):
         if self.step > stop:
@@ -138,12 +144,12 @@ def test_stopped_run_ends_as_an_uninterrupted_one(trained, data, tmp_path, stop,
         show(self, bar, figures)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_codec.Training, "show", show_or_stop)
+        patch.setattr(Training, "show", show_or_stop)
         with pytest.raises(Stopped):
-            train_codec.main(options(data, tmp_path / "mimi"))
+            train(options(data, tmp_path / "mimi"))
     # A codec is there as soon as its codes are final.
     assert (tmp_path / "mimi" / "model.safetensors").exists() == (stop > 9)
-    train_codec.main(options(data, tmp_path / "mimi"))
+    train(options(data, tmp_path / "mimi"))
     whole, resumed = (load_file(folder / "model.safetensors") for folder in (trained, tmp_path / "mimi"))
     assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
     steps = [json.loads(line)["step"] for line in (tmp_path / "mimi.training" / "log.jsonl").read_text().splitlines()]
@@ -153,13 +159,13 @@ def test_stopped_run_ends_as_an_uninterrupted_one(trained, data, tmp_path, stop,
 def test_finished_run_given_again_changes_nothing(trained, data, tmp_path):
     shutil.copytree(trained, tmp_path / "mimi")
     shutil.copytree(trained.with_name("mimi.training"), tmp_path / "mimi.training")
-    train_codec.main(options(data, tmp_path / "mimi"))
+    train(options(data, tmp_path / "mimi"))
     assert (tmp_path / "mimi" / "model.safetensors").read_bytes() == (trained / "model.safetensors").read_bytes()
 
 
 def test_other_options_do_not_go_on_from_a_run(trained, data):
     with pytest.raises(UserError, match=r"other learning_rate, num_filters; delete it or give another --work"):
-        train_codec.main(options(data, trained, learning_rate=0.1, num_filters=8))
+        train(options(data, trained, learning_rate=0.1, num_filters=8))
 
 
 @pytest.mark.parametrize(
@@ -183,36 +189,36 @@ def test_other_options_do_not_go_on_from_a_run(trained, data):
 )
 def test_wrong_options_are_named(data, tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
-        train_codec.main(replace(options(data, tmp_path / "mimi"), **changes))
+        train(replace(options(data, tmp_path / "mimi"), **changes))
 
 
 def test_wrong_command_does_not_stand_in_the_way_of_the_right_one(trained, data, tmp_path):
     for key, value in {"data": [str(data), "/nowhere"], "hidden_size": 20, "device": "banana"}.items():
         with pytest.raises(UserError, match="/nowhere" if key == "data" else key):
-            train_codec.main(replace(options(data, tmp_path / "mimi"), **{key: value}))
-    train_codec.main(options(data, tmp_path / "mimi"))
+            train(replace(options(data, tmp_path / "mimi"), **{key: value}))
+    train(options(data, tmp_path / "mimi"))
     assert (tmp_path / "mimi" / "model.safetensors").read_bytes() == (trained / "model.safetensors").read_bytes()
 
 
 def test_codec_of_another_run_is_not_written_over(trained, data, tmp_path):
     before = (trained / "model.safetensors").read_bytes()
     with pytest.raises(UserError, match=r"mimi: it holds another codec; delete it or give another --output"):
-        train_codec.main(options(data, trained, work=tmp_path / "work", seed=3))
+        train(options(data, trained, work=tmp_path / "work", seed=3))
     assert (trained / "model.safetensors").read_bytes() == before
 
 
 def test_recordings_that_came_since_are_noticed(trained, data, tmp_path):
     shutil.copytree(data, tmp_path / "data")
-    train_codec.main(options(tmp_path / "data", tmp_path / "mimi"))
+    train(options(tmp_path / "data", tmp_path / "mimi"))
     write_clips(tmp_path / "data" / "train-1.parquet", [tone_speech(9, 2.0)])
     with pytest.raises(UserError, match=r"mimi\.training: it holds a run on other recordings"):
-        train_codec.main(options(tmp_path / "data", tmp_path / "mimi"))
+        train(options(tmp_path / "data", tmp_path / "mimi"))
 
 
 def test_unreadable_file_and_recordings_are_named(data, tmp_path, capsys, caplog):
     shutil.copytree(data, tmp_path / "data")
     (tmp_path / "data" / "train-1.parquet").write_bytes(b"PAR1 and nothing more")
-    train_codec.main(options(tmp_path / "data", tmp_path / "mimi", continuous_steps=1))
+    train(options(tmp_path / "data", tmp_path / "mimi", continuous_steps=1))
     assert "1 of 9 recordings cannot be used and are left out; " in capsys.readouterr().out
     assert any("train-1.parquet: what cannot be read of the file is left out" in text for text in caplog.messages)
 
@@ -227,8 +233,8 @@ def test_command_line_names_wrong_input(tmp_path):
 
 def test_start_from_keeps_the_encoder_and_trains_the_decoder(trained, data, tmp_path):
     changes = {"common_entries": (4,) * 8, "rare_entries": 20, "start_from": str(trained)}
-    train_codec.main(options(data, tmp_path / "kept", **changes))
-    train_codec.main(options(data, tmp_path / "mimi", **changes, speaker_directions=2))
+    train(options(data, tmp_path / "kept", **changes))
+    train(options(data, tmp_path / "mimi", **changes, speaker_directions=2))
     before, kept, after = (
         load_file(path / "model.safetensors") for path in (trained, tmp_path / "kept", tmp_path / "mimi")
     )
@@ -252,11 +258,11 @@ def test_common_entries_are_fitted_to_the_last_data_set(trained, data, tmp_path,
     given.data.insert(0, str(tmp_path / "silence"))
     if stop is not None:
         with monkeypatch.context() as patch:
-            patch.setattr(train_codec.Training, "show", lambda self, *_: 1 / (stop - self.step))
+            patch.setattr(Training, "show", lambda self, *_: 1 / (stop - self.step))
             with pytest.raises(ZeroDivisionError):
-                train_codec.main(given)
-    train_codec.main(given)
-    train_codec.main(options(data, tmp_path / "alone", **changes))
+                train(given)
+    train(given)
+    train(options(data, tmp_path / "alone", **changes))
     together, alone = (load_file(tmp_path / name / "model.safetensors") for name in ("both", "alone"))
     names = [name for name in together if "embed_sum" in name]
     assert len(names) == 8
@@ -277,7 +283,7 @@ def test_codec_with_other_codebooks_is_no_start(data, tmp_path):
             value.normal_()
     model.save_pretrained(tmp_path / "twelve")
     with pytest.raises(UserError, match="twelve: it must have 8 codebooks of 2048 entries"):
-        train_codec.main(options(data, tmp_path / "mimi", start_from=str(tmp_path / "twelve")))
+        train(options(data, tmp_path / "mimi", start_from=str(tmp_path / "twelve")))
 
 
 def test_what_clips_differ_in_is_taken_out_and_the_rest_is_kept():
@@ -288,7 +294,7 @@ def test_what_clips_differ_in_is_taken_out_and_the_rest_is_kept():
         said = torch.randn(50, 1, generator=generator) * sound
         who = 5 * torch.randn(1, generator=generator) * speaker
         clips.append(said + who + 0.1 * torch.randn(50, 6, generator=generator))
-    kept = train_codec.without_speaker(clips, 1)
+    kept = without_speaker(clips, 1)
     made = [clip @ kept.T for clip in clips]
     means = torch.stack([clip.mean(0) for clip in made])
     assert means.std(0).max() < 0.3, "clips still differ"
@@ -302,12 +308,12 @@ def test_rare_entries_are_nearest_to_rare_points_and_leave_the_common_ones_their
     common = 0.1 * torch.randn(500, 4, generator=generator)
     rare = torch.tensor([[3.0, 0, 0, 0], [0, 4.0, 0, 0], [0, 0, -5.0, 0]])
     points = torch.cat([common, rare])
-    entries = train_codec.k_means(common, 8, generator)
-    rows = torch.cat([entries, train_codec.farthest(points, entries, 3)])
-    chosen = train_codec.nearest(points, rows)
+    entries = k_means(common, 8, generator)
+    rows = torch.cat([entries, farthest(points, entries, 3)])
+    chosen = nearest(points, rows)
     assert sorted(chosen[500:].tolist()) == [8, 9, 10]
     assert (chosen[:500] < 8).all()
-    assert len(train_codec.farthest(points, entries, 0)) == 0
+    assert len(farthest(points, entries, 0)) == 0
 
 
 def test_spectral_loss_sees_spectra_and_not_phases():
@@ -315,28 +321,28 @@ def test_spectral_loss_sees_spectra_and_not_phases():
     tones = [torch.sin(2 * torch.pi * 440 * time + phase)[None] * 0.3 for phase in (0.0, 1.5)]
     other = torch.sin(2 * torch.pi * 620 * time)[None] * 0.3
     quiet = 0.1 * tones[0]
-    assert train_codec.spectral_loss(tones[0], tones[0]) == 0
-    assert train_codec.spectral_loss(tones[0], tones[1]) < 0.2
-    assert train_codec.spectral_loss(tones[0], other) > 1.0
-    assert train_codec.spectral_loss(tones[0], quiet) > 1.0
+    assert spectral_loss(tones[0], tones[0]) == 0
+    assert spectral_loss(tones[0], tones[1]) < 0.2
+    assert spectral_loss(tones[0], other) > 1.0
+    assert spectral_loss(tones[0], quiet) > 1.0
 
 
 def test_full_scale_sine_has_amplitude_one():
     # The centre of a mel band, so that the filters, which overlap to 1, take most of the window's main lobe.
     time = torch.arange(24_000) / 24_000
     sine = torch.sin(2 * torch.pi * 1_000 * time)[None]
-    mel = train_codec.mel_spectrum(sine, 1024, 80)[0, :, 10:-10]
+    mel = mel_spectrum(sine, 1024, 80)[0, :, 10:-10]
     assert 0.5 < mel.max() < 2.1
 
 
 def test_teacher_does_not_hear_level_and_colour():
     speech = torch.from_numpy(np.repeat(tone_speech(0, 2.0), 2)[:48_000].copy())
-    same = train_codec.normalised_mfcc(speech)
+    same = normalised_mfcc(speech)
     assert same.shape == (100, 26)
-    torch.testing.assert_close(train_codec.normalised_mfcc(0.2 * speech), same, atol=0.02, rtol=0)
+    torch.testing.assert_close(normalised_mfcc(0.2 * speech), same, atol=0.02, rtol=0)
     # A fixed filter adds the same to the cepstra of all columns, which the mean takes out.
     coloured = torch.nn.functional.conv1d(speech[None, None], torch.tensor([[[-0.6, 1.0]]]), padding=1)[0, 0, :48_000]
-    raw_change = (train_codec.normalised_mfcc(coloured) - same)[5:-5, :13].abs().mean()
+    raw_change = (normalised_mfcc(coloured) - same)[5:-5, :13].abs().mean()
     assert raw_change < 0.35 * same[5:-5, :13].abs().mean()
 
 
@@ -345,16 +351,16 @@ def test_k_means_finds_groups_and_leaves_no_centroid_unused():
     centres = torch.tensor([[0.0, 0.0], [10.0, 0.0], [0.0, 10.0], [10.0, 10.0]])
     points = centres.repeat_interleave(50, 0) + 0.1 * torch.randn(200, 2, generator=generator)
     start = torch.tensor([[100.0, 100.0], [101.0, 100.0], [0.0, 1.0], [200.0, 0.0]])
-    found = train_codec.k_means(points, 4, generator, rounds=40, start=start)
-    assert len(train_codec.nearest(points, found).unique()) == 4
+    found = k_means(points, 4, generator, rounds=40, start=start)
+    assert len(nearest(points, found).unique()) == 4
     # More centroids than points: still as many rows as asked for.
-    assert train_codec.k_means(points[:3], 8, generator, rounds=2).shape == (8, 2)
+    assert k_means(points[:3], 8, generator, rounds=2).shape == (8, 2)
 
 
 def test_quantizers_are_those_of_transformers(trained):
     codec = Codec.load(str(trained), 8)
-    autoencoder = train_codec.Autoencoder(codec.model, 8)
-    clip = train_codec.Speech(trained.with_name("mimi.training")).clip(6)
+    autoencoder = Autoencoder(codec.model, 8)
+    clip = Speech(trained.with_name("mimi.training")).clip(6)
     clip = clip[: len(clip) // 1_920 * 1_920]
     with torch.no_grad():
         latents = autoencoder.encode(clip[None])
@@ -371,7 +377,7 @@ def test_bfloat16_is_used_only_where_it_is_right():
     layers = [torch.nn.Conv1d(c, 2 * c, 16, 8) for c in (8, 16, 24, 32)]
     layers += [torch.nn.ConvTranspose1d(2 * c, c, 16, 8) for c in (8, 16, 24, 32)]
     layers += [torch.nn.Conv1d(24, 48, 8, 4), torch.nn.Conv1d(24, 12, 3)]
-    train_codec.keep_in_float32(torch.nn.ModuleList(layers))
+    keep_in_float32(torch.nn.ModuleList(layers))
     for layer in layers:
         results = []
         for enabled in (False, True):
@@ -387,7 +393,7 @@ def test_bfloat16_is_used_only_where_it_is_right():
 
 def test_discriminators_learn_to_tell_noise_from_tones():
     torch.manual_seed(0)
-    discriminators = train_codec.Discriminators()
+    discriminators = Discriminators()
     optimizer = torch.optim.AdamW(discriminators.parameters(), 2e-3)
     true = torch.stack([torch.from_numpy(np.repeat(tone_speech(seed, 0.5), 2)) for seed in range(2)])[:, :12_000]
     made = 0.1 * torch.randn(2, 12_000)
@@ -403,13 +409,22 @@ def test_discriminators_learn_to_tell_noise_from_tones():
     assert fooled > 3 * same and matched > 0.1 and none == 0
 
 
+def test_learning_rate_warms_up_and_falls_twice():
+    """By hand: 100 steps of stages 1 and 2, 100 of stage 3 at half the rate; each warms up over 50 steps."""
+    steps = {"continuous_steps": 60, "quantized_steps": 40, "decoder_steps": 100}
+    schedule = Schedule(Options([], Path("mimi"), **steps))
+    assert (schedule.quantized, schedule.decoder, schedule.end) == (60, 100, 200)
+    shares = [schedule.learning_rate(step) for step in (0, 49, 80, 100, 180)]
+    assert shares == pytest.approx([1 / 50, 1 - 0.95 * 0.49, 1 - 0.95 * 0.8, 0.5 / 50, 0.5 * (1 - 0.95 * 0.8)])
+
+
 @pytest.mark.slow
 def test_shipped_speech_is_learned(tmp_path):
     """Three hundred steps on the shipped speech bring the spectra most of the way."""
     speech = str(ROOT / "assets" / "speech" / "peoples_speech")
     sizes = {"num_filters": 16, "hidden_size": 64, "codebook_dim": 32, "frames": 8, "rows": 4, "clusters": 64}
     steps = {"continuous_steps": 200, "quantized_steps": 50, "decoder_steps": 50, "adversarial_from": 20}
-    train_codec.main(options(Path(speech), tmp_path / "mimi", **sizes, **steps, refit_every=25, checkpoint_every=50))
+    train(options(Path(speech), tmp_path / "mimi", **sizes, **steps, refit_every=25, checkpoint_every=50))
     log = [json.loads(line) for line in (tmp_path / "mimi.training" / "log.jsonl").read_text().splitlines()]
     assert log[-1]["spectral"] < 0.75 * log[0]["spectral"]
     assert log[4]["semantic"] < 0.9 * log[0]["semantic"]
