@@ -54,7 +54,7 @@ class Case:
         function: with what it is given beside a Bench.
         seconds: that it may take on a GPU.
         needs_gpu: it means nothing on a CPU.
-        module: of the function.
+        module: of the function; by default gpu_timings for what is timed, else gpu_cases.
     """
 
     name: str
@@ -62,7 +62,7 @@ class Case:
     seconds: int
     arguments: tuple[Any, ...] = ()
     needs_gpu: bool = False
-    module: str = "gpu_cases"
+    module: str = ""
 
     @property
     def part(self) -> str:
@@ -163,7 +163,8 @@ def run_case(case: Case, smoke: bool, result: str, log: str) -> None:
         found.update(more)
         write_json(Path(result), found)
 
-    getattr(import_module(case.module), case.function)(gpu_cases.Bench(smoke, save), *case.arguments)
+    module = case.module or ("gpu_timings" if case.function.startswith("time_") else "gpu_cases")
+    getattr(import_module(module), case.function)(gpu_cases.Bench(smoke, save), *case.arguments)
 
 
 def touches_gpu(result: str) -> None:
@@ -181,7 +182,7 @@ def start_context(gpu: bool) -> Any:
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     context: Any = multiprocessing.get_context("forkserver")
     # The compiler's import asks for a GPU in any case.
-    context.set_forkserver_preload(["gpu_cases"] if gpu else ["gpu_cases", "torch._dynamo.backends.common"])
+    context.set_forkserver_preload(["gpu_timings"] if gpu else ["gpu_timings", "torch._dynamo.backends.common"])
     if gpu:
         with tempfile.TemporaryDirectory() as folder:
             result = Path(folder) / "works"

@@ -8,7 +8,6 @@ import gc
 import json
 import math
 import os
-import random
 import statistics
 import subprocess
 import sys
@@ -17,7 +16,6 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import partial
 from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any
@@ -29,18 +27,17 @@ import training_step
 from models import QUANTIZERS, make_codec, make_model
 from transformers import LlamaForCausalLM, MimiModel  # noqa: F401 - take long to import, before cases are forked
 
-from torchtitan.audio.codec import FRAME_RATE, SAMPLE_RATE, no_tf32
+from torchtitan.audio.codec import SAMPLE_RATE
 from torchtitan.audio.streaming import StreamingDecoder
 from torchtitan.config.job_config import Comm, JobConfig
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.utils import init_distributed
-from torchtitan.generation import Engine, Request, Sampling, stream_speech
+from torchtitan.generation import Engine, Request, Sampling
 from torchtitan.generation.linear import Int8, widened
 from torchtitan.models.llama3.args import Llama3Args
 from torchtitan.models.llama3.parallel_model import ParallelModel
 from torchtitan.models.llama3.parallelize import compile_blocks
 from torchtitan.models.loss import IGNORE_INDEX
-from torchtitan.tools.prefetch import prefetch
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -470,344 +467,6 @@ def check_compiled(bench: Bench) -> None:
     bench.check("graph breaks", lambda: {"breaks": (float(sum(counters["graph_break"].values())), 0.0)})
     bench.save({"graphs": counters["stats"]["unique_graphs"]})
     dist.destroy_process_group()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Training
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def fitting(options: training_step.Options, name: str, rows: tuple[int, ...]) -> dict[str, Any]:
-    """What was measured with the first number of rows that the memory holds."""
-    tried = []
-    for batch in rows:
-        found = None
-        with tempfile.TemporaryDirectory() as folder:
-            try:
-                found = training_step.measure(name, replace(options, batch=batch), 0, folder)
-            except RuntimeError as error:
-                # Libraries have errors of their own for it.
-                if not any(text in str(error) for text in ("out of memory", "ALLOC_FAILED")):
-                    raise
-                tried.append(batch)
-        if found is not None:
-            return {"rows": batch, "rows_that_did_not_fit": tried, **found._asdict()}
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        torch.compiler.reset()
-        free_memory()
-    return {"rows_that_did_not_fit": tried}
-
-
-def memory_of(device: torch.device) -> int:
-    """Bytes of a GPU."""
-    return torch.cuda.get_device_properties(device).total_memory
-
-
-def time_training(bench: Bench, name: str, packing: bool, compiled: bool) -> None:
-    """The training step of one way; a GPU's kernels by kind."""
-    options = training_step.Options(
-        size="1.3B", dtype="bfloat16", packing=packing, compile=compiled, steps=10, profile=True
-    )
-    rows = (32, 16, 8)
-    if name == "plain" and bench.device.type == "cuda" and memory_of(bench.device) < 100e9:
-        rows = (16, 8)  # whole logits of 32 rows need some 92 GiB
-    if bench.smoke:
-        options = replace(options, size="tiny", vocabulary=TINY_VOCABULARY, seq_len=256, steps=2)
-        rows = (4,)
-    figures = fitting(options, name, rows)
-    bench.save({"options": vars(options), "figures": figures})
-    if "real_tokens_per_second" not in figures:
-        raise SystemExit(f"{rows[-1]} rows do not fit into the memory.")
-
-
-def time_8b(bench: Bench) -> None:
-    """The step at the 8B with what saves memory: blocks recomputed, weights updated in the backward pass.
-
-    Where not even that fits, with half or a quarter of the layers, which is said.
-    """
-    for layers in (32, 16, 8):
-        options = training_step.Options(
-            size="8B", layers=layers, dtype="bfloat16", compile=True, steps=5, activation_checkpoint="full"
-        )
-        options.step_in_backward = True
-        if 12.5 * options.args().num_params > memory_of(bench.device):  # weights and AdamW's states
-            continue
-        figures = fitting(options, "ours", (16, 4, 1))
-        bench.save({"options": vars(options), "figures": figures, "layers": layers})
-        if "real_tokens_per_second" in figures:
-            return
-    raise SystemExit("no number of rows and layers fits into the memory.")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Generation
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def _generation_model(bench: Bench, codec: Any = None) -> Any:
-    size, vocabulary = ("tiny", TINY_VOCABULARY) if bench.smoke else ("1.3B", VOCABULARY)
-    return make_model(size, vocabulary, torch.bfloat16, bench.device, codec or make_codec(bench.device, tiny=True))
-
-
-@torch.inference_mode()
-def time_generation(bench: Bench, rows: int, compiled: bool = False) -> None:
-    """Ids a second of ``rows`` rows at once, beside transformers' generate, and as a share of memory's bound."""
-    lm, device = _generation_model(bench), bench.device
-    prompt_frames, frames = (5, 4) if bench.smoke else (38, 50)
-    if bench.smoke:
-        rows = min(rows, 3)
-    prompts = [torch.randint(2048, (QUANTIZERS, prompt_frames)) for _ in range(rows)]
-    engine = Engine(lm, rows, lm.stream.sample_length(prompt_frames + frames), compile_layers=compiled)
-    requests = [Request(prompt, frames, sample=i) for i, prompt in enumerate(prompts)]
-    positions = 2 + QUANTIZERS * (prompt_frames + frames / 2)
-    bound = rows * generation.bandwidth(device) / generation.bytes_of_step(engine, rows, positions)
-
-    def timed(way: Callable[[], Any], turns: int, tokens: int) -> float:
-        way()
-        return tokens / statistics.median(generation.seconds_of(way, device) for _ in range(turns))
-
-    # A row may draw </audio> before its bound.
-    drawn = sum(result.codes.numel() for result in engine.generate(requests))
-    ours = timed(lambda: engine.generate(requests), 3, drawn)
-    figures = {"rows": rows, "ids_per_second": ours, "ids_per_second_of_the_bound": bound, "share": ours / bound}
-    bench.save({"figures": figures})
-    plain = timed(lambda: generation.plain(lm, prompts, frames, False), 1, rows * frames * QUANTIZERS)
-    bench.save({"figures": {**figures, "ids_per_second_of_transformers": plain, "ratio": ours / plain}})
-
-
-@torch.inference_mode()
-def time_int8(bench: Bench) -> None:
-    """Ids a second with weights in 8 bits, and each of the products that they can get at the sizes of the 1.3B."""
-    lm, device = _generation_model(bench), bench.device
-    frames = 4 if bench.smoke else 50
-    figures: dict[str, Any] = {}
-    for rows in (1, 2) if bench.smoke else (1, 8, 64):
-        requests = [Request(torch.randint(2048, (QUANTIZERS, 5)), frames, sample=i) for i in range(rows)]
-        for name, int8 in (("int8", True), ("bf16", False)):
-            engine = Engine(lm, rows, 512, int8=int8)
-            way = partial(engine.generate, requests)
-            way()
-            seconds = statistics.median(generation.seconds_of(way, device) for _ in range(3))
-            figures[f"{name}, {rows} rows, ids_per_second"] = rows * frames * QUANTIZERS / seconds
-            bench.save({"figures": figures})
-            free_memory()
-    bench.save({"microseconds_of_a_product": _time_products(bench)})
-
-
-def _time_products(bench: Bench) -> dict[str, float]:
-    """Of x [rows, inputs] and weights of the 1.3B's projections, in microseconds.
-
-    As in a step of the engine: many weights in turn, more than a GPU's caches hold, and launched as one graph.
-    """
-    device = bench.device
-    found: dict[str, float] = {}
-    for outputs, inputs in ((512, 256),) if bench.smoke else ((3072, 2048), (16384, 2048), (2048, 8192)):
-        count = 2 if bench.smoke else -(-(256 << 20) // (outputs * inputs))
-        dense = [torch.randn(outputs, inputs, device=device, dtype=torch.bfloat16) for _ in range(count)]
-        layers = [Int8(weight, None) for weight in dense]
-        products: dict[str, Callable[[torch.Tensor, int], torch.Tensor]] = {
-            "bf16": lambda x, i, w=dense: torch.nn.functional.linear(x, w[i]),
-            "int8, as chosen": lambda x, i, p=layers: p[i].product(x, p[i].weight, p[i].scale),
-            "int8, widened": lambda x, i, p=layers: widened(x, p[i].weight, p[i].scale),
-            "int8, torch's": lambda x, i, p=layers: torch._weight_int8pack_mm(x, p[i].weight, p[i].scale),
-        }
-        for rows in (1, 64):
-            x = torch.randn(rows, inputs, device=device, dtype=torch.bfloat16)
-            for name, product in products.items():
-                try:
-                    way = _captured_ways(partial(product, x), count, device)
-                    way()
-                    seconds = statistics.median(generation.seconds_of(way, device) for _ in range(5))
-                    found[f"{name}, {rows} x {inputs} x {outputs}"] = 1e6 * seconds / count
-                except RuntimeError as error:  # an operator that this version does not have here
-                    print(name, rows, error)
-    return found
-
-
-def _captured_ways(function: Callable[[int], Any], count: int, device: torch.device) -> Callable[[], Any]:
-    """Calls of a function with 0 to ``count`` - 1, on CUDA as one graph."""
-
-    def run() -> None:
-        for i in range(count):
-            function(i)
-
-    run()
-    if device.type != "cuda":
-        return run
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay
-
-
-@torch.inference_mode()
-def time_speech(bench: Bench) -> None:
-    """The time to the first new audio, and what decoding costs: at once, streamed, and of many streams in turn."""
-    codec = make_codec(bench.device, bench.smoke)
-    lm, device = _generation_model(bench, codec), bench.device
-    prompt_frames, turns = (5, 2) if bench.smoke else (38, 5)
-    engine = Engine(lm, 1, 512)
-    waits = []
-    for _ in range(turns + 1):
-        request = Request(torch.randint(2048, (QUANTIZERS, prompt_frames)), 10)
-        begin = time.perf_counter()
-        stream = stream_speech(engine, request, prompt=False)
-        next(stream)
-        waits.append(1000 * (time.perf_counter() - begin))
-        stream.close()  # which waits for the frame at work
-    figures: dict[str, Any] = {"first_audio_ms": statistics.median(waits[1:])}
-    bench.save({"figures": figures})
-    frames = 8 if bench.smoke else 96
-    codes = torch.randint(2048, (QUANTIZERS, frames))
-
-    def timed(way: Callable[[], Any]) -> float:
-        way()
-        return 1000 * statistics.median(generation.seconds_of(way, device) for _ in range(turns)) / frames
-
-    figures["decoded_at_once_ms_a_frame"] = timed(lambda: codec.decode(codes))
-    for chunk in (1, 4):
-
-        def stream(chunk: int = chunk) -> None:
-            decoder = StreamingDecoder(codec)
-            for part in codes.split(chunk, dim=1):
-                decoder.decode(part)
-
-        figures[f"streamed_{chunk}_frames_ms_a_frame"] = timed(stream)
-        bench.save({"figures": figures})
-    # A frame lasts 80 ms, in which each of so many listeners must get one.
-    figures["listeners_in_real_time_at_4_frames"] = 1000 / FRAME_RATE / figures["streamed_4_frames_ms_a_frame"]
-    bench.save({"figures": figures})
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The codec, and evaluation
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def time_encoding(bench: Bench) -> None:
-    """Seconds of audio a second by number of clips in a call, beside one lone call of transformers after the other."""
-    codec, device = make_codec(bench.device, bench.smoke), bench.device
-    seconds, counts = (2.0, (1, 2)) if bench.smoke else (15.0, (1, 4, 16, 64))
-    figures: dict[str, Any] = {}
-    peaks: dict[str, float] = {}
-    for count in counts:
-        clips = [noise(seconds, i) for i in range(count)]
-        codec.encode(clips)
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        taken = statistics.median(generation.seconds_of(lambda clips=clips: codec.encode(clips), device) for _ in "123")
-        figures[f"{count} clips"] = count * seconds / taken
-        if device.type == "cuda":
-            peaks[f"{count} clips"] = torch.cuda.max_memory_allocated() / 2**30
-        bench.save({"audio_seconds_per_second": figures, "peak_gib": peaks})
-    clip = noise(seconds)[None, None].to(device)
-
-    @torch.no_grad()
-    def plain() -> None:
-        with no_tf32(device):  # as codes need it
-            codec.model.encode(clip, num_quantizers=QUANTIZERS).audio_codes.cpu()
-
-    plain()
-    figures["transformers, one by one"] = seconds / statistics.median(
-        generation.seconds_of(plain, device) for _ in "123"
-    )
-    figures["ratio"] = figures[f"{counts[-1]} clips"] / figures["transformers, one by one"]
-    bench.save({"audio_seconds_per_second": figures})
-
-
-def time_online(bench: Bench) -> None:
-    """The training step while the codec encodes what the steps take, in a thread of its own, beside ready rows.
-
-    Recordings are waveforms already: decoding files is the work of other threads, on the CPU.
-    """
-    from torchtitan import train
-
-    codec = make_codec(bench.device, bench.smoke)
-    options = training_step.Options(size="1.3B", dtype="bfloat16", compile=True, batch=32)
-    steps, seconds = 12, 13.0
-    if bench.smoke:
-        options = replace(options, size="tiny", vocabulary=TINY_VOCABULARY, seq_len=256, batch=2, compile=False)
-        steps, seconds = 2, 2.0
-    init_distributed(Comm())
-    run = training_step.make_run(options, 0, bench.device, Path("unused"))
-    rows = training_step.make_rows(options, 0, False)
-    ready = training_step.make_batch(rows, options)
-    clips = [noise(seconds, i) for i in range(options.batch)]
-
-    def encode() -> Any:
-        while True:
-            yield [len(codes) for codes in codec.encode(clips)]
-
-    def time_steps(recordings: Any) -> float:
-        for number in range(steps + 3):
-            if number == 3:
-                bench.synchronize()
-                begin = time.perf_counter()
-            if recordings is not None:
-                next(recordings)
-            run.step += 1
-            train.train_step(run, [ready])
-        bench.synchronize()
-        return (time.perf_counter() - begin) / steps
-
-    figures: dict[str, Any] = {"seconds_per_step_ready": time_steps(None)}
-    bench.save({"options": vars(options), "figures": figures})
-    recordings = prefetch(encode(), 2, "codec")
-    figures["seconds_per_step_online"] = time_steps(recordings)
-    recordings.close()
-    figures["ratio"] = figures["seconds_per_step_online"] / figures["seconds_per_step_ready"]
-    figures["audio_seconds_per_step"] = seconds * options.batch
-    figures["seconds_of_encoding_alone"] = generation.seconds_of(lambda: codec.encode(clips), bench.device)
-    bench.save({"figures": figures})
-    dist.destroy_process_group()
-
-
-@torch.inference_mode()
-def time_evaluation(bench: Bench) -> None:
-    """Pairs of clips to scores: batches of codes and of scores, beside one clip at a time with whole logits."""
-    from torchtitan.eval.scoring import score
-
-    codec = make_codec(bench.device, bench.smoke)
-    lm, device = _generation_model(bench, codec), bench.device
-    lengths = random.Random(0)
-    pairs = 2 if bench.smoke else 32
-    clips = [noise(lengths.uniform(1, 2) if bench.smoke else lengths.uniform(2, 12), i) for i in range(2 * pairs)]
-
-    def plain() -> list[torch.Tensor]:
-        found = []
-        for clip in clips:
-            with no_tf32(device):  # as codes need it
-                encoded: Any = codec.model.encode(clip[None, None].to(device), num_quantizers=QUANTIZERS)
-            ids = lm.stream.sample(encoded.audio_codes[0].cpu()).to(device)
-            logits = lm.model(input_ids=ids[None]).logits[0].float()
-            found.append(-torch.log_softmax(logits[:-1], dim=-1).gather(1, ids[1:, None])[:, 0].cpu())
-        return found
-
-    def scored(codes: list[torch.Tensor]) -> list[torch.Tensor]:
-        return score(lm.model, [lm.stream.sample(each) for each in codes], 16)
-
-    def ours() -> list[torch.Tensor]:
-        return scored(codec.encode(clips))
-
-    kept = codec.encode(clips)
-    figures: dict[str, Any] = {}
-    nlls = {}
-    for name, way in (("plain", plain), ("ours", ours), ("ours, codes kept", lambda: scored(kept))):
-        nlls[name] = way()
-        figures[f"pairs_per_second, {name}"] = pairs / generation.seconds_of(way, device)
-        bench.save({"figures": figures})
-    for name in ("ours", "ours, codes kept"):
-        figures[f"ratio, {name}"] = figures[f"pairs_per_second, {name}"] / figures["pairs_per_second, plain"]
-    bench.save({"figures": figures})
-
-    def scores() -> dict[str, tuple[float, float]]:
-        # A batch adds up in another order: a clip can get another code at a near-tie, and another score with it.
-        apart = [distance(a.mean(), b.mean()) for a, b in zip(nlls["ours"], nlls["plain"], strict=True)]
-        again = [distance(a, b) for a, b in zip(nlls["ours"], nlls["ours, codes kept"], strict=True)]
-        return {"median of clips": (statistics.median(apart), BF16_LIMIT), "kept codes": (max(again), 1e-6)}
-
-    bench.check("scores", scores)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

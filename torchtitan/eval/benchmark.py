@@ -219,10 +219,10 @@ def score_task(
     if lm.stream.max_frames(lm.max_length) < 1:
         raise UserError(f"{lm.name}: a context of {lm.max_length} ids holds no frame of audio.")
     rank, ranks = share
-    num_pairs = len(range(rank, min(task.num_pairs, limit or task.num_pairs), ranks))
+    own = range(rank, min(task.num_pairs, limit or task.num_pairs), ranks)
     shown: dict[str, Any] = {"mininterval": 0.1 if sys.stderr.isatty() else 10.0, "disable": rank > 0, "unit": "clip"}
     try:
-        with tqdm(total=2 * num_pairs, desc=f"{task.name}: codes", **shown) as bar:
+        with tqdm(total=2 * len(own), desc=f"{task.name}: codes", **shown) as bar:
             clips = encode_pairs(
                 benchmark,
                 task,
@@ -230,10 +230,9 @@ def score_task(
                 lm.stream,
                 lm.max_length,
                 max_seconds,
-                limit,
-                on_progress=bar.update,
-                cache=cache,
-                share=share,
+                own,
+                bar.update,
+                cache,
             )
         if ranks > 1:
             gathered: list[Any] = [None] * ranks
@@ -273,22 +272,18 @@ def encode_pairs(
     stream: TokenStream,
     max_length: int,
     max_seconds: float = 20.0,
-    limit: int | None = None,
     chosen: Collection[int] | None = None,
     on_progress: Callable[[int], Any] = lambda count: None,
     cache: ArrayStore | None = None,
-    share: tuple[int, int] = (0, 1),
 ) -> list[Clip]:
     """Read and encode the clips of a task, without scores.
 
     Args:
         max_length: ids that the model can take.
-        limit: only so many pairs, from the task's start.
-        chosen: only these pairs, by their number.
+        chosen: only these pairs, by their number; nothing after the last of them is read.
         on_progress: called with the number of clips done since the last call.
         cache: holds codes by the bytes of the audio file and the limit in seconds; clips whose codes are there are not
             even decoded.
-        share: this rank's number and the number of ranks; only every so many pairs, from that one on.
     """
     max_frames, max_samples = stream.max_frames(max_length), round(max_seconds * SAMPLE_RATE)
     clips: list[Clip] = []
@@ -312,9 +307,8 @@ def encode_pairs(
         on_progress(len(waiting))
         waiting.clear()
 
-    rank, ranks = share
-    for index, row in enumerate(task.pairs(limit)):
-        if index % ranks != rank or (chosen is not None and index not in chosen):
+    for index, row in enumerate(task.pairs(None if chosen is None else max(chosen, default=-1) + 1)):
+        if chosen is not None and index not in chosen:
             continue
         item = row.get(benchmark.item_column)
         plain = {
