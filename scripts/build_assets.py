@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from scripts.assets.base_model import build_tokenizer
-from scripts.assets.clips import build_corpus, build_speech
+from scripts.assets.data_sets import build_corpus, build_speech
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -262,7 +262,9 @@ def test_ranks_encode_their_shares(model, data):
     lm = SpeechLM.load(str(model), device="cpu")
     task = open_task(data / "sWUGGY", SLM21)
     whole = encode_pairs(SLM21, task, lm.codec, lm.stream, 2048)
-    parts = [encode_pairs(SLM21, task, lm.codec, lm.stream, 2048, chosen=range(rank, task.num_pairs, 3)) for rank in range(3)]
+    parts = [
+        encode_pairs(SLM21, task, lm.codec, lm.stream, 2048, chosen=range(rank, task.num_pairs, 3)) for rank in range(3)
+    ]
     assert [clip.pair for clip in parts[1]] == [1, 1, 4, 4, 7, 7]
     merged = sorted((clip for part in parts for clip in part), key=lambda clip: clip.pair)
     for one, other in zip(merged, whole, strict=True):

@@ -58,13 +58,11 @@ class Judge:
         self.timing: dict[str, float] = {}
         started = time.perf_counter()
         self.training_codes = self.encode([clip.waveform for clip in training], "codes of training clips")
-        self.held_out_codes = self.encode([clip.waveform for clip in held_out], "codes of held-out clips")
+        waveforms = [clip.waveform for clip in held_out]
+        self.held_out_codes = self.encode(waveforms, "codes of held-out clips")
         samples = sum(len(clip.waveform) for clip in (*training, *held_out))
         self.timing["encoded_times_real_time"] = samples / SAMPLE_RATE / (time.perf_counter() - started)
-        self.made = {
-            quantizers: self.decode(self.held_out_codes, [clip.waveform for clip in held_out], quantizers)
-            for quantizers in QUANTIZERS
-        }
+        self.made = {q: self.decode(self.held_out_codes, waveforms, q) for q in QUANTIZERS}
         features = [voice_features(clip.waveform) for clip in tqdm(training, "voices", mininterval=5)]
         labels = torch.tensor([clip.voice for clip in training])
         self.voice_of = Classifier(torch.stack(features), labels, len(VOICES))
@@ -85,15 +83,11 @@ class Judge:
             pairs = [(a, b.waveform) for a, b in zip(made, true, strict=True)]
             stoi = [intelligibility(*pair) for pair in tqdm(pairs, "STOI", mininterval=5)]
             distance = [log_mel_distance(*pair) for pair in pairs]
-            found = {"stoi": summary([value for value in stoi if value is not None])}
-            found["log_mel_distance_db"] = summary(distance)
-            by_voice = {
-                VOICES[voice].name: [
-                    s for s, clip in zip(stoi, true, strict=True) if clip.voice == voice and s is not None
-                ]
-                for voice in sorted({clip.voice for clip in true} - {-1})
-            }
-            return {**found, "stoi_by_voice": {name: summary(values) for name, values in by_voice.items()}}
+            heard = [(value, clip.voice) for value, clip in zip(stoi, true, strict=True) if value is not None]
+            voices = sorted({clip.voice for clip in true} - {-1})
+            by_voice = {VOICES[v].name: summary([value for value, voice in heard if voice == v]) for v in voices}
+            found = {"stoi": summary([value for value, _ in heard]), "log_mel_distance_db": summary(distance)}
+            return {**found, "stoi_by_voice": by_voice}
 
         figures = {"held_out": {str(q): judge(made, self.held_out) for q, made in self.made.items()}, "real": {}}
         for name, clips in real.items():
@@ -109,9 +103,8 @@ class Judge:
         scripts/train_codec.py, found anew on the training clips.
         """
         groups = ((self.training, self.training_codes), (self.held_out, self.held_out_codes))
-        mfccs = [
-            [normalised_mfcc(clip.waveform) for clip in tqdm(clips, "sounds", mininterval=5)] for clips, _ in groups
-        ]
+        bars = (tqdm(clips, "sounds", mininterval=5) for clips, _ in groups)
+        mfccs = [[normalised_mfcc(clip.waveform) for clip in clips] for clips in bars]
         centroids = k_means(torch.cat(mfccs[0]), SOUNDS, torch.Generator().manual_seed(self.seed))
         sounds = [[nearest(mfcc, centroids) for mfcc in group] for group in mfccs]
         voices = [torch.tensor([clip.voice for clip in clips]) for clips, _ in groups]
@@ -128,15 +121,9 @@ class Judge:
                     row.repeat_interleave(TEACHER_COLUMNS)[: len(own)] for row, own in zip(rows, labels, strict=True)
                 ]
                 of_sound.append(list(zip(finer, labels, strict=True)))
-            figures.append(
-                {
-                    "quantizer": q,
-                    **code_use(torch.cat([*codes[0], *codes[1]])),
-                    "voice": score((heard == voices[1]).tolist()),
-                    "about_voice": information(*of_voice),
-                    "about_sound": information(*of_sound),
-                }
-            )
+            use = {"quantizer": q, **code_use(torch.cat([*codes[0], *codes[1]]))}
+            said = {"about_voice": information(*of_voice), "about_sound": information(*of_sound)}
+            figures.append({**use, "voice": score((heard == voices[1]).tolist()), **said})
         frames = sum(rows.shape[1] for _, group in groups for rows in group)
         return {"frames": frames, "chance": 1 / len(self.voices), "quantizers": figures}
 
