@@ -76,3 +76,27 @@ def test_no_two_files_import_each_other():
     done: set[str] = set()
     for module in graph:
         reach(module)
+
+
+def test_no_file_is_too_long_to_be_read():
+    """But for the manual, which is read from top to bottom as one."""
+    manual = ROOT / "torchtitan" / "config" / "job_config.py"
+    files = [
+        file for folder in ("torchtitan", "scripts", "eval", "benchmarks") for file in (ROOT / folder).rglob("*.py")
+    ]
+    lengths = {str(file.relative_to(ROOT)): len(file.read_text().splitlines()) for file in files if file != manual}
+    assert {name: lines for name, lines in lengths.items() if lines > 800} == {}
+
+
+def test_no_function_has_too_many_parameters():
+    """More than ten say that some of them are one thing. Named are those that still have to be taken apart."""
+    known = {"torchtitan/components/dataloader.py:__init__"}
+    found = set()
+    for folder in ("torchtitan", "scripts", "eval", "benchmarks"):
+        for file in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(file.read_text())):
+                if isinstance(node, ast.FunctionDef):
+                    names = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+                    if len([name for name in names if name not in ("self", "cls")]) > 10:
+                        found.add(f"{file.relative_to(ROOT)}:{node.name}")
+    assert found == known
