@@ -77,7 +77,8 @@ SPLITS = {
 }
 
 
-@pytest.mark.parametrize("name", ["PP", *(pytest.param(name, marks=pytest.mark.slow) for name in ("FSDP", "TP"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(SPLITS))
 def test_two_ranks_find_the_same(arguments, pairs, tmp_path, name):
     still = options(pairs, "--optimizer.lr", "1e-20", "--training.steps", "1", "--validation.no-enabled")
     launch(arguments(tmp_path / "one", 1, *still), 1)

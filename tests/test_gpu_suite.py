@@ -131,6 +131,7 @@ def test_what_the_time_does_not_suffice_for_is_named(gpu, tmp_path, monkeypatch,
     assert json.loads((out / "some.json").read_text())["cases"] == {"hangs": {"ok": True}}
 
 
+@pytest.mark.slow
 def test_a_suite_that_is_ended_ends_its_case(tmp_path):
     """SIGTERM, as a borrowed machine sends it when its time is over."""
     process = subprocess.Popen(

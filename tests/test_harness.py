@@ -111,13 +111,13 @@ def test_a_run_that_ends_early_goes_on_with_what_it_had(model, data, alone, tmp_
 def test_what_was_computed_before_an_error_is_kept(model, data, tmp_path, monkeypatch):
     """Also if the run is stopped long before a file is due, while codes or scores are computed."""
     options = {"batch_size": 4, "cache_dir": str(tmp_path / "cache")}
-    score_batch, load_audio, loaded, computed = scoring._score_batch, benchmark.load_audio, [], []
+    score_batch, load_beginning, loaded, computed = scoring._score_batch, benchmark.load_beginning, [], []
 
-    def load(source, name, **settings):
+    def load(source, max_seconds, name, resampler):
         loaded.append(name)
         if len(loaded) == 9:
             raise KeyboardInterrupt
-        return load_audio(source, name=name, **settings)
+        return load_beginning(source, max_seconds, name, resampler)
 
     def score(lm, rows):
         if len(computed) == 2:
@@ -126,7 +126,7 @@ def test_what_was_computed_before_an_error_is_kept(model, data, tmp_path, monkey
         return score_batch(lm, rows)
 
     monkeypatch.setattr(benchmark, "_CLIPS_PER_ENCODE", 4)
-    monkeypatch.setattr(benchmark, "load_audio", load)
+    monkeypatch.setattr(benchmark, "load_beginning", load)
     monkeypatch.setattr(scoring, "_score_batch", score)
     for kept in ("cache", "out"):
         with pytest.raises(KeyboardInterrupt):
@@ -190,13 +190,13 @@ def test_codes_are_computed_once(model, data, alone, tmp_path, monkeypatch):
     options = {"batch_size": 4, "cache_dir": str(tmp_path / "cache")}
     run(SLM21, data, model, tmp_path / "first", **options)
     decoded: list[str] = []
-    load_audio = benchmark.load_audio
+    load_beginning = benchmark.load_beginning
 
-    def load(source, name, resampler):
+    def load(source, max_seconds, name, resampler):
         decoded.append(name)
-        return load_audio(source, name=name, resampler=resampler)
+        return load_beginning(source, max_seconds, name, resampler)
 
-    monkeypatch.setattr(benchmark, "load_audio", load)
+    monkeypatch.setattr(benchmark, "load_beginning", load)
     _, folder = run(SLM21, data, model, tmp_path / "second", **options)
     assert decoded == ["sBLIMP pair 9, positive clip"]  # which is no audio
     assert_same(folder, alone)

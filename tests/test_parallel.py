@@ -344,6 +344,7 @@ def test_compiled_blocks_give_the_same_losses(compiled, expected, name):
         assert_same(rank[name], expected(*COMPILED[name]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FEW_OF_FOUR)
 def test_four_ranks_give_the_losses_of_one(four_ranks, expected, name):
     for rank in four_ranks:

@@ -14,7 +14,7 @@ from torchtitan.config.job_config import JobConfig
 from torchtitan.config.keys import DEFAULTS, RENAMED, RETIRED
 from torchtitan.config_manager import ConfigManager, from_dict, run_name
 from torchtitan.datasets.hf_dataset import find_source
-from torchtitan.eval import benchmark
+from torchtitan.eval import benchmark, suites
 from torchtitan.generation import DEFAULT_MAX_IDS
 from torchtitan.rules import check_values
 from torchtitan.tools.errors import ConfigError, UserError
@@ -259,7 +259,7 @@ def test_the_docs_list_the_arguments_whose_defaults_differ():
     }
     assert {(script, name) for script, name, *_ in table("script")} == differing
     assert ours["inference.py"].max_seconds is None and DEFAULT_MAX_IDS == 1024
-    assert [one.rule.targets for one in benchmark.BENCHMARKS.values()] == ["all", "semantic", "semantic"]
+    assert [one.rule.targets for one in suites.BENCHMARKS.values()] == ["all", "semantic", "semantic"]
 
 
 # --- its settings files, each as the arguments that say the same

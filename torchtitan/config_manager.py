@@ -155,6 +155,8 @@ def _read_toml(path: str) -> dict[str, Any]:
             return tomllib.load(file)
     except OSError as error:
         raise ConfigError(f"{said('job.config_file', path)}: the file cannot be read ({error.strerror}).") from None
+    except RecursionError:
+        raise ConfigError(f"{said('job.config_file', path)}: the file is nested too deeply.") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{said('job.config_file', path)}: the file is not valid TOML ({error}).") from None
 

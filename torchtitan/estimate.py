@@ -21,7 +21,6 @@ from torchtitan.distributed.parallel_dims import ParallelDims, accumulation_step
 from torchtitan.models.base import DEBUG_SIZES
 from torchtitan.models.llama3.args import Llama3Args
 from torchtitan.models.llama3.parallel_model import check_split
-from torchtitan.models.llama3.pipeline import own_stages, schedule_class, split_blocks
 from torchtitan.models.loss import CHUNK_TOKENS
 from torchtitan.tools.errors import ConfigError, UserError
 from torchtitan.tools.utils import peak_flops_of
@@ -388,6 +387,8 @@ def _stages(args: Llama3Args, config: JobConfig, dims: ParallelDims) -> Iterator
     if dims.pipeline == 1:
         yield Stage(args.n_layers, True, True, 1)
         return
+    from torchtitan.models.llama3.pipeline import own_stages, schedule_class, split_blocks
+
     part = config.parallelism
     blocks = split_blocks(args.n_layers, part)
     microbatches = config.training.local_batch_size // part.pipeline_parallel_microbatch_size

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from torchtitan.audio.recording import AudioSource, Part, Samples
-from torchtitan.tools.errors import UserError
+from torchtitan.tools.errors import UserError, first_line
 
 SAMPLE_RATE = 24_000
 # Samples in a frame of the codec, and frames a second.
@@ -44,7 +44,8 @@ _LOOK_AHEAD_SECONDS = 0.1
 MAX_OVERSHOOT = 0.1
 # A stream of unknown length states at least so many samples.
 _UNKNOWN = 1 << 60
-# Samples that are read and dropped at a time where libsndfile cannot seek.
+# Samples that are read at a time, and dropped at a time where libsndfile cannot seek.
+_BLOCK_SAMPLES = 1 << 20
 _SKIP_SAMPLES = 1 << 20
 
 # torchaudio builds one filter per output phase: rates with a small common divisor (44,101 Hz) need gigabytes.
@@ -129,7 +130,11 @@ def _read(source: AudioSource, max_seconds: float | None, name: str, part: Part)
             first, declared, wanted = _span(part, max_seconds, rate, file.frames, name)
             if part != Part():
                 _go_to(file, first)
-            samples = file.read(wanted, dtype="float32", always_2d=True)
+            if part.channel is not None and part.channel >= file.channels:
+                raise AudioError(f"{name}: there is no channel {part.channel} (the file has {file.channels}, from 0).")
+            waveform = _read_mono(file, wanted, part.channel)
+    except AudioError:
+        raise
     except soundfile.LibsndfileError as error:
         reason = str(getattr(error, "error_string", error)).strip().rstrip(".")
         # libsndfile tries a resource fork and a file's name last and reports that attempt when nothing fits.
@@ -137,19 +142,15 @@ def _read(source: AudioSource, max_seconds: float | None, name: str, part: Part)
             reason = "Format not recognised"
         reason = reason.removeprefix("Error : ")
         raise AudioError(f"{name}: not a readable audio file ({reason}).") from None
+    except (ValueError, RuntimeError, MemoryError, OverflowError, OSError) as error:
+        raise AudioError(f"{name}: cannot be decoded ({first_line(error)}).") from None
     expected = declared if wanted < 0 else min(declared, wanted)
     # The length of an MP3 is an estimate; every other format states it.
-    if samples.shape[0] < expected * (0.9 if is_mp3 else 1.0) and declared < _UNKNOWN:
-        raise AudioError(
-            f"{name}: the file is damaged or cut off ({samples.shape[0]:,} of {expected:,} samples are readable)."
-        )
-    if samples.shape[0] == 0:
+    found = waveform.numel()
+    if found < expected * (0.9 if is_mp3 else 1.0) and declared < _UNKNOWN:
+        raise AudioError(f"{name}: the file is damaged or cut off ({found:,} of {expected:,} samples are readable).")
+    if found == 0:
         raise AudioError(f"{name}: the file holds no samples.")
-    if part.channel is not None:
-        if part.channel >= samples.shape[1]:
-            raise AudioError(f"{name}: there is no channel {part.channel} (the file has {samples.shape[1]}, from 0).")
-        samples = samples[:, part.channel : part.channel + 1]
-    waveform = torch.from_numpy(samples).mean(dim=1)
     if not torch.isfinite(waveform).all():
         raise AudioError(f"{name}: some samples are not finite numbers (NaN or infinity).")
     peak = waveform.abs().max().item()
@@ -158,7 +159,23 @@ def _read(source: AudioSource, max_seconds: float | None, name: str, part: Part)
             f"{name}: samples reach {peak:.4g} where full scale is 1.0; normalise the file to the range -1 to 1."
         )
     # A stream of unknown length states a huge number; then what was read is all that is known.
-    return waveform, rate, declared if 0 <= wanted < declared < _UNKNOWN else samples.shape[0]
+    return waveform, rate, declared if 0 <= wanted < declared < _UNKNOWN else found
+
+
+def _read_mono(file: Any, wanted: int, channel: int | None) -> torch.Tensor:
+    """The next ``wanted`` samples (-1: all that follow) as float32 [n]: one channel, or the mean of all.
+
+    In blocks, so that no more than one block of many channels is in memory.
+    """
+    blocks, left = [], wanted
+    while left:
+        block = file.read(_BLOCK_SAMPLES if left < 0 else min(left, _BLOCK_SAMPLES), dtype="float32", always_2d=True)
+        if len(block) == 0:
+            break
+        left -= len(block) if left > 0 else 0
+        mono = torch.from_numpy(block)
+        blocks.append(mono[:, channel].clone() if channel is not None else mono.mean(dim=1))
+    return torch.cat(blocks) if blocks else torch.zeros(0)
 
 
 def _span(part: Part, max_seconds: float | None, rate: Any, frames: int, name: str) -> tuple[int, int, int]:

@@ -5,6 +5,7 @@ raised above is :class:`Damage`, which no second try repairs.
 """
 
 import os
+import stat
 from collections.abc import Callable
 from contextlib import suppress
 from typing import BinaryIO, TypeVar
@@ -23,8 +24,16 @@ class Damage(Exception):
 
 
 def open_file(path: str) -> BinaryIO:
-    """Open a local file or one on the hub for reading bytes at any position."""
+    """Open a local file or one on the hub for reading bytes at any position.
+
+    Raises:
+        Damage: it is there, but no regular file: a device or a pipe may never end.
+        OSError: it is not there, or cannot be opened.
+    """
     if not path.startswith("hf://"):
+        mode = os.stat(path).st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            raise Damage("this is no regular file")
         return open(path, "rb")
     from huggingface_hub import HfFileSystem
 

@@ -30,6 +30,8 @@ T = TypeVar("T")
 LIST_BLOCK = 256
 # Bytes of a list when it is unpacked, at most, and of what a reader keeps of files that are read whole.
 UNPACKED_BYTES = 2 << 30
+# The longest line. Texts and facts of a recording have less, and a file without line ends is no list.
+MAX_LINE_BYTES = 1 << 24
 KEPT_BYTES = 4 << 30
 
 AUDIO_KEYS = ("audio", "path", "audio_filepath", "audio_path", "file_name", "filename", "file", "wav", "flac", "mp3")
@@ -262,7 +264,11 @@ class Manifest(_List):
         start = next((line for line in lines if line.strip()), b"")
         if start.lstrip().startswith(b"["):  # one list, whose offsets count records
             file.seek(0)
-            for number, values in enumerate(json.loads(file.read())):
+            try:
+                records = json.loads(file.read())
+            except RecursionError:
+                raise Damage("its JSON is nested too deeply") from None
+            for number, values in enumerate(records):
                 if number >= (offset or 0):
                     yield number, values if isinstance(values, dict) else "this record is no object"
             return
@@ -490,6 +496,8 @@ def _json_object(line: bytes) -> dict[str, Any] | str:
         values = json.loads(line)
     except ValueError:
         return "the line is no JSON"
+    except RecursionError:
+        return "the line's JSON is nested too deeply"
     return values if isinstance(values, dict) else "the line is no JSON object"
 
 
@@ -513,6 +521,8 @@ class _Lines:
             self._read_to += len(data)
             if not data and not self._tail:
                 raise StopIteration
+            if len(self._tail) > MAX_LINE_BYTES:
+                raise Damage(f"a line is longer than {MAX_LINE_BYTES:,} bytes")
             self._lines = _split(self._tail + data)
             self._tail = self._lines.pop() if data and not self._lines[-1].endswith(b"\n") else b""
             self._next = 0

@@ -262,9 +262,11 @@ def _single_file(source: Source, path: str) -> str:
 
 
 def _walk(folder: str) -> list[str]:
-    """Paths of all files below a folder, relative to it."""
+    """Paths of all files below a folder, relative to it. Links to folders are followed, but for ones that lead back."""
     found = []
-    for top, _, names in os.walk(folder, followlinks=True):
+    for top, folders, names in os.walk(folder, followlinks=True):
+        here = os.path.realpath(top) + os.sep
+        folders[:] = [f for f in folders if not here.startswith(os.path.realpath(os.path.join(top, f)) + os.sep)]
         below = os.path.relpath(top, folder)
         lead = "" if below == "." else f"{below}/"
         found += [lead + name for name in names]

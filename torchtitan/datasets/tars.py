@@ -101,7 +101,7 @@ class Tar(Reader):
 
         values: dict[str, Any] = {}
         if "json" in sample.members:
-            with suppress(ValueError):
+            with suppress(ValueError, RecursionError):
                 read = json.loads(contents("json"))
                 values = read if isinstance(read, dict) else {}
         text = text_of(values.get(self.source.text))

@@ -5,6 +5,7 @@ work and can be called on their own.
 """
 
 import itertools
+import math
 import os
 import platform
 import shlex
@@ -25,9 +26,8 @@ import torchtitan
 from torchtitan.audio.codec import FRAME_SIZE, Codec
 from torchtitan.audio.recording import Samples
 from torchtitan.audio.token_stream import TokenStream
-from torchtitan.audio.waveform import SAMPLE_RATE, AudioError, load_audio
+from torchtitan.audio.waveform import SAMPLE_RATE, AudioError, load_beginning
 from torchtitan.checkpoint.speech_lm import SpeechLM, choose_device
-from torchtitan.eval.charts import draw
 from torchtitan.eval.data import Task, open_tasks
 from torchtitan.eval.metrics import SIDES, Rule, TaskResult, judge
 from torchtitan.eval.results import Clip, format_table, make_folder, results_folder, samples_table, write_results
@@ -171,6 +171,8 @@ def command(benchmark: Benchmark, options: Options) -> int:
     seconds = round(time.monotonic() - start, 1)
     report = {"missing_tasks": missing, "date": date, "seconds": seconds, "ranks": ranks, "settings": settings}
     write_results(folder, samples, results, localized, report)
+    from torchtitan.eval.charts import draw  # brings matplotlib
+
     draw(folder / "accuracy.png", benchmark.name, {lm.name: results})
     shutil.rmtree(scores.folder, ignore_errors=True)
     _print_results(benchmark, results)
@@ -287,7 +289,8 @@ def encode_pairs(
     """
     max_frames, max_samples = stream.max_frames(max_length), round(max_seconds * SAMPLE_RATE)
     clips: list[Clip] = []
-    waiting: list[tuple[Clip, torch.Tensor, bytes | None]] = []  # with its waveform [n], and its key in the cache
+    # A clip with its waveform [n], the samples of the whole recording, and its key in the cache.
+    waiting: list[tuple[Clip, torch.Tensor, int, bytes | None]] = []
 
     def finish(clip: Clip, codes: torch.Tensor, num_samples: int) -> None:
         """Cut the codes [Q, T] of a clip of so many samples at the context."""
@@ -299,11 +302,11 @@ def encode_pairs(
         clip.codes = codes[:, :max_frames].to(torch.int16)
 
     def encode_waiting() -> None:
-        encoded = _encode(codec, [(clip.pair, waveform[:max_samples]) for clip, waveform, _ in waiting])
-        for (clip, waveform, key), codes in zip(waiting, encoded, strict=True):
-            finish(clip, codes, waveform.numel())
+        encoded = _encode(codec, [(clip.pair, waveform[:max_samples]) for clip, waveform, _, _ in waiting])
+        for (clip, _, whole, key), codes in zip(waiting, encoded, strict=True):
+            finish(clip, codes, whole)
             if cache is not None and key is not None:
-                cache.put(key, codes.T.reshape(-1).to(torch.int16).numpy(), waveform.numel())
+                cache.put(key, codes.T.reshape(-1).to(torch.int16).numpy(), whole)
         on_progress(len(waiting))
         waiting.clear()
 
@@ -330,7 +333,9 @@ def encode_pairs(
             try:
                 if source is None:
                     raise AudioError(f"{name}: the row holds no audio.")
-                waiting.append((clip, load_audio(source, name=name, resampler=codec.resampler), key))
+                waveform, seconds = load_beginning(source, max_seconds, name, codec.resampler)
+                whole = waveform.numel() if waveform.numel() < max_samples else math.ceil(seconds * SAMPLE_RATE - 1e-6)
+                waiting.append((clip, waveform, whole, key))
             except AudioError as error:
                 clip.error = str(error)
                 on_progress(1)

@@ -1,5 +1,6 @@
 """Trying again what fails for a reason that may pass."""
 
+import errno
 import itertools
 import sys
 import time
@@ -14,6 +15,8 @@ T = TypeVar("T")
 # Seconds before the second try; each further one waits twice as long.
 FIRST_WAIT = 1.0
 RETRIES = 5
+# Errors of paths that stay as they are: a loop of links, a name that no file can have.
+_LASTING = (errno.ELOOP, errno.ENAMETOOLONG)
 # The hub's client has errors of its own kind; it is imported where they can occur.
 _CLIENTS = ("httpx", "httpx2")
 
@@ -27,7 +30,7 @@ def may_pass(error: BaseException) -> bool:
         return may_pass(error.__cause__)
     if isinstance(error, (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)):
         return False
-    if type(error).__name__ == "OfflineModeIsEnabled":
+    if type(error).__name__ == "OfflineModeIsEnabled" or getattr(error, "errno", None) in _LASTING:
         return False
     kinds = tuple(sys.modules[name].HTTPError for name in _CLIENTS if name in sys.modules)
     return isinstance(error, (OSError, *kinds))

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,14 +21,6 @@ from torchtitan.models.llama3.parallelize import (
     shard,
     split_layers,
     split_rows,
-)
-from torchtitan.models.llama3.pipeline import (
-    Pipeline,
-    check_schedule,
-    make_stage,
-    own_stages,
-    split_blocks,
-    splits_backward,
 )
 from torchtitan.models.llama3.weights import materialize
 from torchtitan.models.loss import IGNORE_INDEX
@@ -95,6 +88,9 @@ def check_split(config: JobConfig, args: Llama3Args) -> None:
             'rank cannot be dealt out evenly; context_parallel_rotate_method = "allgather" does not need that.'
         )
     if part.pipeline_parallel_degree > 1:
+        # Its import brings torch's compiler, which takes a second and which only pipelines need.
+        from torchtitan.models.llama3.pipeline import check_schedule, split_blocks, splits_backward
+
         stages = split_blocks(args.n_layers, part)
         check_schedule(part, config.training.local_batch_size, len(stages))
         if splits_backward(part) and TorchVersion(torch.__version__) < "2.14":
@@ -116,6 +112,21 @@ def check_split(config: JobConfig, args: Llama3Args) -> None:
         )
 
 
+def make_stage(args: Llama3Args, blocks: range, first: bool, last: bool) -> Llama3:
+    """A model of some of the blocks, under their names in the whole one. Construct under the meta device."""
+    model = Llama3(args)
+    model.first, model.last = first, last
+    for i in set(range(args.n_layers)) - set(blocks):
+        del model.layers[str(i)]
+    if not last:
+        del model.norm, model.output
+    elif not first:  # The head then needs a weight of its own.
+        model.output.weight = nn.Parameter(model.output.weight.detach().clone())
+    if not first:
+        del model.tok_embeddings
+    return model
+
+
 class ParallelModel:
     """This rank's part of a model, parallelised as a config asks for, on its device, with undefined values.
 
@@ -135,7 +146,7 @@ class ParallelModel:
         self, config: JobConfig, args: Llama3Args, dims: ParallelDims, device: torch.device, first_id: int = 0
     ):
         self.args, self.dims, self.device, self.first_id = args, dims, device, first_id
-        self.pipeline: Pipeline | None = None
+        self.pipeline: Any = None  # a Pipeline, where there is one
         self.precomputes_scales = config.float8.precompute_float8_dynamic_scale_for_fsdp
         self.compiles_backward = config.parallelism.enable_compiled_autograd
         training, parallelism = config.training, config.parallelism
@@ -143,6 +154,8 @@ class ParallelModel:
         self.sharded = dims.world_size > 1 or training.enable_cpu_offload or training.mixed_precision_param != "float32"
         blocks, own = [range(args.n_layers)], [0]
         if dims.pipeline > 1:
+            from torchtitan.models.llama3.pipeline import own_stages, split_blocks
+
             blocks = split_blocks(args.n_layers, parallelism)
             own = own_stages(len(blocks), dims.pipeline_rank, dims.pipeline, parallelism)
         longest = max(
@@ -156,6 +169,8 @@ class ParallelModel:
             materialize(part, torch.device("cpu") if training.enable_cpu_offload else device, longest, device)
             part.train()
         if dims.pipeline > 1:
+            from torchtitan.models.llama3.pipeline import Pipeline
+
             shape = (
                 parallelism.pipeline_parallel_microbatch_size,
                 training.seq_len // (dims.context * dims.tensor),
@@ -196,6 +211,8 @@ class ParallelModel:
             split_rows(model, group, parallelism.context_parallel_rotate_method)
         checkpoint_activations(model, config.activation_checkpoint)
         if training.compile and "model" in config.compile.components:
+            from torchtitan.models.llama3.pipeline import splits_backward
+
             compile_blocks(model, splits_backward(parallelism))
         if last:
             model.output.compiled = training.compile and "loss" in config.compile.components

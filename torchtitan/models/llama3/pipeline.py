@@ -11,7 +11,6 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import (
@@ -32,7 +31,6 @@ from torch.distributed.pipelining.schedules import (
 from torch.distributed.tensor import DTensor
 
 from torchtitan.config.job_config import Parallelism
-from torchtitan.models.llama3.args import Llama3Args
 from torchtitan.models.llama3.model import Llama3
 from torchtitan.tools.errors import ConfigError
 
@@ -183,21 +181,6 @@ def own_stages(num_stages: int, rank: int, ranks: int, config: Parallelism) -> l
     if schedule_class(config) in (ScheduleZBVZeroBubble, ScheduleDualPipeV):
         return [rank, num_stages - 1 - rank]
     return list(range(rank, num_stages, ranks))
-
-
-def make_stage(args: Llama3Args, blocks: range, first: bool, last: bool) -> Llama3:
-    """A model of some of the blocks, under their names in the whole one. Construct under the meta device."""
-    model = Llama3(args)
-    model.first, model.last = first, last
-    for i in set(range(args.n_layers)) - set(blocks):
-        del model.layers[str(i)]
-    if not last:
-        del model.norm, model.output
-    elif not first:  # The head then needs a weight of its own.
-        model.output.weight = nn.Parameter(model.output.weight.detach().clone())
-    if not first:
-        del model.tok_embeddings
-    return model
 
 
 class Pipeline:
