@@ -80,7 +80,7 @@ def losses(folder: Path) -> list[tuple]:
 
 def test_public_commands_from_a_hub_that_fails_and_stalls(folders, make_base_model, mimi_folder, tmp_path):
     parts = [folders / "models" / "llm-jp" / "Llama-Mimi-1.3B", mimi_folder, make_base_model(), folders / "datasets"]
-    with StandInHub(folders, fail=0.1, stall=0.02, stall_seconds=2.0) as hub:
+    with StandInHub(folders, fail=0.1, stall=0.02, stall_seconds=1.2) as hub:
         command = [sys.executable, str(ROOT / "tests" / "hub_commands.py"), *map(str, parts)]
         done = subprocess.run(
             command,

@@ -338,6 +338,7 @@ def test_a_named_data_set_is_read_from_its_usual_folder_if_it_lies_there(tmp_pat
 
 def test_a_failing_hub_is_one_sentence(hub):
     hub.setattr(Hub, "error", OSError("no route\nto host"))
+    hub.setattr("torchtitan.tools.retries.FIRST_WAIT", 0.0)
     with pytest.raises(UserError, match=r"^owner/name: the data set cannot be read from the hub \(no route\)\.$"):
         find_files(Source("mine", "owner/name"))
 

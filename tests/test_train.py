@@ -303,6 +303,7 @@ def test_going_back_sets_later_checkpoints_aside(arguments, tmp_path):
     assert names[:2] == ["step-3", "step-4"] and names[2].startswith("step-6.set-aside")
 
 
+@pytest.mark.slow  # torchrun gives the other rank half a minute
 def test_an_error_of_ranks_whose_output_is_filtered_away_is_in_torchruns_report(arguments, tmp_path, write_rows):
     require_devices(2)
     write_rows(tmp_path / "data" / "train-0.parquet", [(str(i), b"no sound", "t") for i in range(3)])
