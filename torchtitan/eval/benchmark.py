@@ -16,6 +16,7 @@ from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timedelta, timezone
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
@@ -383,9 +384,6 @@ def _bytes_of(source: bytes | Path | Samples | None) -> bytes | None:
 
 def _settings(benchmark: Benchmark, options: Options, tasks: list[Task], lm: SpeechLM) -> dict[str, Any]:
     """Everything that the figures depend on, for results.json and the metadata of samples.parquet."""
-    import datasets
-    import transformers
-
     device = lm.device
     return {
         "benchmark": benchmark.name,
@@ -410,9 +408,7 @@ def _settings(benchmark: Benchmark, options: Options, tasks: list[Task], lm: Spe
         "versions": {
             "python": platform.python_version(),
             "torchtitan": torchtitan.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "datasets": datasets.__version__,
+            **{name: metadata.version(name) for name in ("torch", "transformers", "huggingface_hub")},
         },
     }
 
