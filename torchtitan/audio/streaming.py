@@ -11,15 +11,12 @@ that the pieces, put together, are the waveform of one whole call, however the c
 State and cost of a frame are constant, however long the speech is.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from torchtitan.audio.waveform import FRAME_SIZE
-
-if TYPE_CHECKING:
-    from torchtitan.audio.codec import Codec
 
 
 class StreamingDecoder:
@@ -28,10 +25,10 @@ class StreamingDecoder:
     Several decoders of one codec are independent of each other, also in threads of their own.
 
     Args:
-        codec: its decoder's weights are used where they are.
+        codec: a Codec (codec.py, which imports this file); its decoder's weights are used where they are.
     """
 
-    def __init__(self, codec: "Codec"):
+    def __init__(self, codec: Any):
         from transformers import DynamicCache
 
         model = codec.model
