@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 
-from torchtitan.config.job_config import DataSource, JobConfig
-from torchtitan.config.keys import RETIRED, SOURCE_TYPES, TYPES
+from torchtitan.config.job_config import JobConfig
+from torchtitan.config.keys import RETIRED, TYPES
 from torchtitan.config_manager import ConfigManager, explanations, from_dict, run_name, to_dict
+from torchtitan.datasets.hf_dataset import Source
+from torchtitan.datasets.sources import SOURCE_TYPES
 from torchtitan.distributed.parallel_dims import accumulation_steps, data_parallel_degree
 from torchtitan.rules import check
 from torchtitan.tools.errors import ConfigError, UserError
@@ -756,7 +758,7 @@ def test_help_explains_every_key(capsys):
 
 
 def test_help_explains_every_key_of_a_source(capsys):
-    texts = explanations({"source": DataSource})
+    texts = explanations({"source": Source})
     assert [key.split(".")[1] for key in texts] == list(SOURCE_TYPES)
     with pytest.raises(SystemExit):
         parse("--help")

@@ -18,10 +18,12 @@ import torch
 from torchtitan.audio.token_stream import TokenStream, extend_tokenizer
 from torchtitan.audio.waveform import load_audio, load_beginning, resample
 from torchtitan.components import dataloader
-from torchtitan.components.dataloader import BadRows, Batch, SpeechDataLoader, max_frames_of
+from torchtitan.components.dataloader import Batch, LoaderSettings, SpeechDataLoader, max_frames_of
 from torchtitan.config.job_config import Training
-from torchtitan.datasets import order
+from torchtitan.datasets import order, recordings
+from torchtitan.datasets.bad_rows import BadRows
 from torchtitan.datasets.hf_dataset import Source
+from torchtitan.datasets.recordings import Ranks
 from torchtitan.datasets.sources import sources_from_config
 from torchtitan.datasets.streams import find_data, open_streams
 from torchtitan.models.loss import IGNORE_INDEX
@@ -61,6 +63,7 @@ def make_loader(codec, tokenizer, speech_folder):
         if sources is None:
             sources = [Source(name=Path(path).stem, path=str(path)) for path in paths or (default,)]
         options = {"task": "a2a", "seq_len": 128, "batch_size": 2, "max_seconds": 20.0, **settings}
+        own_codec = options.pop("codec", codec)
         options.setdefault("packing", options.get("window", 1) > 1)
         found = find_data(sources, 0)
         seed, split = options.get("seed", 0), options.get("split", False)
@@ -68,10 +71,11 @@ def make_loader(codec, tokenizer, speech_folder):
         if split:
             max_frames = min(max_frames, stream.max_frames(options["seq_len"]))
         streams, mixture = open_streams(found, seed, max_frames, split, 0, shuffle=endless)
-        bad = len(found.bad_files)
-        texts = options.pop("tokenizer", tokenizer)
+        texts, bad_rows = options.pop("tokenizer", tokenizer), options.pop("bad_rows", None)
+        ranks = Ranks(options.pop("rank", 0), options.pop("world_size", 1), share=options.pop("share", None))
         ids = TokenStream.from_tokenizer(texts)
-        return SpeechDataLoader(streams, mixture, ids, codec, texts, num_bad_files=bad, **options)
+        chosen = LoaderSettings(num_bad_files=len(found.bad_files), **options)
+        return SpeechDataLoader(streams, mixture, ids, own_codec, texts, chosen, ranks, bad_rows)
 
     return make
 
@@ -187,7 +191,7 @@ def test_samples_are_the_codes_of_the_clips(make_loader, codec, clips):
     assert len(found) == len(clips) == 11
     for sample, (sound, _) in zip(found, clips.values(), strict=True):
         codes = codec.encode([load_audio(sound)])[0]
-        assert sample.tolist() == loader.stream.sample(codes).tolist()
+        assert sample.tolist() == loader.collator.stream.sample(codes).tolist()
 
 
 @pytest.mark.parametrize("split", [True, False])
@@ -206,7 +210,7 @@ def test_parts_of_recordings_are_the_codes_of_their_slices(make_loader, codec, t
         waveform = resample(torch.from_numpy(samples_of_file[round(start * rate) : round(stop * rate)]), rate)
         codes = codec.encode([waveform if split else waveform[:19_200]])[0]
         expected += [codes[:, at : at + 10] for at in range(0, codes.shape[1], 10)]
-    stream = make_loader().stream
+    stream = make_loader().collator.stream
     assert [s.tolist() for s in samples(batches)] == [stream.sample(codes).tolist() for codes in expected]
     if not split:
         assert [name.rpartition(":")[2] for name in names(batches)] == ["0 (a)", "2 (b)", "0 (long.wav)"]
@@ -223,7 +227,9 @@ def test_decoded_audio_is_encoded(make_loader, codec, clips, tmp_path):
     kind = pa.struct([("path", pa.string()), ("array", pa.list_(pa.float32())), ("sampling_rate", pa.int64())])
     pq.write_table(pa.table({"audio": pa.array(cells, kind)}), tmp_path / "a.parquet")
     loader = make_loader(tmp_path)
-    expected = [loader.stream.sample(codec.encode([load_audio(sound)])[0]).tolist() for sound, _ in clips.values()]
+    expected = [
+        loader.collator.stream.sample(codec.encode([load_audio(sound)])[0]).tolist() for sound, _ in clips.values()
+    ]
     assert [sample.tolist() for sample in samples(take(loader))] == expected
 
 
@@ -345,8 +351,7 @@ def test_codes_of_a_built_in_data_set_are_found_under_its_name(make_loader, shar
 
 
 def test_stored_codes_need_no_codec(make_loader, shards):
-    loader = make_loader(shards, endless=True)
-    loader.codec = None
+    loader = make_loader(shards, endless=True, codec=None)
     assert len(take(loader, 3)) == 3
 
 
@@ -409,7 +414,7 @@ def test_audio_after_max_seconds_is_left_out_and_counted(make_loader):
 @pytest.mark.parametrize("limit", [{"max_seconds": 0.8}, {"seq_len": 43}, {"max_seconds": 0.8, "seq_len": 43}])
 def test_a_cut_sample_may_end_without_the_mark(make_loader, limit):
     (marked,), (cut,) = (take(make_loader(batch_size=11, end_cut=end, **limit)) for end in (True, False))
-    end = make_loader().stream.audio_end_id
+    end = make_loader().collator.stream.audio_end_id
     rows = list(zip(samples([marked]), samples([cut]), strict=True))
     assert all(m[-1] == end for m, _ in rows)
     whole = [sample.numel() <= 43 for sample in samples(take(make_loader()))]
@@ -446,7 +451,7 @@ def test_pieces_of_split_recordings_are_mixed(make_loader):
 
 
 def test_pieces_of_a_split_recording_end_with_the_mark_or_only_the_last_one_does(make_loader, shards):
-    end = make_loader().stream.audio_end_id
+    end = make_loader().collator.stream.audio_end_id
     for path in ((), (shards,)):
         for marks, expected in ((True, {True}), (False, {True, False})):
             found = list(samples(take(make_loader(*path, split=True, max_seconds=0.4, end_cut=marks))))
@@ -486,8 +491,12 @@ def test_text_comes_before_the_audio(make_loader, tokenizer):
     loader = make_loader(task="tts")
     sample = next(samples(take(loader, 1)))
     text = tokenizer("text 0", add_special_tokens=False)["input_ids"]
-    assert sample[: len(text) + 2].tolist() == [loader.stream.bos_id, *text, loader.stream.audio_start_id]
-    assert loader.stream.decode(sample[len(text) + 2 : -1]).shape[1] == 4
+    assert sample[: len(text) + 2].tolist() == [
+        loader.collator.stream.bos_id,
+        *text,
+        loader.collator.stream.audio_start_id,
+    ]
+    assert loader.collator.stream.decode(sample[len(text) + 2 : -1]).shape[1] == 4
 
 
 def test_text_comes_after_the_audio_of_task_asr(make_loader, tokenizer):
@@ -635,8 +644,8 @@ def test_loader_can_be_set_back_to_its_start(make_loader):
 def test_later_epochs_cost_no_encoding(make_loader, monkeypatch):
     loader = make_loader(endless=True, batch_size=11)
     encoded = []
-    encode = loader.codec.encode
-    monkeypatch.setattr(loader.codec, "encode", lambda clips: encoded.append(len(clips)) or encode(clips))
+    encode = loader.encoder.codec.encode
+    monkeypatch.setattr(loader.encoder.codec, "encode", lambda clips: encoded.append(len(clips)) or encode(clips))
     first = take(loader, 1)
     loader.load_state_dict(first[0].state)
     take(loader, 3)
@@ -739,8 +748,7 @@ def test_a_recording_that_the_codec_refuses_is_a_bad_row(make_loader, mimi_folde
 
     monkeypatch.setattr(codec_module, "CPU_CHUNK_SECONDS", 0.5)
     monkeypatch.setattr(codec_module, "FULL_WINDOW_MAX_SECONDS", 1)
-    loader = make_loader(endless=True)
-    loader.codec = codec_module.Codec.load(mimi_folder, 4, window="full")
+    loader = make_loader(endless=True, codec=codec_module.Codec.load(mimi_folder, 4, window="full"))
     batches = take(loader, 11)
     assert batches[-1].counters.bad_rows > 0
     assert 1 < len(set(names(batches))) < 11
@@ -752,7 +760,7 @@ def test_audio_beyond_what_a_window_may_hold_is_read_when_its_turn_comes(make_lo
     expected = take(make_loader(endless=True), 12)
     sizes, read = [], AudioDataset.read
     monkeypatch.setattr(AudioDataset, "read", lambda data, rows: sizes.append(len(rows)) or read(data, rows))
-    monkeypatch.setattr(dataloader, "WINDOW_BYTES", 60_000)
+    monkeypatch.setattr(recordings, "WINDOW_BYTES", 60_000)
     assert same(take(make_loader(endless=True), 12), expected)
     assert max(sizes) == 11 and sizes.count(1) > 3
 
@@ -771,7 +779,7 @@ def test_closing_does_not_wait_for_a_window_to_be_read(make_loader, monkeypatch)
 
     seen: list[Batch] = []
     monkeypatch.setattr(AudioDataset, "read", slowly)
-    monkeypatch.setattr(dataloader, "CACHE_BYTES", 0)
+    monkeypatch.setattr(recordings, "CACHE_BYTES", 0)
     iterator = iter(make_loader(endless=True))
     seen.append(next(iterator))
     begin = time.monotonic()
@@ -858,10 +866,10 @@ def test_the_fingerprint_tells_other_samples(speech_folder, change):
 
 
 def test_kept_codes_are_bounded(make_loader, monkeypatch):
-    monkeypatch.setattr(dataloader, "CACHE_BYTES", 0)
+    monkeypatch.setattr(recordings, "CACHE_BYTES", 0)
     loader = make_loader()
     take(loader)
-    assert not loader._cache
+    assert not loader.encoder._cache
 
 
 def test_threads_are_gone_when_the_iterator_is_closed(make_loader):
@@ -883,6 +891,6 @@ def test_threads_are_gone_at_the_end_of_the_data(make_loader):
 
 def test_an_error_while_preparing_reaches_the_trainer(make_loader, monkeypatch):
     loader = make_loader(endless=True)
-    monkeypatch.setattr(loader.codec, "encode", lambda clips: 1 / 0)
+    monkeypatch.setattr(loader, "collator", lambda rows, last: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         take(loader, 1)

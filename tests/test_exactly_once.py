@@ -34,8 +34,9 @@ def make_loader(settings: dict, rank: int = 0, world_size: int = 1, num_workers:
 
     from torchtitan.audio.codec import Codec
     from torchtitan.audio.token_stream import extend_tokenizer
-    from torchtitan.components.dataloader import SpeechDataLoader, max_frames_of
+    from torchtitan.components.dataloader import LoaderSettings, SpeechDataLoader, max_frames_of
     from torchtitan.datasets.hf_dataset import Source
+    from torchtitan.datasets.recordings import Ranks
     from torchtitan.datasets.streams import find_data, open_streams
 
     tokenizer = AutoTokenizer.from_pretrained(settings["model"])
@@ -48,16 +49,17 @@ def make_loader(settings: dict, rank: int = 0, world_size: int = 1, num_workers:
         stream,
         Codec.load(settings["codec"], 4),
         tokenizer,
-        "a2a",
-        seq_len=96,
-        batch_size=1,
-        max_seconds=20.0,
-        rank=rank,
-        world_size=world_size,
-        packing=settings["packing_window"] > 1,
-        window=settings["packing_window"],
-        num_workers=num_workers,
-        seed=5,
+        LoaderSettings(
+            "a2a",
+            seq_len=96,
+            batch_size=1,
+            max_seconds=20.0,
+            packing=settings["packing_window"] > 1,
+            window=settings["packing_window"],
+            num_workers=num_workers,
+            seed=5,
+        ),
+        Ranks(rank, world_size),
     )
 
 

@@ -15,6 +15,7 @@ import torch
 
 from tests.test_eval import REPOSITORY, open_task, run, wav, write_task
 from torchtitan.checkpoint.speech_lm import SpeechLM
+from torchtitan.datasets import decoding
 from torchtitan.eval import benchmark, scoring, store
 from torchtitan.eval.benchmark import Options, command, encode_pairs
 from torchtitan.eval.results import results_folder
@@ -111,13 +112,14 @@ def test_a_run_that_ends_early_goes_on_with_what_it_had(model, data, alone, tmp_
 def test_what_was_computed_before_an_error_is_kept(model, data, tmp_path, monkeypatch):
     """Also if the run is stopped long before a file is due, while codes or scores are computed."""
     options = {"batch_size": 4, "cache_dir": str(tmp_path / "cache")}
-    score_batch, load_beginning, loaded, computed = scoring._score_batch, benchmark.load_beginning, [], []
+    score_batch, encode_clips, encoded, computed = scoring._score_batch, benchmark._encode, [], []
 
-    def load(source, max_seconds, name, resampler):
-        loaded.append(name)
-        if len(loaded) == 9:
+    def encode(codec, clips):
+        if len(encoded) == 8:
+            encoded.append(None)
             raise KeyboardInterrupt
-        return load_beginning(source, max_seconds, name, resampler)
+        encoded.extend(waveform.numpy().tobytes() for _, waveform in clips)
+        return encode_clips(codec, clips)
 
     def score(lm, rows):
         if len(computed) == 2:
@@ -126,13 +128,13 @@ def test_what_was_computed_before_an_error_is_kept(model, data, tmp_path, monkey
         return score_batch(lm, rows)
 
     monkeypatch.setattr(benchmark, "_CLIPS_PER_ENCODE", 4)
-    monkeypatch.setattr(benchmark, "load_beginning", load)
+    monkeypatch.setattr(benchmark, "_encode", encode)
     monkeypatch.setattr(scoring, "_score_batch", score)
     for kept in ("cache", "out"):
         with pytest.raises(KeyboardInterrupt):
             run(SLM21, data, model, tmp_path / "out", **options)
         assert list((tmp_path / kept).rglob("*.npz")), f"nothing was kept in {kept}"
-    assert len(loaded) == len(set(loaded)) + 1, "codes were computed twice"
+    assert len(encoded) == len(set(encoded)), "codes were computed twice"
 
 
 def test_ranks_that_know_different_scores_leave_nothing_out(model, tmp_path):
@@ -190,13 +192,13 @@ def test_codes_are_computed_once(model, data, alone, tmp_path, monkeypatch):
     options = {"batch_size": 4, "cache_dir": str(tmp_path / "cache")}
     run(SLM21, data, model, tmp_path / "first", **options)
     decoded: list[str] = []
-    load_beginning = benchmark.load_beginning
+    load_beginning = decoding.load_beginning
 
-    def load(source, max_seconds, name, resampler):
+    def load(source, max_seconds, name, *others):
         decoded.append(name)
-        return load_beginning(source, max_seconds, name, resampler)
+        return load_beginning(source, max_seconds, name, *others)
 
-    monkeypatch.setattr(benchmark, "load_beginning", load)
+    monkeypatch.setattr(decoding, "load_beginning", load)
     _, folder = run(SLM21, data, model, tmp_path / "second", **options)
     assert decoded == ["sBLIMP pair 9, positive clip"]  # which is no audio
     assert_same(folder, alone)

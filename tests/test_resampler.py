@@ -20,7 +20,7 @@ import inference
 from torchtitan.audio.codec import Codec
 from torchtitan.audio.waveform import load_audio, require_resampler, resample
 from torchtitan.checkpoint.speech_lm import SpeechLM
-from torchtitan.components.dataloader import SpeechDataLoader, max_frames_of
+from torchtitan.components.dataloader import LoaderSettings, SpeechDataLoader, max_frames_of
 from torchtitan.datasets.hf_dataset import Source
 from torchtitan.datasets.shards import ShardedCodes, find_shards
 from torchtitan.datasets.streams import find_data, open_streams
@@ -151,8 +151,7 @@ def test_stored_codes_and_those_made_in_training_are_the_same(tmp_path, mimi_fol
     ids = extend_tokenizer(tokenizer, 4)
     found = find_data([Source(name="talks", path=str(data))], 0)
     streams, mixture = open_streams(found, 0, max_frames_of(20.0), False, 0, shuffle=False)
-    settings = {"task": "a2a", "seq_len": 64, "batch_size": 3, "max_seconds": 20.0, "packing": False}
-    loader = SpeechDataLoader(streams, mixture, ids, codec, tokenizer, num_bad_files=0, **settings)
+    loader = SpeechDataLoader(streams, mixture, ids, codec, tokenizer, LoaderSettings("a2a", 64, 3, 20.0))
     rows = next(iter(loader)).tokens
     for row, codes in zip(rows, expected, strict=True):
         sample = ids.sample(codes)

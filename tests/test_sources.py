@@ -9,9 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from torchtitan.config.keys import SOURCE_TYPES
 from torchtitan.datasets.hf_dataset import ALIASES, SOURCES, Source, find_source
-from torchtitan.datasets.sources import HELD_OUT, check_place, find_files, kind_of, sources_from_config
+from torchtitan.datasets.sources import HELD_OUT, SOURCE_TYPES, check_place, find_files, kind_of, sources_from_config
 from torchtitan.tools.errors import ConfigError, UserError
 
 

@@ -6,7 +6,6 @@ import random
 import signal
 import subprocess
 import sys
-import threading
 import time
 from contextlib import suppress
 from dataclasses import replace
@@ -19,17 +18,14 @@ import torch
 import torchtitan.datasets.shards as shards_module
 from torchtitan.audio.codec import Codec, CodecError
 from torchtitan.audio.waveform import load_audio, resample
-from torchtitan.datasets import decoding, files
+from torchtitan.datasets import encoding
 from torchtitan.datasets.hf_dataset import Source
-from torchtitan.datasets.rows import Row
 from torchtitan.datasets.shards import ShardedCodes, ShardError, find_shards
 from torchtitan.tokenization import plan as planning
 from torchtitan.tokenization import processes as many
 from torchtitan.tokenization import worker as work
 from torchtitan.tokenization.plan import Counts, Options
 from torchtitan.tokenization.run import tokenize
-from torchtitan.tokenization.worker import Decoder
-from torchtitan.tools import retries
 from torchtitan.tools.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -308,7 +304,7 @@ def test_recording_that_the_codec_refuses_is_listed(options, tmp_path, monkeypat
 def test_groups_of_a_gpu_do_not_depend_on_where_a_run_began(options, tmp_path, monkeypatch):
     """What is encoded together is a function of the rows' places, as codes may depend on it there."""
     seen = []
-    monkeypatch.setattr(work, "GPU_GROUP_SECONDS", 0.3)
+    monkeypatch.setitem(encoding.GROUP_SECONDS, "cpu", 0.3)
     monkeypatch.setattr(
         Codec,
         "encode",
@@ -316,7 +312,6 @@ def test_groups_of_a_gpu_do_not_depend_on_where_a_run_began(options, tmp_path, m
     )
     plan = planning.prepare(replace(options, output=str(tmp_path / "codes")))
     worker = work.ShardTokenizer(plan, torch.device("cpu"), 1, lambda kind, counts: None)
-    worker.device = torch.device("mps")  # groups as on any GPU
     worker.make_parts(1, [0, 1, 2])
     together, seen[:] = list(seen), []
     for part in range(3):
@@ -591,10 +586,10 @@ def test_full_disk_loses_nothing(reference, options, tmp_path, monkeypatch):
 
 
 def test_too_many_failing_rows_stop_the_run(options, tmp_path, monkeypatch):
-    monkeypatch.setattr(many, "BAD_SHARE_ROWS", 10)
+    monkeypatch.setattr(many, "MIN_JUDGED", 10)
     output = tmp_path / "codes"
     chosen = replace(options, output=str(output), max_bad_share=0.1)
-    told = rf"2 of the first 10 rows cannot be used, more than max_bad_share 0.1 .*; {output}/bad_rows\.tsv"
+    told = rf"2 of 10 recordings could not be used, more than the share of 0.1 .*; {output}/bad_rows\.tsv"
     with pytest.raises(UserError, match=told):
         tokenize(chosen)
     assert (output / "bad_rows.tsv").read_text().count("(clip-") == 2
@@ -605,9 +600,9 @@ def test_too_many_failing_rows_stop_the_run(options, tmp_path, monkeypatch):
 
 def test_too_many_failing_rows_of_a_small_data_set_are_told_at_the_end(options, tmp_path):
     chosen = replace(options, output=str(tmp_path / "codes"), max_bad_share=0.1)
-    with pytest.raises(UserError, match="3 of the first 24 rows cannot be used"):
+    with pytest.raises(UserError, match="3 of 24 recordings could not be used"):
         tokenize(chosen)
-    with pytest.raises(UserError, match="3 of the first 24 rows cannot be used"):
+    with pytest.raises(UserError, match="3 of 24 recordings could not be used"):
         tokenize(chosen)
 
 
@@ -651,95 +646,6 @@ def test_command_line(options, reference, tmp_path):
 
 
 # --- parts
-
-
-class Rows:
-    """As many rows as asked for, of half a second."""
-
-    def __init__(self, source):
-        self.source, self.retries = source, 2
-        self.read_so_far = 0
-
-    def read(self, numbers):
-        for number in numbers:
-            self.read_so_far += 1
-            yield number, Row(f"{number}", b"audio", None, 0.5)
-
-
-@pytest.fixture
-def rows(monkeypatch):
-    monkeypatch.setattr(decoding, "load_beginning", lambda *args: (torch.zeros(12_000), 0.5))
-    return Rows(Source("some", "nowhere"))
-
-
-def test_decoding_ahead_is_bounded(rows):
-    taken = Decoder(rows, None, 4, ahead_seconds=2.0)(range(40))
-    for number in range(1, 30):
-        next(taken)
-        # Four wait, and the next one is in hand.
-        wait_for(lambda number=number: rows.read_so_far == number + 5)
-        time.sleep(0.01)
-        assert rows.read_so_far == number + 5
-    assert len(list(taken)) == 11
-
-
-def test_recordings_longer_than_the_bound_are_decoded_one_by_one(rows):
-    taken = list(Decoder(rows, None, 4, ahead_seconds=0.1)(range(5)))
-    assert [row.key for row in taken] == list("01234")
-
-
-def test_decoder_ends_its_threads_when_it_is_left(rows):
-    before = threading.active_count()
-    taken = Decoder(rows, None, 2, ahead_seconds=2.0)(range(1000))
-    next(taken)
-    assert threading.active_count() > before
-    taken.close()
-    wait_for(lambda: threading.active_count() <= before)
-
-
-def test_errors_of_the_reader_reach_who_takes_the_rows(rows):
-    def broken(numbers):
-        yield 0, Row("0", b"audio", None, 0.5)
-        raise RuntimeError("a bug")
-
-    rows.read = broken
-    taken = Decoder(rows, None, 2, ahead_seconds=2.0)(range(3))
-    next(taken)
-    with pytest.raises(RuntimeError, match="a bug"):
-        next(taken)
-
-
-def test_a_read_of_a_recordings_own_file_is_tried_again(rows, tmp_path, monkeypatch):
-    (tmp_path / "a.wav").write_bytes(b"sound")
-    fails = iter([OSError(5, "Input/output error")] * 2)
-
-    def open_or_fail(path):
-        for error in fails:
-            raise error
-        return open(path, "rb")
-
-    def load(audio, *arguments):
-        if isinstance(audio, str):
-            raise OSError(5, "Input/output error")
-        return torch.zeros(12_000), 0.5
-
-    monkeypatch.setattr(retries, "FIRST_WAIT", 0.0)
-    monkeypatch.setattr(files, "open_file", open_or_fail)
-    monkeypatch.setattr(decoding, "load_beginning", load)
-    rows.read = lambda numbers: iter([(0, Row("a", str(tmp_path / "a.wav"), None, None))])
-    (found,) = Decoder(rows, None, 1, ahead_seconds=2.0)(range(1))
-    assert found.error is None and found.waveform is not None
-
-
-def test_whatever_a_recording_brings_about_is_its_own_failure(rows, monkeypatch):
-    def broken(*_):
-        raise MemoryError("too \udce9 much")
-
-    monkeypatch.setattr(decoding, "load_beginning", broken)
-    rows.read = lambda numbers: iter([(0, Row("caf\udce9", b"audio", None, 0.5))])
-    (found,) = Decoder(rows, None, 1, ahead_seconds=2.0)(range(1))
-    assert (found.key, found.waveform) == ("caf?", None)
-    assert found.error == "its audio: cannot be decoded (MemoryError: too ? much)."
 
 
 def test_progress_counts_resumed_work_once(options, tmp_path, capsys, monkeypatch):

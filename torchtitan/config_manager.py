@@ -16,11 +16,9 @@ import sys
 import textwrap
 from dataclasses import asdict, field, fields, make_dataclass
 from importlib import import_module
-from pathlib import Path
 from typing import Any, Literal, get_origin
 
-from torchtitan.config import job_config
-from torchtitan.config.job_config import DataSource, JobConfig
+from torchtitan.config.job_config import JobConfig
 from torchtitan.config.keys import (
     DEFAULTS,
     RANGES,
@@ -28,15 +26,15 @@ from torchtitan.config.keys import (
     RETIRED,
     SCHEMA,
     SECTIONS,
-    SOURCE_DEFAULTS,
-    SOURCE_TYPES,
     TABLES,
     TYPES,
     Schema,
     said,
     show,
 )
-from torchtitan.config.values import COMMAND_LINE, expected, from_text, read_sources, typed, without_none
+from torchtitan.config.values import COMMAND_LINE, expected, from_text, typed, without_none
+from torchtitan.datasets.hf_dataset import Source
+from torchtitan.datasets.sources import SOURCE_DEFAULTS, SOURCE_TYPES, read_sources
 from torchtitan.tools.errors import ConfigError
 
 if sys.version_info >= (3, 11):
@@ -291,13 +289,12 @@ def run_name(config: JobConfig) -> str:
 
 
 def explanations(sections: dict[str, type] | None = None) -> dict[str, str]:
-    """{"section.key": its explanation}, read from the manual's file: the text directly under each key."""
-    tree = ast.parse(Path(job_config.__file__).read_text("utf-8"))
-    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+    """{"section.key": its explanation}, read from the source: the text directly under each key."""
     texts: dict[str, str] = {}
     for section, cls in (SECTIONS if sections is None else sections).items():
-        body = classes[cls.__name__].body
-        for name, text in itertools.pairwise(body):
+        (parsed,) = ast.parse(inspect.getsource(cls)).body
+        assert isinstance(parsed, ast.ClassDef)
+        for name, text in itertools.pairwise(parsed.body):
             if isinstance(name, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
                 texts[f"{section}.{ast.unparse(name.target)}"] = inspect.cleandoc(str(text.value.value))
     return texts
@@ -328,8 +325,8 @@ def manual() -> str:
                 limits.append(RANGES[key][1])
             limits.append(f"default {show(DEFAULTS[key])}")
             lines += [f"  --{key}  ({'; '.join(limits)})", *_paragraph(texts[key])]
-    lines += ["", f"[[training.source]] and [[validation.source]] {inspect.getdoc(DataSource)}"]
-    for key, text in explanations({"source": DataSource}).items():
+    lines += ["", f"[[training.source]] and [[validation.source]] {inspect.getdoc(Source)}"]
+    for key, text in explanations({"source": Source}).items():
         name = key.split(".")[1]
         limits = f"{expected(SOURCE_TYPES[name])}; default {show(SOURCE_DEFAULTS[name])}"
         lines += [f"  {name}  ({limits})", *_paragraph(text)]

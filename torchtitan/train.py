@@ -39,7 +39,7 @@ from torchtitan.checkpoint.manager import (
     read_state,
     restore_random_state,
 )
-from torchtitan.components.dataloader import LENGTH_MULTIPLE, BadRows, Batch, Counters, SpeechDataLoader, max_frames_of
+from torchtitan.components.dataloader import LENGTH_MULTIPLE, Batch, LoaderSettings, SpeechDataLoader, max_frames_of
 from torchtitan.components.gradients import FiniteGuard, clip_grad_norm, total_norm
 from torchtitan.components.lr_scheduler import lr_factor
 from torchtitan.components.metrics import MetricsLogger
@@ -48,6 +48,9 @@ from torchtitan.components.profiling import memory_snapshots, profile
 from torchtitan.components.validate import ValidationResult, Validator
 from torchtitan.config.job_config import JobConfig
 from torchtitan.config_manager import ConfigManager, from_dict, run_name, to_dict
+from torchtitan.datasets.bad_rows import BAD_ROWS_FILE, BadRows
+from torchtitan.datasets.recordings import Ranks
+from torchtitan.datasets.samples import Counters
 from torchtitan.datasets.sources import sources_from_config
 from torchtitan.datasets.streams import FoundData, find_data, open_streams
 from torchtitan.distributed.parallel_dims import ParallelDims, accumulation_steps
@@ -237,7 +240,7 @@ def build(inputs: Inputs) -> Trainer:
 
     if inputs.codec is not None:
         inputs.codec.to(device)
-    bad_rows = BadRows(inputs.folder / "bad_rows.tsv")
+    bad_rows = BadRows(inputs.folder / BAD_ROWS_FILE)
     loader = build_loader(inputs, dims, bad_rows, group, validation=False)
     validator = None
     if inputs.validation_data:
@@ -339,36 +342,28 @@ def build_loader(
     seed, packing = training.seed or 0, training.packing == "best_fit"
     mixes = split and bool(data.files)  # pieces in code shards are drawn one by one
     streams, mixture = open_streams(data, seed, max_frames, split, training.read_retries, shuffle=not validation)
-    return SpeechDataLoader(
-        streams,
-        mixture,
-        base.stream,
-        inputs.codec,
-        base.tokenizer,
+    settings = LoaderSettings(
         training.task,
         part.seq_len,
         part.local_batch_size,
         training.max_seconds,
-        rank(),
-        world_size(),
         split=split,
         end_cut=training.end_cut_clips,
         # A validation of some batches is not to wait for a whole window, and its losses are the same.
         packing=packing and not validation,
         window=training.packing_window if (packing or mixes) and not validation else 1,
+        seed=seed,
         num_workers=training.num_workers,
         # Compiled graphs and the buffers of a pipeline are for one length.
         fixed_length=training.compile or (dims.pipeline > 1 and not validation),
-        bad_rows=bad_rows,
-        max_bad_share=training.max_bad_share,
-        seed=seed,
-        num_bad_files=len(data.bad_files),
-        group=group,
-        read_retries=training.read_retries,
-        share=(dims.data_rank, dims.data_degree),
-        # Of which each rank of a row still has a multiple, as products in 8 bits need it.
+        # Each rank of a row has a multiple of LENGTH_MULTIPLE, too, where products in 8 bits need it.
         length_multiple=dims.padded_multiple(LENGTH_MULTIPLE * (dims.context if config.model.converters else 1)),
+        read_retries=training.read_retries,
+        max_bad_share=training.max_bad_share,
+        num_bad_files=len(data.bad_files),
     )
+    ranks = Ranks(rank(), world_size(), group, (dims.data_rank, dims.data_degree))
+    return SpeechDataLoader(streams, mixture, base.stream, inputs.codec, base.tokenizer, settings, ranks, bad_rows)
 
 
 def load(trainer: Trainer, checkpoint: Path, weights_only: bool) -> None:

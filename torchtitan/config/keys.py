@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, get_type_hints
 
-from torchtitan.config.job_config import DataSource, JobConfig
+from torchtitan.config.job_config import JobConfig
 
 # The type of keys whose values are tables, each a data set.
 TABLES = list[dict[str, Any]]
@@ -36,9 +36,6 @@ class Schema:
 SCHEMA = Schema.of(JobConfig)
 SECTIONS, TYPES = SCHEMA.sections, SCHEMA.types
 DEFAULTS: dict[str, Any] = {f"{s}.{key}": v for s, table in asdict(JobConfig()).items() for key, v in table.items()}
-# The same for the keys of a [[training.source]] table.
-SOURCE_TYPES: dict[str, Any] = get_type_hints(DataSource)
-SOURCE_DEFAULTS: dict[str, Any] = asdict(DataSource())
 
 
 @dataclass(frozen=True)

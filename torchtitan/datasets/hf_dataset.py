@@ -5,53 +5,84 @@ called. A ``[[training.source]]`` table of a settings file says the same without
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 from torchtitan.tools.errors import UserError
 
 
 @dataclass(frozen=True)
 class Source:
-    """The facts of a data set.
-
-    Attributes:
-        name: built-in name, or the user's label.
-        path: local folder or file, or hub id (``owner/name``).
-        format: what the files are: auto, parquet, arrow, audio, manifest, kaldi, lhotse, webdataset or codes.
-        subset: name of a folder (or beginning of names of files) that the files lie in.
-        split: likewise, for the split.
-        files: glob patterns of the files, relative to ``path``; none takes every file of the format.
-        exclude: names of folders, or beginnings of names of files, that rule a file out (held-out splits, subsets that
-            repeat other files).
-        audio: column or key with the recording (its bytes, a struct of ``bytes`` and ``path`` or of ``array`` and
-            ``sampling_rate``, or a path), or the extension of recordings in a tar.
-        text: column, key, extension, or name of the file in a Kaldi folder, with the transcription, which only tasks
-            with text need.
-        duration: column or key with the length of the recording: milliseconds if the name ends in ``_ms``, else
-            seconds. None takes ``duration``, ``duration_ms`` or ``audio_duration``, where one is there.
-        id: column or key with the name of a recording.
-        weight: share of the samples drawn from this source; either all sources of a mixture have one or none.
-        min_seconds, max_seconds: recordings that are shorter or longer are left out.
-        revision: branch, tag or commit on the hub.
-        hours: size, as the publisher states it.
-        licence: as the publisher states it.
-        download: how to get the data, where it cannot be read from the hub as it lies there.
-    """
+    """One data set of several. Only path is needed; what else is not said is found out."""
 
     name: str
+    """
+    A built-in data set, whose facts then hold unless the table says otherwise, or any other name, which is shown in
+    messages. By default the last part of path.
+    """
+
     path: str
-    format: str = "auto"
+    """Local folder or file, or hub name (owner/name). A built-in data set has its own place."""
+
+    format: Literal["auto", "parquet", "arrow", "audio", "manifest", "kaldi", "lhotse", "webdataset", "codes"] = "auto"
+    """
+    What the files are: tables in parquet or Arrow, audio files, manifests (.jsonl, .csv, .tsv; NeMo's too) that name
+    audio files, Kaldi folders (wav.scp, text, segments), lhotse's manifests (cuts, or recordings and supervisions, as
+    .jsonl or .jsonl.gz), tars as WebDataset writes them, or codes tokenized beforehand. "auto": whatever lies there.
+    """
+
     subset: str | None = None
+    """Only files of this subset: in a folder of that name, or with names that begin with it."""
+
     split: str | None = None
+    """
+    Only files of this split, likewise. By default those of split train if the names tell splits, else all files.
+    """
+
     files: tuple[str, ...] = ()
+    """
+    Only files that fit one of these patterns, relative to path: * is any part of a name, **/ any number of folders.
+    """
+
     exclude: tuple[str, ...] = ()
+    """Names of folders, or beginnings of names of files, to leave out."""
+
     audio: str = "audio"
+    """
+    Column or key with the recording: its bytes, a struct of bytes and path or of array and sampling_rate, or a path
+    relative to the table. In a tar: the extension of recordings.
+    """
+
     text: str = "text"
+    """
+    Column or key with the transcription, which only tasks with text need. In a Kaldi folder: the name of the file.
+    """
+
     duration: str | None = None
+    """
+    Column or key with the length of a recording, in milliseconds if the name ends in _ms, else in seconds. By default
+    duration, duration_ms or audio_duration.
+    """
+
     id: str = "id"
+    """Column or key with the name of a recording."""
+
     weight: float | None = None
+    """
+    Share of the draws that is of this data set, relative to the others' weights. A draw is a recording, of split codes
+    a piece. Either all tables have one or none; without, each recording comes once an epoch.
+    """
+
     min_seconds: float | None = None
+    """Leave out recordings that are shorter."""
+
     max_seconds: float | None = None
+    """Leave out recordings that are longer (training.max_seconds cuts them instead)."""
+
     revision: str | None = None
+    """Branch, tag or commit, where path is a hub name."""
+
+    # Facts that the publisher states, and how to get data that cannot be read from the hub as they lie there. They are
+    # no keys of a table.
     hours: float | None = None
     licence: str = ""
     download: str = ""

@@ -99,7 +99,7 @@ class _List(Reader):
                 recording = self._recording(path, entry.audio)
         except Exception as error:
             return Row(key, None, None, None, first_line(error))
-        return Row(key, recording, entry.text, entry.seconds, None, entry.part)
+        return Row(key, recording, entry.text, entry.seconds, None, entry.part, self.source)
 
     # Files that are read whole are kept
 
@@ -557,7 +557,7 @@ class AudioFiles(Reader):
             name = self.files[offset + number]
             try:
                 audio = self._contents(name) if name.startswith("hf://") else name
-                yield number, Row(name, audio, self._beside(name), None)
+                yield number, Row(name, audio, self._beside(name), None, source=self.source)
             except Exception as error:
                 yield number, Row(name, None, None, None, first_line(error))
 

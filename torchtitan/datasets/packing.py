@@ -1,7 +1,14 @@
-"""Which samples share a row: best fit, decreasing."""
+"""Which samples share a row: best fit, decreasing, within windows of the order."""
 
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
+from typing import Any, NamedTuple
+
+from torchtitan.datasets.order import Mixture, Permutation
+from torchtitan.datasets.samples import Counters, Sample
+from torchtitan.tools.errors import UserError
 
 
 def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -38,3 +45,111 @@ def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]
             having[left] = [row]
             insort(spaces, left)
     return [sorted(row) for row in rows]
+
+
+class PackedRow(NamedTuple):
+    """The samples of a row, the place after it and the counters by then."""
+
+    samples: list[Sample]
+    place: "Place"
+    counters: Counters
+
+
+@dataclass
+class Place:
+    """A place in the order, as checkpoints hold it; any number of ranks can go on from there.
+
+    Attributes:
+        draw: with which the current window begins.
+        row: how many of the window's rows are used.
+        counters: at the window's begin.
+        window: of a window that is begun, the draw ``after`` it and [draw, start, length] of its ``samples``. So its
+            rows stay the same even if a recording, unreadable for a while, is there again, or no longer is.
+    """
+
+    draw: int = 0
+    row: int = 0
+    counters: Counters = field(default_factory=Counters)
+    window: dict[str, Any] | None = None
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> "Place":
+        return cls(state["draw"], state["row"], Counters(**state["counters"]), state.get("window"))
+
+    def state(self) -> dict[str, Any]:
+        """What JSON can hold."""
+        state = {"draw": self.draw, "row": self.row, "counters": asdict(self.counters)}
+        return {**state, "window": self.window} if self.window else state
+
+
+class RowPacker:
+    """Samples to rows.
+
+    Args:
+        mixture: the order that the samples are drawn in.
+        seq_len: longest row, in ids.
+        window: samples among which rows are packed, and mixed: without packing so that the pieces of a long recording
+            do not follow each other. 1 takes samples as they are drawn.
+        packing: several samples share a row; else each has a row of its own.
+        seed: of the order of the rows of a window.
+        keeps_window: whether states tell the samples of a window that is begun.
+    """
+
+    def __init__(self, mixture: Mixture, seq_len: int, window: int, packing: bool, seed: int, keeps_window: bool):
+        self.mixture, self.seq_len, self.window, self.packing = mixture, seq_len, window, packing
+        self.seed, self.keeps_window = seed, keeps_window and window > 1
+
+    def rows(self, drawn: Iterable[tuple[int, list[Sample]]], place: Place, counters: Counters) -> Iterator[PackedRow]:
+        """Rows in the global order.
+
+        Args:
+            drawn: the samples of each draw from ``place.draw`` on.
+            place: where to go on.
+            counters: are kept up to date by whoever makes the samples.
+
+        Raises:
+            UserError: no recording of a whole epoch could be used.
+        """
+        window: list[Sample] = []
+        unused = 0
+        for draw, samples in drawn:
+            window += samples
+            unused = 0 if samples else unused + 1
+            if unused > self.mixture.two_epochs:
+                raise UserError(
+                    "no recording of a whole epoch could be used; the log names each one's reason."
+                    if counters.bad_rows
+                    else "no recording has a duration between min_seconds and max_seconds."
+                )
+            after = draw + 1
+            if place.window:
+                complete = after == place.window["after"]
+            else:
+                complete = len(window) >= self.window or (bool(window) and self.mixture.ends_epoch(after))
+            if complete:
+                end = Place(after, 0, replace(counters))
+                yield from islice(self._window_rows(window, place, end), place.row, None)
+                place, window = end, []
+        if window:
+            end = Place(len(self.mixture), 0, replace(counters))
+            yield from islice(self._window_rows(window, place, end), place.row, None)
+
+    def _window_rows(self, window: list[Sample], begin: Place, end: Place) -> Iterator[PackedRow]:
+        """The rows that the samples of one window become."""
+        found: Sequence[Sample | None] = window
+        facts = [[sample.draw, sample.start, sample.length] for sample in window]
+        if begin.window:
+            here = {(sample.draw, sample.start): sample for sample in window}
+            facts = begin.window["samples"]
+            # What is not as it was cannot stand in its place.
+            found = [s if (s := here.get((d, start))) and s.length == length else None for d, start, length in facts]
+        rows = [[i] for i in range(len(found))]
+        if self.packing:
+            rows = best_fit_decreasing([length for _, _, length in facts], self.seq_len)
+        if self.window > 1:
+            # Neither their order by length nor that of the pieces of a recording must become the order of training.
+            rows = [rows[i] for i in Permutation(len(rows), self.seed, "rows of a window", begin.draw).all()]
+        kept = {"after": end.draw, "samples": facts} if self.keeps_window else None
+        for number, row in enumerate(rows, start=1):
+            place = end if number == len(rows) else replace(begin, row=number, window=kept)
+            yield PackedRow([sample for i in row if (sample := found[i])], place, end.counters)

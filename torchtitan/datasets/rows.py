@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torchtitan.audio.recording import Part, Samples, audio_of
@@ -24,6 +24,7 @@ class Row:
         seconds: its length, if the data say it.
         error: why it could not be read at all.
         part: the part of the audio that it is; None is all of it.
+        source: the data set that it is of, whose limits on the duration hold for it.
     """
 
     key: str
@@ -32,6 +33,11 @@ class Row:
     seconds: float | None
     error: str | None = None
     part: Part | None = None
+    source: Source | None = field(default=None, compare=False, repr=False)
+
+    def is_admitted(self, seconds: float | None) -> bool:
+        """Whether the source's limits admit a recording of this length."""
+        return self.source is None or self.source.admits(seconds)
 
     @property
     def size(self) -> int:

@@ -5,24 +5,32 @@ A ``[[training.source]]`` table describes a data set, or changes one that hf_dat
 :mod:`torchtitan.datasets.readers` reads them.
 """
 
+import difflib
 import math
 import os
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 from urllib.parse import quote
 
 from torchtitan.config.job_config import Training, Validation
 from torchtitan.config.keys import said
-from torchtitan.config.values import read_sources
+from torchtitan.config.values import COMMAND_LINE, expected, typed
 from torchtitan.datasets.hf_dataset import ALIASES, SOURCES, Source, find_source
 from torchtitan.tools.errors import ConfigError, UserError, first_line
 from torchtitan.tools.hub import HUB_NAME
 from torchtitan.tools.logging import logger
 from torchtitan.tools.retries import may_pass, retried
 
+# The keys of a [[training.source]] table, with their types and defaults.
+SOURCE_TYPES: dict[str, Any] = {
+    name: kind for name, kind in get_type_hints(Source).items() if name not in ("hours", "licence", "download")
+} | {"name": str | None, "path": str | None}
+SOURCE_DEFAULTS: dict[str, Any] = {
+    f.name: None if f.default is MISSING else f.default for f in fields(Source) if f.name in SOURCE_TYPES
+}
 # What libsndfile reads.
 AUDIO_EXTENSIONS = frozenset("wav flac ogg oga opus mp3 aiff aif aifc au snd caf w64 rf64 sph nist voc wve".split())
 MANIFEST_EXTENSIONS = frozenset("jsonl json csv tsv".split())
@@ -63,6 +71,33 @@ def sources_from_config(part: Any, what: str = "training") -> list[Source]:
         return [_at(source, part.dataset_path) if part.dataset_path else _at_home(source)]
     tables = read_sources(f"{what}.source", part.source)
     return [_from_table(table, f"[[{what}.source]] {number}") for number, table in enumerate(tables, start=1)]
+
+
+def read_sources(key: str, tables: Any, origin: str = "") -> list[dict[str, Any]]:
+    """The tables of `key` ("training.source") with names and types checked; each has the keys that were given.
+
+    Raises `ConfigError`.
+    """
+    after = f" {origin}" if origin else ""
+    if origin == COMMAND_LINE:
+        raise ConfigError(f"{key}{after}: data sources cannot be given here; write [[{key}]] tables in a TOML file.")
+    if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
+        raise ConfigError(f"{key}{after}: each data set is a table of its own, which begins with [[{key}]].")
+    return [_read_source(f"[[{key}]] {number}{after}", table) for number, table in enumerate(tables, start=1)]
+
+
+def _read_source(where: str, table: dict[str, Any]) -> dict[str, Any]:
+    values = {}
+    for name, value in table.items():
+        if name not in SOURCE_TYPES:
+            close = difflib.get_close_matches(name, SOURCE_TYPES, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(SOURCE_TYPES)}."
+            raise ConfigError(f"{where}: a data source has no key {name}; {hint}")
+        try:
+            values[name] = typed(SOURCE_TYPES[name], value)
+        except ValueError:
+            raise ConfigError(f"{where}: {said(name, value)}: expected {expected(SOURCE_TYPES[name])}.") from None
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _from_table(table: dict[str, Any], where: str) -> Source:

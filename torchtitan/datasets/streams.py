@@ -26,24 +26,24 @@ class AudioStream:
     """Recordings; an item is one of them, whatever its length.
 
     Args:
-        parts: data sets with the sources that they were opened from.
+        parts: data sets, one after the other.
     """
 
-    def __init__(self, parts: Sequence[tuple[Source, AudioDataset]], seed: int, shuffle: bool = True):
+    def __init__(self, parts: Sequence[AudioDataset], seed: int, shuffle: bool = True):
         self.parts = list(parts)
-        self.order = BlockOrder(np.concatenate([data.block_sizes for _, data in parts]), seed, shuffle)
-        self._ends = np.cumsum([len(data) for _, data in parts]).tolist()
+        self.order = BlockOrder(np.concatenate([data.block_sizes for data in parts]), seed, shuffle)
+        self._ends = np.cumsum([len(data) for data in parts]).tolist()
 
-    def read(self, items: Sequence[int]) -> Iterator[tuple[int, Source, Row]]:
-        """The rows of ascending item numbers, each with its source."""
+    def read(self, items: Sequence[int]) -> Iterator[tuple[int, Row]]:
+        """The rows of ascending item numbers."""
         place = 0
-        for (source, data), end in zip(self.parts, self._ends, strict=True):
+        for data, end in zip(self.parts, self._ends, strict=True):
             start, first = end - len(data), place
             while place < len(items) and items[place] < end:
                 place += 1
             if place > first:
                 for number, row in data.read([int(item) - start for item in items[first:place]]):
-                    yield number + start, source, row
+                    yield number + start, row
 
 
 class CodeItem(NamedTuple):
@@ -55,15 +55,18 @@ class CodeItem(NamedTuple):
     stop: int
     whole: int
 
-    def codes(self, num_quantizers: int) -> np.ndarray:
-        """uint16 [stop - start, Q]."""
-        return self.shards.codes(self.number, self.start, self.stop, num_quantizers)
-
     @property
     def key(self) -> str:
-        """Its name, with the frames if they are not those from the start on."""
-        name = self.shards.key(self.number)
-        return f"{name}[{self.start}:{self.stop}]" if self.start else name
+        """The name of the recording."""
+        return self.shards.key(self.number)
+
+    @property
+    def num_frames(self) -> int:
+        return self.stop - self.start
+
+    def frames(self, start: int, stop: int, num_quantizers: int) -> np.ndarray:
+        """uint16 [stop - start, Q], counted from the item's own start."""
+        return self.shards.codes(self.number, self.start + start, self.start + stop, num_quantizers)
 
 
 class CodeStream:
@@ -228,10 +231,7 @@ def open_streams(
         max_frames: longer recordings in code shards are cut, or ``split``, to this.
     """
     sources = found.sources
-    audio = {
-        number: (sources[number], AudioDataset(sources[number], index, retries))
-        for number, index in found.indices.items()
-    }
+    audio = {number: AudioDataset(sources[number], index, retries) for number, index in found.indices.items()}
     codes = {number: (sources[number], shards) for number, shards in found.shards.items()}
     weights = [source.weight for source in sources if source.weight is not None]
     weighted = bool(weights) and shuffle

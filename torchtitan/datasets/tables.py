@@ -84,7 +84,7 @@ class Table(Reader):
             recording = self._recording(path, audio)
         except Exception as error:  # a file on the hub that the table names
             return Row(key, None, None, None, first_line(error))
-        return Row(key, recording, text_of(values.get(self.source.text)), self._seconds(values))
+        return Row(key, recording, text_of(values.get(self.source.text)), self._seconds(values), source=self.source)
 
 
 class Parquet(Table):

@@ -110,7 +110,13 @@ class Tar(Reader):
                 text = contents(extension).decode("utf-8", "replace").strip()
                 break
         name = values.get(self.source.id) or sample.key.rsplit("/", 1)[-1]
-        return Row(self._key(path, number, name), contents(sample.recording or ""), text, self._seconds(values))
+        return Row(
+            self._key(path, number, name),
+            contents(sample.recording or ""),
+            text,
+            self._seconds(values),
+            source=self.source,
+        )
 
 
 class _Sample:

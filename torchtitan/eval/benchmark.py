@@ -12,10 +12,12 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Generator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timedelta, timezone
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -27,8 +29,11 @@ import torchtitan
 from torchtitan.audio.codec import FRAME_SIZE, Codec
 from torchtitan.audio.recording import Samples
 from torchtitan.audio.token_stream import TokenStream
-from torchtitan.audio.waveform import SAMPLE_RATE, AudioError, load_beginning
+from torchtitan.audio.waveform import SAMPLE_RATE
 from torchtitan.checkpoint.speech_lm import SpeechLM, choose_device
+from torchtitan.datasets.decoding import Decoded, RecordingDecoder, decode_ahead, num_threads
+from torchtitan.datasets.encoding import AHEAD_SECONDS, encode_each
+from torchtitan.datasets.rows import Row
 from torchtitan.eval.data import Task, open_tasks
 from torchtitan.eval.metrics import SIDES, Rule, TaskResult, judge
 from torchtitan.eval.results import Clip, format_table, make_folder, results_folder, samples_table, write_results
@@ -290,8 +295,8 @@ def encode_pairs(
     """
     max_frames, max_samples = stream.max_frames(max_length), round(max_seconds * SAMPLE_RATE)
     clips: list[Clip] = []
-    # A clip with its waveform [n], the samples of the whole recording, and its key in the cache.
-    waiting: list[tuple[Clip, torch.Tensor, int, bytes | None]] = []
+    # Clips without codes, with their keys in the cache, by what messages call them.
+    unknown: dict[str, tuple[Clip, bytes | None]] = {}
 
     def finish(clip: Clip, codes: torch.Tensor, num_samples: int) -> None:
         """Cut the codes [Q, T] of a clip of so many samples at the context."""
@@ -302,47 +307,64 @@ def encode_pairs(
             clip.cut += clip.context_cut
         clip.codes = codes[:, :max_frames].to(torch.int16)
 
-    def encode_waiting() -> None:
-        encoded = _encode(codec, [(clip.pair, waveform[:max_samples]) for clip, waveform, _, _ in waiting])
-        for (clip, _, whole, key), codes in zip(waiting, encoded, strict=True):
-            finish(clip, codes, whole)
-            if cache is not None and key is not None:
-                cache.put(key, codes.T.reshape(-1).to(torch.int16).numpy(), whole)
-        on_progress(len(waiting))
-        waiting.clear()
+    def rows() -> Generator[Row | None]:
+        """The audio of each clip, None if it has none or its codes are known."""
+        for index, row in enumerate(task.pairs(None if chosen is None else max(chosen, default=-1) + 1)):
+            if chosen is not None and index not in chosen:
+                continue
+            item = row.get(benchmark.item_column)
+            plain = {
+                name: value
+                for name, value in row.items()
+                if name not in (*task.columns, benchmark.item_column) and isinstance(value, str | int | float)
+            }
+            for side, column in zip(SIDES, task.columns, strict=True):
+                clip = Clip(task.name, index, side, str(index if item is None else item), columns=plain)
+                clips.append(clip)
+                name = f"{task.name} pair {index}, {side} clip"
+                audio, key = task.audio(row, column), None
+                if cache is not None and (data := _bytes_of(audio)) is not None:
+                    key = digest(data, max_samples)
+                    if (known := cache.get(key)) is not None:
+                        finish(clip, torch.from_numpy(known[0].reshape(-1, stream.num_quantizers).T.copy()), known[1])
+                if audio is None:
+                    clip.error = f"{name}: the row holds no audio."
+                if clip.error or clip.codes is not None:
+                    yield None
+                else:
+                    unknown[name] = (clip, key)
+                    yield Row(name, str(audio) if isinstance(audio, Path) else audio, None, None)
 
-    for index, row in enumerate(task.pairs(None if chosen is None else max(chosen, default=-1) + 1)):
-        if chosen is not None and index not in chosen:
-            continue
-        item = row.get(benchmark.item_column)
-        plain = {
-            name: value
-            for name, value in row.items()
-            if name not in (*task.columns, benchmark.item_column) and isinstance(value, str | int | float)
-        }
-        for side, column in zip(SIDES, task.columns, strict=True):
-            clip = Clip(task.name, index, side, str(index if item is None else item), columns=plain)
-            clips.append(clip)
-            source, key = task.audio(row, column), None
-            if cache is not None and (data := _bytes_of(source)) is not None:
-                key = digest(data, max_samples)
-                if (known := cache.get(key)) is not None:
-                    finish(clip, torch.from_numpy(known[0].reshape(-1, stream.num_quantizers).T.copy()), known[1])
-                    on_progress(1)
-                    continue
-            name = f"{task.name} pair {index}, {side} clip"
-            try:
-                if source is None:
-                    raise AudioError(f"{name}: the row holds no audio.")
-                waveform, seconds = load_beginning(source, max_seconds, name, codec.resampler)
-                whole = waveform.numel() if waveform.numel() < max_samples else math.ceil(seconds * SAMPLE_RATE - 1e-6)
-                waiting.append((clip, waveform, whole, key))
-            except AudioError as error:
-                clip.error = str(error)
+    def encode(decoded: list[Decoded]) -> None:
+        found = encode_each(partial(_encode, codec), [(unknown[d.row.key][0].pair, d.waveform) for d in decoded])
+        for recording, codes in zip(decoded, found, strict=True):
+            clip, key = unknown.pop(recording.row.key)
+            if isinstance(codes, str):
+                clip.error = f"{recording.row.key}: {codes}"
+                continue
+            num_samples = math.ceil(recording.seconds * SAMPLE_RATE - 1e-6)
+            finish(clip, codes, num_samples)
+            if cache is not None and key is not None:
+                cache.put(key, codes.T.reshape(-1).to(torch.int16).numpy(), num_samples)
+        on_progress(len(decoded))
+
+    decoder = RecordingDecoder(max_seconds, resampler=codec.resampler, name=None)
+    ready: list[Decoded] = []
+    with (
+        ThreadPoolExecutor(num_threads(codec.device)) as pool,
+        closing(decode_ahead(rows(), decoder, pool, AHEAD_SECONDS[codec.device.type])) as recordings,
+    ):
+        for recording in recordings:
+            if recording is not None and recording.waveform is not None:
+                ready.append(recording)
+            else:
                 on_progress(1)
-        if len(waiting) >= _CLIPS_PER_ENCODE:
-            encode_waiting()
-    encode_waiting()
+                if recording is not None:
+                    unknown.pop(recording.row.key)[0].error = recording.reason
+            if len(ready) >= _CLIPS_PER_ENCODE:
+                encode(ready)
+                ready = []
+        encode(ready)
     return clips
 
 

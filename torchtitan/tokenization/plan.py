@@ -16,19 +16,12 @@ from torchtitan.audio.codec import FRAME_RATE, Codec
 from torchtitan.audio.waveform import SAMPLE_RATE
 from torchtitan.datasets.hf_dataset import ALIASES, SOURCES, Source
 from torchtitan.datasets.readers import AudioDataset, DatasetIndex, index_files
-from torchtitan.datasets.shards import (
-    FORMAT,
-    ShardError,
-    read_part,
-    shard_name,
-    write_atomically,
-)
+from torchtitan.datasets.shards import FORMAT, ShardError, read_part, shard_name, write_atomically
 from torchtitan.datasets.sources import find_files, sources_from_config
 from torchtitan.tools.errors import UserError
 
 PART_ROWS = 128
 SETTINGS_FILE = "tokenization.json"
-BAD_ROWS_FILE = "bad_rows.tsv"
 CONTINUE = "run the same command again to continue"
 
 

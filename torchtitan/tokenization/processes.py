@@ -2,7 +2,6 @@
 
 import ctypes
 import multiprocessing
-import os
 import signal
 import sys
 import threading
@@ -18,19 +17,15 @@ from typing import Any
 
 import torch
 
-from torchtitan.datasets.shards import (
-    ShardError,
-    WriteError,
-    read_part,
-)
-from torchtitan.tokenization.plan import BAD_ROWS_FILE, CONTINUE, Counts, Plan, write_text
+from torchtitan.datasets.bad_rows import BAD_ROWS_FILE, MIN_JUDGED, one_line, require_usable
+from torchtitan.datasets.decoding import num_threads
+from torchtitan.datasets.shards import ShardError, WriteError, read_part
+from torchtitan.tokenization.plan import CONTINUE, Counts, Plan, write_text
 from torchtitan.tokenization.worker import ShardTokenizer, relative
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.logging import quiet_transformers
 from torchtitan.tools.memory import tune_malloc
 
-# A data set of which too much fails is not the one that was meant; a few rows at the start prove nothing.
-BAD_SHARE_ROWS = 1000
 _LOG_SECONDS = 10.0
 _SEND_SECONDS = 0.2
 
@@ -56,7 +51,7 @@ class Progress:
         """Take note of rows that are done, or of a part that is written."""
         if kind == "part":
             self.written.add(counts)
-            check_share(self.plan, self.written, BAD_SHARE_ROWS)
+            check_share(self.plan, self.written, MIN_JUDGED)
             return
         self.shown.add(counts)
         if self._bar is not None:
@@ -94,18 +89,19 @@ def write_bad_rows(plan: Plan) -> None:
         for path in paths:
             with suppress(ShardError):  # merged by another process in between
                 lines += [(key, reason) for key, reason in read_part(path)[1]["failed"]]
-    text = "".join("\t".join(" ".join(part.split()) for part in line) + "\n" for line in sorted(lines))
+    text = "".join(f"{one_line(key)}\t{one_line(reason)}\n" for key, reason in sorted(lines))
     write_text(plan.output / BAD_ROWS_FILE, text)
 
 
 def check_share(plan: Plan, counts: Counts, at_least: int) -> None:
     """Raise UserError if more than the accepted share of the rows failed, once there are ``at_least`` rows."""
-    if counts.rows >= at_least and counts.failed > plan.max_bad_share * counts.rows:
-        write_bad_rows(plan)
-        raise UserError(
-            f"{plan.source.path}: {counts.failed:,} of the first {counts.rows:,} rows cannot be used, more than "
-            f"max_bad_share {plan.max_bad_share:g} accepts; {plan.output / BAD_ROWS_FILE} lists them."
-        )
+    if counts.rows >= at_least:
+        try:
+            file = plan.output / BAD_ROWS_FILE
+            require_usable(counts.failed, counts.rows, plan.max_bad_share, "max_bad_share", file)
+        except UserError:
+            write_bad_rows(plan)
+            raise
 
 
 def _work(plan: Plan, device: torch.device, threads: int, channel: Any) -> None:
@@ -226,7 +222,7 @@ def run_processes(plan: Plan, shards: Sequence[int], devices: Sequence[torch.dev
     try:
         for number, device in enumerate(devices[: jobs.largest]):
             ours, theirs = context.Pipe()
-            arguments = (plan, device, decoding_threads(device, len(devices)), theirs)
+            arguments = (plan, device, num_threads(device, len(devices)), theirs)
             process = context.Process(target=_work, args=arguments, name=f"tokenizer {number}", daemon=True)
             process.start()
             theirs.close()  # or else the end of the process would not end the channel
@@ -296,12 +292,3 @@ def _end(workers: list[_Worker]) -> None:
             worker.process.kill()
             worker.process.join()
         worker.channel.close()
-
-
-def decoding_threads(device: torch.device, num_processes: int) -> int:
-    """Threads of one process: a codec on a CPU takes most of its core, one on a GPU leaves the cores to them."""
-    return 1 if device.type == "cpu" else max(1, min(8, num_cores() // max(1, num_processes)))
-
-
-def num_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

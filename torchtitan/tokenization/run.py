@@ -5,11 +5,10 @@ import sys
 
 import torch
 
-from torchtitan.datasets.shards import (
-    WriteError,
-)
+from torchtitan.datasets.bad_rows import BAD_ROWS_FILE
+from torchtitan.datasets.decoding import num_cores, num_threads
+from torchtitan.datasets.shards import WriteError
 from torchtitan.tokenization.plan import (
-    BAD_ROWS_FILE,
     CONTINUE,
     Options,
     Plan,
@@ -21,8 +20,6 @@ from torchtitan.tokenization.plan import (
 from torchtitan.tokenization.processes import (
     Progress,
     check_share,
-    decoding_threads,
-    num_cores,
     run_processes,
     settle,
     terminable,
@@ -117,7 +114,7 @@ def tokenize(options: Options) -> str:
         with terminable():
             if len(devices) == 1:
                 settle(devices[0])
-                threads = decoding_threads(devices[0], world_size if ranked else 1)
+                threads = num_threads(devices[0], world_size if ranked else 1)
                 worker = ShardTokenizer(plan, devices[0], threads, progress.report)
                 for shard in missing:
                     worker.make_parts(shard, range(plan.num_parts(shard)))
