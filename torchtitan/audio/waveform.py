@@ -48,8 +48,10 @@ _UNKNOWN = 1 << 60
 _BLOCK_SAMPLES = 1 << 20
 _SKIP_SAMPLES = 1 << 20
 
-# torchaudio builds one filter per output phase: rates with a small common divisor (44,101 Hz) need gigabytes.
-_MAX_KERNEL_ELEMENTS = 1 << 24
+# torchaudio's filter has a row for each of 24,000 / g output phases, where g is the rate's greatest common divisor with
+# 24,000. This many coefficients take 128 MiB, and 0.6 GB while they are computed. Rates in use need up to 0.4 million
+# (65,536 Hz) and those of old hardware up to 30 million (11,127 Hz); 44,101 Hz would need a billion.
+_MAX_COEFFICIENTS = 1 << 25
 _LOWPASS_FILTER_WIDTH = 6
 _ROLLOFF = 0.99
 
@@ -77,8 +79,8 @@ def load_audio(
         float32 tensor [n], n >= 1.
 
     Raises:
-        AudioError: the audio is missing, unreadable, truncated, empty, not finite, not normalised or at a rate
-            below 2 kHz.
+        AudioError: the audio is missing, unreadable, truncated, empty, not finite, not normalised, or at a rate
+            that is below 2 kHz or that :func:`resample` refuses.
     """
     return load_beginning(source, max_seconds, name, resampler)[0]
 
@@ -101,7 +103,10 @@ def load_beginning(
     """
     name = name or (str(source) if isinstance(source, str | Path) else "audio")
     samples, rate, num_samples = _read(source, max_seconds, name, part or Part())
-    waveform = resample(samples, rate, resampler)
+    try:
+        waveform = resample(samples, rate, resampler)
+    except AudioError as error:
+        raise AudioError(f"{name}: {error}") from None
     if max_seconds is not None:
         waveform = waveform[: round(max_seconds * SAMPLE_RATE)]
     return waveform, num_samples / rate
@@ -288,8 +293,10 @@ def require_resampler(name: str) -> None:
 def resample(waveform: torch.Tensor, rate: int, resampler: str = "torchaudio") -> torch.Tensor:
     """Resample a waveform [n] from ``rate`` Hz to 24 kHz: float32 [ceil(n * 24000 / rate)].
 
-    Each equals the call that :data:`RESAMPLERS` names; ``ffmpeg`` may give a sample less. With ``torchaudio``, pairs of
-    rates whose filter bank would not fit into memory are computed tap by tap instead, from the same filter.
+    Each equals the call that :data:`RESAMPLERS` names; ``ffmpeg`` may give a sample less.
+
+    Raises:
+        AudioError: torchaudio's filter would not fit into memory, as for 44,101 Hz.
     """
     if rate == SAMPLE_RATE:
         return waveform
@@ -302,9 +309,12 @@ def resample(waveform: torch.Tensor, rate: int, resampler: str = "torchaudio") -
     divisor = math.gcd(rate, SAMPLE_RATE)
     reduced_rate, reduced_target = rate // divisor, SAMPLE_RATE // divisor
     width = math.ceil(_LOWPASS_FILTER_WIDTH * reduced_rate / (min(reduced_rate, reduced_target) * _ROLLOFF))
-    if reduced_target * (reduced_rate + 2 * width) <= _MAX_KERNEL_ELEMENTS:
-        return torchaudio.functional.resample(waveform, rate, SAMPLE_RATE)
-    return _resample_by_taps(waveform, reduced_rate, reduced_target)
+    if reduced_target * (reduced_rate + 2 * width) > _MAX_COEFFICIENTS:
+        raise AudioError(
+            f"a sample rate of {rate} Hz needs a resampling filter that does not fit into memory; convert the file to "
+            f"a common rate, such as {SAMPLE_RATE} Hz, with another tool."
+        )
+    return torchaudio.functional.resample(waveform, rate, SAMPLE_RATE)
 
 
 def _resample_by_soxr(waveform: torch.Tensor, rate: int) -> torch.Tensor:
@@ -327,27 +337,3 @@ def _resample_by_ffmpeg(waveform: torch.Tensor, rate: int) -> torch.Tensor:
     if resampled.numel() == 0:  # fewer samples than its filter is long
         return torch.zeros(math.ceil(waveform.numel() * SAMPLE_RATE / rate))
     return resampled
-
-
-def _resample_by_taps(waveform: torch.Tensor, rate: int, target: int, block: int = 1 << 18) -> torch.Tensor:
-    """Hann-windowed sinc interpolation (torchaudio's default filter), one output sample at a time.
-
-    Memory is bounded by ``block`` output samples; ``rate`` and ``target`` are in any common unit.
-    """
-    cutoff = min(rate, target) * _ROLLOFF
-    reach = math.ceil(_LOWPASS_FILTER_WIDTH * rate / cutoff)
-    length = math.ceil(waveform.numel() * target / rate)
-    padded = torch.nn.functional.pad(waveform, (reach + 1, reach + 1))
-    offsets = torch.arange(-reach, reach + 2)
-    blocks = []
-    for start in range(0, length, block):
-        numerator = torch.arange(start, min(start + block, length)) * rate  # output time in units of 1 / target
-        nearest = torch.div(numerator, target, rounding_mode="floor")  # input sample just before it
-        taps = nearest[:, None] + offsets
-        distance = (taps * target - numerator[:, None]).double() / (rate * target)  # seconds
-        t = (distance * cutoff).clamp(-_LOWPASS_FILTER_WIDTH, _LOWPASS_FILTER_WIDTH)
-        window = torch.cos(t * math.pi / _LOWPASS_FILTER_WIDTH / 2) ** 2
-        kernel = torch.sinc(t) * window * (cutoff / rate)
-        values = padded[(taps + reach + 1).clamp(0, padded.numel() - 1)]
-        blocks.append((values * kernel.to(values.dtype)).sum(dim=1))
-    return torch.cat(blocks)
