@@ -30,7 +30,7 @@ import tyro
 from tqdm import tqdm
 
 from torchtitan.audio.codec import FRAME_RATE, FRAME_SIZE
-from torchtitan.audio.waveform import SAMPLE_RATE, load_audio, open_audio
+from torchtitan.audio.waveform import SAMPLE_RATE, load_audio, open_audio, pcm16
 from torchtitan.checkpoint.speech_lm import SpeechLM, choose_device
 from torchtitan.generation import (
     BATCH_ROWS,
@@ -316,12 +316,12 @@ def stream_to_stdout(engine: Engine, job: Job) -> None:
     samples, first = 0, 0.0
     try:
         for waveform in stream_speech(engine, job.request):
-            sys.stdout.buffer.write((waveform.clamp(-1.0, 1.0) * 32767).round().short().numpy().astype("<i2").tobytes())
+            sys.stdout.buffer.write(pcm16(waveform))
             sys.stdout.buffer.flush()
             samples += waveform.numel()
             if not first and samples > job.request.prompt.shape[1] * FRAME_SIZE:
                 first = time.perf_counter() - start
-    except BrokenPipeError:  # whoever listened has heard enough
+    except BrokenPipeError:  # the listener has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     elapsed = time.perf_counter() - start
     seconds = samples / SAMPLE_RATE - job.request.prompt.shape[1] / FRAME_RATE

@@ -18,10 +18,10 @@ import pytest
 import torch
 
 from torchtitan.audio.codec import FRAME_SIZE
-from torchtitan.audio.waveform import load_audio
+from torchtitan.audio.waveform import load_audio, pcm16
 from torchtitan.checkpoint.speech_lm import SpeechLM
 from torchtitan.demo import server as demo_server
-from torchtitan.demo.server import DemoServer, pcm16
+from torchtitan.demo.server import DemoServer
 from torchtitan.generation import Sampling, continue_codes
 from torchtitan.tools.errors import UserError, run_command
 

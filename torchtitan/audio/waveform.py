@@ -1,9 +1,9 @@
 """Audio files in, 24 kHz mono waveforms out.
 
-The one place where audio is read, cut, mixed and resampled: training, inference and the evaluations call
-:func:`load_audio`, so the same file gives the same samples everywhere. Decoding is libsndfile's (wav, flac, ogg, opus,
-mp3, aiff, ...), from a path, from bytes or from an open file. Resampling is by one of :data:`RESAMPLERS`, whose name is
-stored with everything that is derived from its output, since it decides some of the codes:
+This is the one place where audio is read, cut, mixed and resampled. Training, inference and the evaluations call
+:func:`load_audio`, so the same file gives the same samples everywhere. libsndfile decodes (wav, flac, ogg, opus, mp3,
+aiff, ...) from a path, from bytes or from an open file. One of :data:`RESAMPLERS` resamples. Its name is stored with
+everything that is derived from its output, since it decides some of the codes:
 
 ``torchaudio``  ``torchaudio.functional.resample`` with its defaults.
 ``soxr_hq``     the SoX resampler at quality HQ, as the ``datasets`` library before version 4 called it through librosa.
@@ -31,18 +31,18 @@ FRAME_SIZE = 1920
 FRAME_RATE = SAMPLE_RATE / FRAME_SIZE
 RESAMPLERS = ("torchaudio", "soxr_hq", "ffmpeg")
 
-# Below this rate no speech is left in a recording; a header that claims less is broken.
+# A recording at a lower rate holds no speech; a header that states one is broken.
 MIN_RATE = 2_000
-# Full scale is 1.0. Loud float recordings overshoot a little; a file that reaches further was never normalised
-# (integer values stored as floats, say), and the codec would see something it was never trained on.
+# Full scale is 1.0. Loud float recordings overshoot a little. A file beyond this was never normalised, for example one
+# with integers stored as floats, and the codec was never trained on such values.
 MAX_PEAK = 16.0
 
-# Read beyond a limit, so that no resampler's filter looks past what was read:
-# the longest, that of soxr_hq, reaches about 100 samples.
+# Audio that is read beyond a limit, so that no resampler's filter reaches past its end. The longest filter, that of
+# soxr_hq, reaches about 100 samples.
 _LOOK_AHEAD_SECONDS = 0.1
-# Seconds by which a part may end after its recording, as times that were rounded do.
+# Seconds by which a part may end after its recording, since times may be rounded.
 MAX_OVERSHOOT = 0.1
-# A stream of unknown length states at least so many samples.
+# The header of a file of unknown length states at least so many samples.
 _UNKNOWN = 1 << 60
 # Samples that are read at a time, and dropped at a time where libsndfile cannot seek.
 _BLOCK_SAMPLES = 1 << 20
@@ -163,7 +163,7 @@ def _read(source: AudioSource, max_seconds: float | None, name: str, part: Part)
         raise AudioError(
             f"{name}: samples reach {peak:.4g} where full scale is 1.0; normalise the file to the range -1 to 1."
         )
-    # A stream of unknown length states a huge number; then what was read is all that is known.
+    # The header of a file of unknown length states a huge number; its length is what was read.
     return waveform, rate, declared if 0 <= wanted < declared < _UNKNOWN else found
 
 
@@ -207,7 +207,7 @@ def _span(part: Part, max_seconds: float | None, rate: Any, frames: int, name: s
 def _go_to(file: Any, samples: int) -> None:
     """Go to a place in a file that is open at its start.
 
-    A start at 0 is sought, too: an MP3 gives other last bits then, the same as in all that slices it so.
+    It seeks to 0 as well: libsndfile then decodes an MP3 with other last bits, the same as those of any other part.
     """
     if file.seekable():
         file.seek(samples)
@@ -217,7 +217,7 @@ def _go_to(file: Any, samples: int) -> None:
 
 
 class _Decoded:
-    """Decoded audio, with what is used here of soundfile.SoundFile's interface."""
+    """Decoded audio with the part of soundfile.SoundFile's interface that is used here."""
 
     format = ""
 
@@ -263,6 +263,17 @@ def open_audio(source: AudioSource) -> Iterator[Any]:
     else:
         with soundfile.SoundFile(data) as file:
             yield file
+
+
+def pcm16(waveform: torch.Tensor) -> bytes:
+    """A float waveform [n] in 16 bits, little-endian, clipped to full scale.
+
+    Raises:
+        UserError: samples that are not finite.
+    """
+    if not torch.isfinite(waveform).all():
+        raise UserError("the codec gave samples that are not finite numbers.")
+    return (waveform.clamp(-1.0, 1.0) * 32767).round().to(torch.int16).numpy().astype("<i2").tobytes()
 
 
 def recorded_resampler(record: str | None) -> str:

@@ -41,7 +41,7 @@ from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from torchtitan.audio.codec import FRAME_RATE, FRAME_SIZE
-from torchtitan.audio.waveform import SAMPLE_RATE, load_beginning
+from torchtitan.audio.waveform import SAMPLE_RATE, load_beginning, pcm16
 from torchtitan.checkpoint.speech_lm import SpeechLM
 from torchtitan.generation import (
     Engine,
@@ -354,17 +354,6 @@ def parse_settings(query: str, server: DemoServer) -> tuple[Sampling, int, int, 
             f"together), not {seconds:g}."
         )
     return sampling, sample, math.floor(seconds * FRAME_RATE + 1e-6), name
-
-
-def pcm16(waveform: torch.Tensor) -> bytes:
-    """A float waveform [n] in 16 bits, little-endian, clipped to full scale.
-
-    Raises:
-        UserError: samples that are not finite.
-    """
-    if not torch.isfinite(waveform).all():
-        raise UserError("the codec gave samples that are not finite numbers.")
-    return (waveform.clamp(-1.0, 1.0) * 32767).round().to(torch.int16).numpy().astype("<i2").tobytes()
 
 
 def record(kind: bytes, value: bytes | dict[str, Any]) -> bytes:
