@@ -14,6 +14,7 @@ Prompts are read and encoded one at a time; continuations share the engine's bat
 at once. The cost of a request is bounded: bytes and seconds of its prompt, seconds in all, time to send and to read.
 """
 
+import asyncio
 import contextlib
 import json
 import math
@@ -66,8 +67,8 @@ STALL_SECONDS = 20
 UPLOAD_SECONDS = 60
 # The server reads a refused upload for so long: closing a connection with unread bytes may take the answer with it.
 DRAIN_SECONDS = 2
-# Time for the last records when the server is stopped.
-STOP_SECONDS = 3
+# Time that clients have to end their requests when the server is stopped.
+STOP_SECONDS = 10
 
 # Headers of every answer. The page needs nothing from another address, and no other page may frame it.
 HEADERS = {
@@ -157,7 +158,6 @@ class DemoServer(uvicorn.Server):
                 proxy_headers=False,
                 headers=list(HEADERS.items()),
                 timeout_keep_alive=STALL_SECONDS,
-                timeout_graceful_shutdown=STOP_SECONDS,
             )
         )
 
@@ -179,7 +179,12 @@ class DemoServer(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """End the continuations, so that their clients hear of it, and then the connections."""
         await run_sync(self.service.close)
+        asyncio.get_running_loop().call_later(STOP_SECONDS, self._abort)
         await super().shutdown(sockets)
+
+    def _abort(self) -> None:
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
 
     @contextlib.contextmanager
     def place(self) -> Iterator[None]:
