@@ -30,7 +30,7 @@ import tyro
 from tqdm import tqdm
 
 from torchtitan.audio.codec import FRAME_RATE, FRAME_SIZE
-from torchtitan.audio.waveform import SAMPLE_RATE, load_audio, open_audio
+from torchtitan.audio.waveform import SAMPLE_RATE, load_audio, open_audio, pcm16
 from torchtitan.checkpoint.speech_lm import SpeechLM, choose_device
 from torchtitan.generation import (
     BATCH_ROWS,
@@ -49,7 +49,7 @@ from torchtitan.tools.errors import UserError, run_command
 
 DEFAULT_PROMPT = str(Path(__file__).resolve().parent / "assets" / "prompt.flac")
 
-# What a folder of prompts is searched for: the endings of formats that libsndfile reads.
+# File endings of prompts in a folder: formats that libsndfile reads.
 AUDIO_ENDINGS = {".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".au", ".caf", ".w64"}
 
 DOWNLOAD_MAX_BYTES = 50_000_000
@@ -144,8 +144,8 @@ def run(options: Options) -> list[Path]:
     """Do what the command line asks, print a short report, and return the files written.
 
     Raises:
-        UserError: anything the user can put right; whatever can be checked before the model is loaded, is. A prompt
-            of several that cannot be used does not keep the others from being continued.
+        UserError: a mistake of the user, found before the model is loaded where possible. If one of several prompts
+            cannot be used, the others are continued first.
     """
     sampling = Sampling(
         temperature=options.temperature,
@@ -238,7 +238,7 @@ def run(options: Options) -> list[Path]:
 
 
 def continue_all(engine: Engine, jobs: Iterator[Job], spectrogram: bool) -> dict[str, Any]:
-    """Continue, decode and write every job, and print what came out; returns the figures."""
+    """Continue, decode and write every job, print a report and return the figures."""
     outputs: list[tuple[int, dict[str, Any]]] = []
     running: list[Job] = []
     announced: list[str] = []
@@ -275,7 +275,7 @@ def continue_all(engine: Engine, jobs: Iterator[Job], spectrogram: bool) -> dict
 
 
 def finish(engine: Engine, job: Job, spectrogram: bool) -> dict[str, Any]:
-    """Decode and write what a job has got; its figures.
+    """Decode and write a job's result; returns its figures.
 
     Raises:
         UserError: the model gave something that is not finite, or the file cannot be written.
@@ -316,12 +316,12 @@ def stream_to_stdout(engine: Engine, job: Job) -> None:
     samples, first = 0, 0.0
     try:
         for waveform in stream_speech(engine, job.request):
-            sys.stdout.buffer.write((waveform.clamp(-1.0, 1.0) * 32767).round().short().numpy().astype("<i2").tobytes())
+            sys.stdout.buffer.write(pcm16(waveform))
             sys.stdout.buffer.flush()
             samples += waveform.numel()
             if not first and samples > job.request.prompt.shape[1] * FRAME_SIZE:
                 first = time.perf_counter() - start
-    except BrokenPipeError:  # whoever listened has heard enough
+    except BrokenPipeError:  # the listener has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     elapsed = time.perf_counter() - start
     seconds = samples / SAMPLE_RATE - job.request.prompt.shape[1] / FRAME_RATE
@@ -481,7 +481,7 @@ def can_write(ending: str) -> bool:
 
 
 def identity(path: str | Path) -> tuple[int, int]:
-    """What tells one file from another, whatever it is called."""
+    """Device and inode of a file, which identify it under any name."""
     stat = os.stat(path)
     return stat.st_dev, stat.st_ino
 

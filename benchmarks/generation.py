@@ -124,9 +124,9 @@ def bytes_of_step(engine: Engine, rows: int, positions: float) -> float:
         tensors += [module.weight for module in part.modules() if type(module).__name__ == "Packed"]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
-    decoder = engine.decoder
-    keys = decoder.keys[:, 0, :, 0].numel() * decoder.keys.element_size()
-    return size(decoder.layers) + size(engine.heads[1]) + 2 * keys * positions * rows
+    llama = engine.llama
+    keys = llama.keys[:, 0, :, 0].numel() * llama.keys.element_size()
+    return size(llama.layers) + size(engine.heads[1]) + 2 * keys * positions * rows
 
 
 @torch.inference_mode()

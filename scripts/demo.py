@@ -1,4 +1,5 @@
-"""A page for continuations of spoken prompts: ``uv run python scripts/demo.py``, then open the address that it prints.
+"""A page for continuations of spoken prompts: ``uv run --extra demo python scripts/demo.py``, then open the
+address that it prints.
 
 A prompt is uploaded, recorded or the example's; its continuations are heard while the model makes them, and shown as
 waveform and spectrogram. Nothing is needed from the network, and nothing that is sent is kept.
@@ -13,7 +14,6 @@ from typing import Literal
 import tyro
 
 from torchtitan.checkpoint.speech_lm import SpeechLM, choose_device
-from torchtitan.demo.server import DemoServer
 from torchtitan.tools.errors import UserError, run_command
 from torchtitan.tools.logging import init_logger
 
@@ -47,8 +47,12 @@ def run(options: Options) -> None:
     """Load the model and serve until interrupted.
 
     Raises:
-        UserError: there is no model, or the address cannot be listened on.
+        UserError: a package or the model is missing, or the address cannot be listened on.
     """
+    try:
+        from torchtitan.demo.server import DemoServer
+    except ModuleNotFoundError as error:
+        raise UserError(f"the package {error.name} is missing; install it with `uv sync --extra demo`.") from None
     model_name, device = find_model(options.model_name), choose_device(options.device)
     init_logger()
     signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -2,8 +2,8 @@
 
     python scripts/serve_client.py --server http://127.0.0.1:8000 --model_name MODEL --prompt speech.wav
 
-The codec and the token stream are at this end: the prompt is encoded here, the server sees ids and nothing else, and
-the frames are decoded here as they arrive. Of the model's folder only the configuration and the tokenizer are read.
+The client has the codec and the token stream. It encodes the prompt, exchanges only ids with the server, and decodes
+the frames as they arrive. It reads only the configuration and the tokenizer of the model's folder.
 """
 
 import http.client
@@ -148,7 +148,7 @@ def send(server: str, request: dict[str, Any]) -> Iterator[int]:
         body = urllib.request.Request(address, json.dumps(request).encode(), {"Content-Type": "application/json"})
         with urllib.request.urlopen(body, timeout=STALL_SECONDS) as response:
             for line in response:
-                # Events of one line, "data: {...}", with empty lines between them; the last is "data: [DONE]".
+                # Each event is one line, "data: {...}", with empty lines between events; the last is "data: [DONE]".
                 data = line.decode().strip().removeprefix("data:").strip()
                 if data == "[DONE]":
                     return

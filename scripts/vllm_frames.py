@@ -1,14 +1,15 @@
-"""Whole frames from vLLM: a logits processor under which only the units whose turn it is can be drawn.
+"""Whole frames from vLLM: a logits processor that allows only units of the current quantizer.
 
     PYTHONPATH=scripts vllm serve MODEL --logits-processors vllm_frames:FrameProcessor
 
-A prompt is BOS, text or none, ``<audio>``, and units. After it, quantizer q's 2,048 units alone can come, q being the
-number of units since ``<audio>`` modulo Q, and at a frame's start ``</audio>`` too; after ``</audio>`` only itself, for
-a request that does not stop there. Any other prompt, as one for transcription, is left alone.
+A prompt is BOS, text or none, ``<audio>``, and units. The processor then allows only the 2,048 units of quantizer q,
+where q is the number of units since ``<audio>`` modulo Q, and ``</audio>`` at a frame's start. After ``</audio>`` it
+allows only ``</audio>``, for a request that does not stop there. It leaves other prompts alone, such as those for
+transcription.
 
-This file stands alone: the server's environment needs vLLM, not this project. The layout of the ids is read from the
-served checkpoint's tokenizer, and all of it is checked, when the server starts. How many ids a request has decides
-what may come next, never which, so a step costs the same at any length.
+This file stands alone: the server's environment needs vLLM, not this project. When the server starts, the processor
+reads the layout of the ids from the served checkpoint's tokenizer and checks all of it. The number of a request's ids
+decides what may come next, not their values, so a step costs the same at any length.
 """
 
 import math
@@ -84,7 +85,7 @@ class FrameConstraint:
         self.rows.pop(row, None)
 
     def move(self, source: int, target: int, swap: bool) -> None:
-        """Move a row to where another may be, which goes to ``source`` with ``swap`` and away without."""
+        """Move a row in place of another, which takes the place ``source`` with ``swap`` and is dropped without."""
         moved, replaced = self.rows.pop(source, None), self.rows.pop(target, None)
         if moved is not None:
             self.rows[target] = moved
@@ -92,7 +93,7 @@ class FrameConstraint:
             self.rows[source] = replaced
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
-        """Set what may not come to minus infinity in logits [B, V], in place."""
+        """Set logits [B, V] of ids that are not allowed to minus infinity, in place."""
         if not self.rows:
             return logits
         end_id, num_quantizers = self.layout.audio_end_id, self.layout.num_quantizers

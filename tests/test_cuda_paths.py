@@ -465,7 +465,7 @@ def test_frames_are_drawn_without_a_value(make_engine, kind, constrained):
             found[name] = watch.ops
             assert_is(engine._output, torch.int64, 4, FRAME)
             assert_is(engine._hidden, dtype, 4, DIM)
-            assert_is(engine.decoder.keys, dtype, LAYERS, 4, KV_HEADS, 512, HEAD_DIM)
+            assert_is(engine.llama.keys, dtype, LAYERS, 4, KV_HEADS, 512, HEAD_DIM)
     for name, ops in found.items():
         limited = name in ("top_k", "top_p", "mixed")
         assert ops["aten.topk"] == (QUANTIZERS if limited else 0)
@@ -482,7 +482,7 @@ def test_prompts_are_read_with_wider_products(make_engine):
         engine = make_engine("int8")
         for length, products in ((64, LAYERS * 4), (65, 0)):
             before = watch.ops["torchtitan.int8_linear"]
-            assert_is(engine.decoder.prefill(1, make_ids(1, length)[0]), torch.bfloat16, DIM)
+            assert_is(engine.llama.prefill(1, make_ids(1, length)[0]), torch.bfloat16, DIM)
             assert watch.ops["torchtitan.int8_linear"] - before == products
 
 
@@ -632,7 +632,7 @@ def test_clips_are_encoded_in_batches_that_fit(monkeypatch, make_codec):
     with gpu() as watch:
         codec, sizes = make_codec(), []
         latents = codec._latents
-        monkeypatch.setattr(codec, "_own_stream", nullcontext)
+        monkeypatch.setattr(codec, "_own_cuda_stream", nullcontext)
         monkeypatch.setattr(codec, "_latents", lambda x, *more: sizes.append(len(x)) or latents(x, *more))
         codes = codec.encode([torch.zeros(length) for length in lengths])
         assert [tuple(each.shape) for each in codes] == [(4, -(-length // FRAME_SIZE)) for length in lengths]

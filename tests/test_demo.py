@@ -18,9 +18,10 @@ import pytest
 import torch
 
 from torchtitan.audio.codec import FRAME_SIZE
-from torchtitan.audio.waveform import load_audio
+from torchtitan.audio.waveform import load_audio, pcm16
 from torchtitan.checkpoint.speech_lm import SpeechLM
-from torchtitan.demo.server import DemoServer, pcm16
+from torchtitan.demo import server as demo_server
+from torchtitan.demo.server import DemoServer
 from torchtitan.generation import Sampling, continue_codes
 from torchtitan.tools.errors import UserError, run_command
 
@@ -37,10 +38,10 @@ def lm(tmp_path_factory, mimi_folder, save_speech_model) -> SpeechLM:
 @contextlib.contextmanager
 def running(lm: SpeechLM, **options: Any) -> Iterator[DemoServer]:
     with DemoServer(lm, **options) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
         yield server
-        server.shutdown()
+        server.should_exit = True
         thread.join()
 
 
@@ -60,7 +61,7 @@ def sound(make_sound) -> bytes:
 
 def ask(server: DemoServer, method: str, path: str, body: bytes | None = None, headers: dict | None = None):
     """Status, headers and content of an answer."""
-    connection = http.client.HTTPConnection(*server.server_address[:2], timeout=30)
+    connection = http.client.HTTPConnection(*server.server_address, timeout=30)
     try:
         connection.request(method, path, body, headers or {})
         response = connection.getresponse()
@@ -71,9 +72,8 @@ def ask(server: DemoServer, method: str, path: str, body: bytes | None = None, h
 
 def send_raw(server: DemoServer, request: bytes) -> bytes:
     """All that comes back for bytes that may be no proper request."""
-    with socket.create_connection(server.server_address[:2], timeout=30) as connection:
+    with socket.create_connection(server.server_address, timeout=30) as connection:
         connection.sendall(request)
-        connection.shutdown(socket.SHUT_WR)
         return b"".join(iter(lambda: connection.recv(1 << 16), b""))
 
 
@@ -171,7 +171,7 @@ def test_two_at_once_are_as_each_alone(server, make_sound):
 
 def test_speech_is_sent_before_it_ends(lm, sound):
     with running(lm, max_seconds=400.0) as server:
-        connection = http.client.HTTPConnection(*server.server_address[:2], timeout=30)
+        connection = http.client.HTTPConnection(*server.server_address, timeout=30)
         connection.request("POST", "/continue?temperature=2", sound)
         response = connection.getresponse()
         kinds = []
@@ -196,7 +196,7 @@ def test_old_clients_get_a_stream_without_chunks(server, sound):
 
 def test_a_client_that_goes_away_makes_room(lm, sound):
     with running(lm, max_seconds=400.0, max_requests=1) as server:
-        connection = http.client.HTTPConnection(*server.server_address[:2], timeout=30)
+        connection = http.client.HTTPConnection(*server.server_address, timeout=30)
         connection.request("POST", "/continue?temperature=2", sound)
         response = connection.getresponse()
         assert response.read(5)
@@ -205,6 +205,42 @@ def test_a_client_that_goes_away_makes_room(lm, sound):
         connection.close()
         wait_for(lambda: server.service.engine.idle)
         wait_for(lambda: ask(server, "POST", "/continue?max_seconds=2", sound)[0] == 200)
+
+
+def test_an_upload_that_breaks_off_makes_room(lm):
+    with running(lm, max_requests=1) as server:
+        with socket.create_connection(server.server_address, timeout=30) as connection:
+            connection.sendall(b"POST /continue HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\nabcde")
+            wait_for(lambda: ask(server, "POST", "/continue?max_seconds=1")[0] == 503)
+        wait_for(lambda: ask(server, "POST", "/continue?max_seconds=1")[0] == 200)
+
+
+def test_clients_that_stall_are_closed(lm, sound, monkeypatch):
+    monkeypatch.setattr(demo_server, "STALL_SECONDS", 0.5)
+    with running(lm, max_seconds=400.0) as server:
+        # Nothing, a part of a request's head, and a part of one after a whole request.
+        for sent in (b"", b"GET / HT", b"GET /info HTTP/1.1\r\nHost: x\r\n\r\nGET / HT"):
+            assert (b" 200 OK" in send_raw(server, sent)) == (b"info" in sent)
+        # A client that takes nothing of what is sent.
+        server.listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        with socket.socket() as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            connection.connect(server.server_address)
+            head = f"POST /continue?temperature=2 HTTP/1.1\r\nHost: x\r\nContent-Length: {len(sound)}\r\n\r\n"
+            connection.sendall(head.encode() + sound)
+            wait_for(lambda: not server.service.engine.idle)
+            wait_for(lambda: server.service.engine.idle)
+
+
+def test_connections_are_bounded(lm, monkeypatch):
+    monkeypatch.setattr(demo_server, "MAX_CONNECTIONS", 2)
+    with running(lm) as server, contextlib.ExitStack() as stack:
+        for _ in range(2):
+            stack.enter_context(socket.create_connection(server.server_address, timeout=30))
+        assert send_raw(server, b"") == b""
+        stack.close()
+        wait_for(lambda: not server.server_state.connections)
+        assert ask(server, "GET", "/info")[0] == 200
 
 
 def test_more_than_the_places_are_turned_away(server, sound):
@@ -217,7 +253,7 @@ def test_more_than_the_places_are_turned_away(server, sound):
 
 
 def test_a_large_file_is_refused_before_it_is_read(server):
-    with socket.create_connection(server.server_address[:2], timeout=30) as connection:
+    with socket.create_connection(server.server_address, timeout=30) as connection:
         connection.sendall(b"POST /continue HTTP/1.1\r\nHost: x\r\nContent-Length: 30000000\r\n\r\n")
         answer = b"".join(iter(lambda: connection.recv(1 << 16), b""))
     assert b" 413 " in answer
@@ -228,14 +264,15 @@ def test_a_large_file_is_refused_before_it_is_read(server):
     assert "3.0 MB" in json.loads(content)["error"]
 
 
-def test_an_upload_has_a_length_and_keeps_it(server):
+def test_an_upload_has_a_length_and_keeps_it(server, monkeypatch):
     def send(head: str, body: bytes = b"") -> bytes:
         return send_raw(server, f"POST /continue HTTP/1.1\r\nHost: x\r\n{head}\r\n\r\n".encode() + body)
 
+    monkeypatch.setattr(demo_server, "STALL_SECONDS", 0.2)
     assert b" 411 " in send("Transfer-Encoding: chunked", b"5\r\nabcde\r\n0\r\n\r\n")
     assert b"broke off after 5 of 100 bytes" in send("Content-Length: 100", b"abcde")
     for length in ("-1", "1e3", "9" * 30, "x"):
-        assert b"is no number" in send(f"Content-Length: {length}")
+        assert b" 400 " in send(f"Content-Length: {length}")
     wait_for(lambda: ask(server, "POST", "/continue?max_seconds=1")[0] == 200)
 
 
@@ -293,6 +330,7 @@ def test_page_info_and_example(server, lm):
     assert status == 200
     assert headers["Content-Type"] == "text/html; charset=utf-8"
     assert "default-src 'none'" in headers["Content-Security-Policy"]
+    assert (headers["X-Content-Type-Options"], headers["Referrer-Policy"]) == ("nosniff", "no-referrer")
     assert b"http://" not in content.replace(b"http://www.w3.org/", b"") and b"https://" not in content
     info = json.loads(ask(server, "GET", "/info")[2])
     assert info["model"] == lm.name
@@ -302,7 +340,7 @@ def test_page_info_and_example(server, lm):
 
 @pytest.mark.parametrize(
     "path",
-    ["/page.html", "/../server.py", "/%2e%2e/server.py", "//etc/passwd", "/continue", "/info/", "/example/../info"],
+    ["/page.html", "/../server.py", "/%2e%2e/server.py", "//etc/passwd", "/info/", "/example/../info"],
 )
 def test_nothing_else_is_served(server, path):
     status, _, content = ask(server, "GET", path)
@@ -311,27 +349,28 @@ def test_nothing_else_is_served(server, path):
     assert ask(server, "POST", f"{path}x", b"abc")[0] == 404
 
 
-def test_other_methods_are_refused(server):
-    status, _, content = ask(server, "PUT", "/continue", b"abc")
-    assert status == 501
-    assert "PUT" in json.loads(content)["error"]
+@pytest.mark.parametrize("method", ["PUT", "GET"])
+def test_other_methods_are_refused(server, method):
+    status, headers, content = ask(server, method, "/continue", b"abc")
+    assert (status, headers["Allow"]) == (405, "POST")
+    assert method in json.loads(content)["error"]
 
 
 @pytest.mark.parametrize(
     ("request_line", "status"),
     [
-        (b"GET //[x HTTP/1.1", b"404"),
-        (b"POST http://[::1 HTTP/1.1", b"404"),
-        (b"POST /continue?\xff\xfe HTTP/1.1", b"400"),
-        (b"POST /continue HTTP/1.1\r\nOrigin: http://[::1", b"403"),
-        (b"GET /" + b"a" * 70_000 + b" HTTP/1.1", b"414"),
-        (b"GET / HTTP/1.1" + b"\r\nA: b" * 200, b"431"),
+        (b"GET //[x HTTP/1.1\r\nHost: x\r\n\r\n", b"404"),
+        (b"POST http://[::1 HTTP/1.1\r\nHost: x\r\n\r\n", b"404"),
+        (b"POST /continue?\xff\xfe HTTP/1.1\r\nHost: x\r\n\r\n", b"400"),
+        (b"POST /continue HTTP/1.1\r\nHost: x\r\nOrigin: http://[::1\r\n\r\n", b"403"),
+        (b"GET /" + b"a" * 70_000, b"400"),
+        (b"GET / HTTP/1.1" + b"\r\nA: b" * 20_000, b"400"),
     ],
 )
 def test_malformed_requests_are_answered(server, request_line, status):
-    answer = send_raw(server, request_line + b"\r\nHost: x\r\n\r\n")
+    answer = send_raw(server, request_line)
     assert answer.split()[1] == status
-    assert b'{"error": "' in answer
+    assert list(json.loads(answer.rpartition(b"\r\n\r\n")[2])) == ["error"]
 
 
 def test_pages_of_other_addresses_are_refused(server, sound):
@@ -356,7 +395,7 @@ def test_an_error_in_the_stream_is_its_last_record(lm, sound, mimi_folder):
 
 def test_a_server_that_is_stopped_says_so(lm, sound):
     with running(lm, max_seconds=400.0) as server:
-        connection = http.client.HTTPConnection(*server.server_address[:2], timeout=30)
+        connection = http.client.HTTPConnection(*server.server_address, timeout=30)
         connection.request("POST", "/continue?temperature=2", sound)
         response = connection.getresponse()
         response.read(5)
@@ -371,14 +410,33 @@ def test_an_address_that_is_taken(lm, server):
         DemoServer(lm, max_requests=0)
 
 
-def test_without_a_model_the_command_says_how_to_get_one(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["demo.py", "--device", "cpu"])
+def run_demo_command(*arguments: str) -> None:
     spec = importlib.util.spec_from_file_location("demo", ROOT / "scripts" / "demo.py")
     demo = sys.modules["demo"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(demo)
+    sys.argv = ["demo.py", *arguments]
+    run_command(demo.main)
+
+
+def test_without_a_model_the_command_says_how_to_get_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", sys.argv)
     with pytest.raises(SystemExit) as caught:
-        run_command(demo.main)
+        run_demo_command("--device", "cpu")
     assert caught.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and "run scripts/quickstart.py" in line and "llm-jp/Llama-Mimi-1.3B" in line
+
+
+@pytest.mark.parametrize("package", ["starlette", "uvicorn"])
+def test_without_its_packages_the_command_says_how_to_install_them(monkeypatch, capsys, package):
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    monkeypatch.delitem(sys.modules, "torchtitan.demo.server")
+    for name in [name for name in sys.modules if name.partition(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(SystemExit) as caught:
+        run_demo_command("--model_name", "anything")
+    assert caught.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and package in line and "uv sync --extra demo" in line

@@ -144,7 +144,7 @@ def server(tmp_path, mimi_folder, save_speech_model, make_sound) -> Iterator[Dem
         thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
         yield server
-        server.shutdown()
+        server.should_exit = True
         thread.join()
 
 

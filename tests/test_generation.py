@@ -25,7 +25,7 @@ from transformers import (
 from torchtitan.audio.token_stream import CODEBOOK_SIZE
 from torchtitan.checkpoint.speech_lm import SpeechLM
 from torchtitan.generation import Engine, Request, Sampling, SpeechService, continue_codes, stream_speech, text_prompt
-from torchtitan.generation.engine import RecentlyUsed, whole_frames
+from torchtitan.generation.engine import whole_frames
 from torchtitan.generation.linear import Int8, _agrees, widened
 from torchtitan.generation.sampling import (
     candidate_words,
@@ -360,16 +360,6 @@ def test_the_rehearsal_of_a_capture_leaves_no_trace(lm, random_codes, monkeypatc
         assert torch.equal(result.codes, plain.codes)
 
 
-def test_what_was_not_used_for_longest_is_dropped():
-    kept, made = RecentlyUsed(2), []
-    for key in "abacab":
-        assert kept.get(key, lambda key=key: made.append(key) or key.upper()) == key.upper()
-    assert made == ["a", "b", "c", "b"]
-    with pytest.raises(ZeroDivisionError):
-        kept.get("d", lambda: 1 / 0)
-    assert kept.get("b", lambda: "anew") == "B"
-
-
 def test_graphs_are_bounded_however_requests_sample(lm, random_codes, monkeypatch):
     """A GPU's way through :meth:`Engine._replay`, with calls in place of CUDA graphs."""
     monkeypatch.setattr("torchtitan.generation.engine.MAX_GRAPHS", 3)
@@ -381,15 +371,17 @@ def test_graphs_are_bounded_however_requests_sample(lm, random_codes, monkeypatc
 
     monkeypatch.setattr(Engine, "_capture", capture)
     engine = Engine(lm, 2, context=300)
-    for sampling in [*(Sampling(top_k=k) for k in (17, 20, 30, 32, 33, 64)), GREEDY, Sampling(top_p=0.9, top_k=None)]:
+    samplings = [*(Sampling(top_k=k) for k in (17, 20, 30, 32, 33, 64)), GREEDY, Sampling(top_p=0.9, top_k=None)]
+    # The graph that was not used for longest is dropped: that of 64 stays.
+    for sampling in [*samplings, *(Sampling(top_k=k) for k in (64, 32, 64))]:
         request = Request(random_codes(4, 3), 3, sampling=sampling)
         (expected,) = Engine(lm, 2, context=300).generate([request])
         with monkeypatch.context() as patch:
             patch.setattr(Engine, "_frame", Engine._replay)
             (result,) = engine.generate([request])
         assert torch.equal(result.codes, expected.codes)
-    assert [plan.most for _, _, plan in captured] == [32, 64, None, None]
-    assert len(engine._graphs._kept) == 3
+    assert [plan.most for _, _, plan in captured] == [32, 64, None, None, 32]
+    assert len(engine._graphs) == 3
 
 
 def test_rotary_scaling_that_depends_on_the_length(lm, random_codes):
@@ -533,12 +525,12 @@ def test_memory_does_not_grow_with_the_speech(lm):
     empty = torch.zeros(4, 0, dtype=torch.int64)
     engine = Engine(lm, context=100)
     generation = engine.submit(Request(empty, 500, sampling=HOT))
-    shape = engine.decoder.keys.shape
+    shape = engine.llama.keys.shape
     while not engine.idle:
         engine.advance()
         assert generation.length <= 100
     assert len(generation.frames) == 500  # of which the context holds 24
-    assert engine.decoder.keys.shape == shape
+    assert engine.llama.keys.shape == shape
     assert shape[3] == 128
 
 
@@ -707,7 +699,7 @@ def test_an_engine_that_fails_tells_its_listeners(lm, random_codes, monkeypatch)
     with SpeechService(engine) as service:
         stream = service.listen(service.submit(Request(random_codes(4, 3), 240, sampling=HOT)))
         next(stream)
-        monkeypatch.setattr(engine.decoder, "step", lambda *_: 1 / 0)
+        monkeypatch.setattr(engine.llama, "step", lambda *_: 1 / 0)
         with pytest.raises(UserError, match=r"generation failed .ZeroDivisionError"):
             list(stream)
         with pytest.raises(UserError, match="no more speech"):
@@ -716,7 +708,7 @@ def test_an_engine_that_fails_tells_its_listeners(lm, random_codes, monkeypatch)
 
 def test_a_request_that_fails_when_it_gets_its_row_tells_its_listener(lm, random_codes, monkeypatch):
     engine = Engine(lm, context=1000)
-    monkeypatch.setattr(engine.decoder, "prefill", lambda *_: 1 / 0)
+    monkeypatch.setattr(engine.llama, "prefill", lambda *_: 1 / 0)
     service = SpeechService(engine)
     generation = service.submit(Request(random_codes(4, 3), 4))
     deadline = time.monotonic() + 10  # a request that was forgotten would be waited for without end

@@ -52,13 +52,67 @@ def test_rates_equal_torchaudio(tmp_path, rate):
     assert torch.equal(waveform, expected)
 
 
-@pytest.mark.parametrize("rate", [8_000, 44_100, 384_000, 44_101, 23_999, 192_001])
+@pytest.mark.parametrize("rate", [8_000, 44_100, 384_000, 37_800, 47_952, 44_056])
 def test_rates_follow_the_formula(rate):
     samples = make_signal(rate, 0.5)[:, 0]
     waveform = resample(torch.from_numpy(samples), rate)
     assert waveform.numel() == math.ceil(len(samples) * SAMPLE_RATE / rate)
     for position in [0, 1, 2, 777, 6_000, 11_111, waveform.numel() - 2, waveform.numel() - 1]:
         assert waveform[position].item() == pytest.approx(interpolate(samples, rate, position), abs=2e-5)
+
+
+@pytest.mark.parametrize(
+    "rate",
+    [
+        *(
+            2_000,
+            4_000,
+            5_512,
+            6_000,
+            7_350,
+            8_000,
+            8_012,
+            9_600,
+            11_025,
+            12_000,
+            14_700,
+            16_000,
+            18_900,
+            20_000,
+            22_050,
+        ),
+        *(
+            22_254,
+            24_000,
+            25_000,
+            32_000,
+            32_768,
+            37_800,
+            44_056,
+            44_100,
+            47_952,
+            48_000,
+            48_048,
+            50_000,
+            64_000,
+            65_536,
+        ),
+        *(88_200, 96_000, 176_400, 192_000, 352_800, 384_000, 705_600, 768_000, 8_013, 11_127, 22_255),
+    ],
+)
+def test_rates_in_use_are_resampled(rate, monkeypatch):
+    monkeypatch.setattr(torchaudio.functional, "resample", lambda waveform, *_: waveform)  # the largest take seconds
+    assert resample(torch.ones(1), rate).numel() == 1
+
+
+@pytest.mark.parametrize("rate", [44_101, 23_999, 47_999, 192_001])
+def test_rates_without_a_small_filter_are_refused(rate):
+    data = encode(make_signal(rate, 0.1), rate, "WAV")
+    with pytest.raises(AudioError) as caught:
+        load_audio(data, name="x.wav")
+    assert str(caught.value).startswith(f"x.wav: a sample rate of {rate} Hz")
+    assert "such as 24000 Hz, with another tool." in str(caught.value)
+    assert load_audio(data, resampler="soxr_hq").numel() == math.ceil(round(0.1 * rate) * SAMPLE_RATE / rate)
 
 
 def test_native_rate_is_left_alone():
@@ -116,7 +170,7 @@ def test_lossy_formats(tmp_path, file_format, subtype, seconds):
         assert np.corrcoef(waveform[:n].numpy(), samples[:n, 0])[0, 1] > 0.9
 
 
-@pytest.mark.parametrize("rate", [*RATES, 44_101, 2_000])
+@pytest.mark.parametrize("rate", [*RATES, 47_952, 2_000])
 @pytest.mark.parametrize("max_seconds", [0.001, 0.5, 0.7777, 5.0])
 def test_max_seconds_is_the_start_of_the_whole(rate, max_seconds):
     data = encode(make_signal(rate), rate, "WAV", "FLOAT")

@@ -1,21 +1,21 @@
 """The Mimi codec: waveforms to codes and back, with codes that do not depend on batching.
 
-transformers' ``MimiModel`` ignores ``padding_mask`` when it encodes, so a clip inside a padded batch gets other codes
-in its last frame than the same clip alone. :class:`Codec` walks the same submodules itself and carries every clip's
-length through them, with one of two conventions for the end of a clip:
+transformers' ``MimiModel`` ignores ``padding_mask`` when it encodes, so the codes of a clip's last frame depend on the
+padding of its batch. :class:`Codec` calls the same submodules itself and tracks every clip's length through them, with
+one of two conventions for the end of a clip:
 
 ``exact``    what a lone, unpadded ``MimiModel.encode`` call gives: features at or past a clip's length are zeroed
              before every strided convolution and filled with the clip's last feature before the final downsample.
 ``aligned``  each clip is zero-padded to a whole number of frames (1,920 samples) first, as Moshi does.
 
-The window of the codec's own attention is the second choice: ``codec`` is the 250 positions (10 s) of Mimi's design,
-``full`` attends over everything, as transformers 4.53 to 5.2 did when the published checkpoints' codes were made. It
-concerns encoding; decoding always uses the codec's own window.
+The second choice is the attention window of the encoder: ``codec`` is the 250 positions (10 s) of Mimi's design,
+``full`` attends over everything, as transformers 4.53 to 5.2 did when the published checkpoints' codes were made.
+Decoding always uses the codec's own window.
 
-All weights are fp32, and so is the arithmetic of encoding: bf16 changes a quarter of the codes and more. (Decoding may
-use TF32 where torch's own switches allow it.) Padding is integer arithmetic. Clips
-over :data:`CHUNK_SECONDS` are encoded in chunks with carried state, which bounds the memory; on a CPU the chunks are
-short (:data:`CPU_CHUNK_SECONDS`), which is faster.
+Weights and the arithmetic of encoding are in fp32, since bf16 changes a quarter of the codes or more. (Decoding may
+use TF32 where torch's own switches allow it.) Lengths of paddings are computed in integers. Clips over
+:data:`CHUNK_SECONDS` are encoded in chunks with carried state, which bounds the memory. On a CPU the chunks are shorter
+(:data:`CPU_CHUNK_SECONDS`), which is faster.
 """
 
 import copy
@@ -41,17 +41,17 @@ from torchtitan.tools.hub import commit_of, local_copy
 PADDINGS = ("exact", "aligned")
 WINDOWS = ("codec", "full")
 
-# Longest chunk, and the usual one on a CPU: features of a few seconds stay in its caches, while shorter chunks read the
-# weights too often (measured with kyutai/mimi's size: 4 s is 1.3 times as fast as 20 s, 1 s is slower again).
+# The longest chunk, and the usual one on a CPU, whose caches hold the features of a few seconds. Shorter chunks read
+# the weights too often (measured at kyutai/mimi's size: 4 s is 1.3 times as fast as 20 s, 1 s is slower again).
 CHUNK_SECONDS = 20
 CPU_CHUNK_SECONDS = 4
 # With the full window the attention cache grows with the audio, by about 0.8 MB a second for kyutai/mimi.
 FULL_WINDOW_MAX_SECONDS = 1200
 _FULL_WINDOW = 1 << 30
 
-# Seconds of audio, padding included, that one encoder call takes at most. Batching speeds up a GPU, not a CPU.
+# Maximum seconds of audio, padding included, in one encoder call. Batching speeds up a GPU, not a CPU.
 BATCH_SECONDS = {"cpu": 0.0, "cuda": 320.0, "mps": 80.0}
-# What a second of audio needs in an encoder call of kyutai/mimi's size, measured; and the part of a GPU's free memory
+# Memory for a second of audio in an encoder call of kyutai/mimi's size, measured; and the share of a GPU's free memory
 # that a call may take.
 ACTIVATION_BYTES = 27_000_000
 FREE_MEMORY_SHARE = 0.5
@@ -129,13 +129,13 @@ class Codec:
         self._seanet = encoder.encoder_seanet if encoder is not model else model.encoder
         self._transformer = encoder.encoder_transformer
         self._downsample = encoder.downsample
-        # An activation may overwrite its input, but for the first of a residual unit, whose input is used again.
+        # An activation may overwrite its input. The first of a residual unit may not, since its input is used again.
         for layer in self._seanet.layers:
             for part in layer.block[1:] if hasattr(layer, "block") else [layer]:
                 if isinstance(part, torch.nn.ELU):
                     part.inplace = True
         _set_window(self._transformer, config.sliding_window if window == "codec" else _FULL_WINDOW)
-        self._stream: torch.cuda.Stream | None = None
+        self._cuda_stream: torch.cuda.Stream | None = None
         self._largest = 0.0  # seconds of the largest batch, whose memory its CUDA stream keeps for the next one
 
     @classmethod
@@ -171,9 +171,9 @@ class Codec:
         return codec.to(device)
 
     def to(self, device: torch.device | str) -> "Codec":
-        """Move the codec; codebooks that transformers caches are made anew on the device."""
+        """Move the codec; transformers computes its cached codebooks again on the device."""
         self.model.to(device)
-        self._stream, self._largest = None, 0.0
+        self._cuda_stream, self._largest = None, 0.0
         for module in self.model.modules():
             if hasattr(module, "embed_sum"):
                 module._embed = None
@@ -191,8 +191,8 @@ class Codec:
     def encode(self, waveforms: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Encode clips of any lengths.
 
-        On CUDA this happens on a stream of the codec's own, whatever the thread: training and validation, which encode
-        from threads of theirs, share the memory that it keeps.
+        On CUDA all threads encode on one CUDA stream, which belongs to the codec. So training and validation, which
+        encode from different threads, share the memory that it keeps.
 
         Args:
             waveforms: float32 tensors [n] at 24 kHz, n >= 1.
@@ -207,7 +207,7 @@ class Codec:
             if waveform.dim() != 1 or waveform.numel() == 0:
                 raise CodecError(f"a waveform must be [n] with n >= 1, not {list(waveform.shape)}")
         codes: dict[int, torch.Tensor] = {}
-        with no_tf32(self.device), self._own_stream():
+        with no_tf32(self.device), self._own_cuda_stream():
             for batch in self._batches([waveform.numel() for waveform in waveforms]):
                 clips = [waveforms[i] for i in batch]
                 if len(clips) == 1 and self._num_chunks(clips[0].numel()) > 1:
@@ -219,10 +219,10 @@ class Codec:
 
     @torch.inference_mode()
     def encode_pair(self, first: torch.Tensor, second: torch.Tensor) -> list[torch.Tensor]:
-        """Encode two clips, on a CPU the frames that they begin with alike only once.
+        """Encode two clips; on a CPU, frames that both begin with are encoded only once.
 
-        The codes are those of :meth:`encode` up to near-ties. On other devices, where batches pay, and where less than
-        a second is shared, it is that.
+        The codes are those of :meth:`encode` up to near-ties. On other devices, where a batch is faster, and where the
+        clips share less than a second, this calls :meth:`encode`.
 
         Raises:
             CodecError: see :meth:`encode`.
@@ -253,8 +253,8 @@ class Codec:
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
         """Codes [Q, T], any Q up to the codec's, to a float32 waveform [1920 * T] on the CPU.
 
-        What is longer than :data:`CHUNK_SECONDS` is decoded in chunks with carried state; on a GPU whatever there is,
-        as transformers' own decoding reads the lengths of its paddings back at every convolution.
+        Codes of more than :data:`CHUNK_SECONDS` are decoded in chunks with carried state. So are all codes on a GPU,
+        where transformers' own decoding waits for the device at every convolution to read the lengths of paddings.
         """
         if codes.shape[1] == 0:
             return torch.zeros(0)
@@ -266,10 +266,10 @@ class Codec:
         return audio[0, 0].float().cpu()
 
     def fingerprint(self) -> str:
-        """SHA-256 of all that makes codes of waveforms, apart from the conventions: equal codecs have equal ones.
+        """SHA-256 of everything that decides codes, apart from the conventions.
 
-        It covers the encoder's weights, the first Q codebooks and the settings of their arithmetic, but no names, so
-        that it is the same for a copy in another folder and in all supported versions of transformers. About a second
+        It covers the encoder's weights, the first Q codebooks and the settings of their arithmetic, but no names. So it
+        is the same for a copy in another folder and in all supported versions of transformers. It takes about a second
         for kyutai/mimi.
         """
         config = self.model.config
@@ -324,24 +324,24 @@ class Codec:
         return batches
 
     def _batch_seconds(self) -> float:
-        """Seconds of audio that a batch may have: on CUDA what fits into a part of the memory that is free."""
+        """Maximum seconds of audio in a batch; on CUDA, what fits into a share of the free memory."""
         most = BATCH_SECONDS.get(self.device.type, 0.0)
         if self.device.type != "cuda":
             return most
         free, _ = torch.cuda.mem_get_info(self.device)
         return min(most, max(self._largest, FREE_MEMORY_SHARE * free / ACTIVATION_BYTES))
 
-    def _own_stream(self) -> AbstractContextManager:
-        """The stream on which all encoding takes place."""
+    def _own_cuda_stream(self) -> AbstractContextManager:
+        """The CUDA stream on which all encoding takes place."""
         if self.device.type != "cuda":
             return nullcontext()
-        if self._stream is None:
-            self._stream = torch.cuda.Stream(self.device)
-            self._stream.wait_stream(torch.cuda.current_stream(self.device))  # on which the weights came
-        return torch.cuda.stream(self._stream)
+        if self._cuda_stream is None:
+            self._cuda_stream = torch.cuda.Stream(self.device)
+            self._cuda_stream.wait_stream(torch.cuda.current_stream(self.device))  # on which the weights came
+        return torch.cuda.stream(self._cuda_stream)
 
     def _encode_fitting(self, clips: list[torch.Tensor]) -> list[torch.Tensor]:
-        """:meth:`_encode_batch`, in halves where the memory does not hold the whole."""
+        """:meth:`_encode_batch`, in halves if the memory does not suffice for the whole batch."""
         try:
             codes = self._encode_batch(clips)
         except torch.OutOfMemoryError:
@@ -351,7 +351,7 @@ class Codec:
             self._largest = max(self._largest, len(clips) * max(clip.numel() for clip in clips) / SAMPLE_RATE)
             return codes
         self._largest = 0.0
-        half = len(clips) // 2  # outside of the handler, where the traceback would keep the tensors of the whole
+        half = len(clips) // 2  # not in the handler, whose traceback keeps the tensors of the whole batch
         return self._encode_fitting(clips[:half]) + self._encode_fitting(clips[half:])
 
     def _encode_batch(self, clips: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -377,16 +377,16 @@ class Codec:
         return self._encode_chunks(clip, _State(cache=DynamicCache(config=self._transformer.config)))
 
     def _encode_chunks(self, clip: torch.Tensor, state: _State) -> torch.Tensor:
-        """Codes of a clip, or of the rest of one, whose beginning left ``state``, which is carried on."""
+        """Codes of a clip, or of the rest of one whose beginning left ``state``; updates ``state``."""
         codes = []
-        # Chunks of about equal length: a short rest at the end would cost as much as a longer one.
+        # Chunks of about equal length, since a short last chunk would cost as much as a longer one.
         frames = -(-self.num_frames(clip.numel()) // self._num_chunks(clip.numel()))
         for chunk in clip.split(frames * FRAME_SIZE):
             codes.append(self._quantize(self._latents(chunk[None, None].to(self.device), [chunk.numel()], state)))
         return torch.cat(codes, dim=2)[0].cpu()
 
     def _num_chunks(self, num_samples: int) -> int:
-        """In how many chunks a clip is encoded; 1 for what may be a part of a batch."""
+        """Number of chunks in which a clip is encoded; a clip of one chunk may be part of a batch."""
         seconds = num_samples / SAMPLE_RATE
         best = round(seconds / CPU_CHUNK_SECONDS) if self.device.type == "cpu" else 1
         return max(1, best, math.ceil(seconds / CHUNK_SECONDS))
@@ -404,7 +404,7 @@ class Codec:
         if self.padding == "aligned":
             lengths = [self.num_frames(length) * FRAME_SIZE for length in lengths]
             x = F.pad(x, (0, max(lengths) - x.shape[-1]))
-        # Clips that fill their rows, as a lone one does, have nothing to mask.
+        # Nothing is masked if all clips fill their rows, as a lone clip does.
         valid = None if min(lengths) == x.shape[-1] else torch.tensor(lengths, device=x.device)
         for layer in self._seanet.layers:
             x, valid = self._apply(layer, x, valid, state)
@@ -469,7 +469,7 @@ _NESTED_PARTS = {
 def published_names(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The weights of a Mimi under the names of kyutai/mimi's files, which every version of transformers loads.
 
-    Those of 5.23 and later make an older one start from random weights, with no more than a warning.
+    With the names of 5.23 and later, an older version starts from random weights and only warns.
     """
 
     def published(name: str) -> str:
@@ -491,7 +491,7 @@ def _set_window(transformer: Any, window: int) -> None:
         layer.self_attn.sliding_window = window
 
 
-# The switches are the process's, and training and validation encode from threads of their own.
+# The switches concern the whole process, and training and validation encode in different threads.
 _TF32_LOCK = threading.Lock()
 
 

@@ -1,8 +1,8 @@
-"""Codes to a waveform while they are still being made.
+"""Decodes codes to audio piece by piece, while the codes are still being made.
 
-``MimiModel.decode`` has no state for its convolutions: called frame by frame it starts every call from silence, which
-clicks. :class:`StreamingDecoder` walks the same submodules and carries what each needs from one call to the next, so
-that the pieces, put together, are the waveform of one whole call, however the codes are cut:
+``MimiModel.decode`` keeps no state of its convolutions: called frame by frame, it starts every call from silence, which
+causes clicks. :class:`StreamingDecoder` calls the same submodules and keeps the state of each between calls. However
+the codes are cut, the concatenated pieces are the waveform of one whole call:
 
 - a causal convolution keeps its last inputs (kernel size - 1, dilated);
 - a transposed convolution keeps the part of its output that the next input still adds to;
@@ -20,9 +20,9 @@ from torchtitan.audio.waveform import FRAME_SIZE
 
 
 class StreamingDecoder:
-    """One waveform, decoded piece by piece.
+    """Decodes one waveform piece by piece.
 
-    Several decoders of one codec are independent of each other, also in threads of their own.
+    Several decoders of one codec are independent of each other, even in different threads.
 
     Args:
         codec: a Codec (codec.py, which imports this file); its decoder's weights are used where they are.

@@ -5,7 +5,7 @@ The one home of the token stream. A frame of Q codes becomes Q neighbouring ids;
     BOS [text ids] <audio>  <c0_0> <c0_1> .. <c0_Q-1>  <c1_0> ..  </audio>
 
 with id = base_size + code * Q + quantizer for the unit ``<{code}_{quantizer}>``, then ``<audio>`` and ``</audio>``.
-Everything is arithmetic on integers: token strings exist only in :func:`extend_tokenizer` and in the check that
+All of it is integer arithmetic. Token strings exist only in :func:`extend_tokenizer` and in the check that
 :meth:`TokenStream.from_tokenizer` makes once.
 """
 
@@ -191,8 +191,8 @@ def extend_tokenizer(tokenizer: Any, num_quantizers: int) -> TokenStream:
 def mark_ids(tokenizer: Any) -> frozenset[int]:
     """Ids of the special tokens that no transcription may contain: BOS, EOS, and those that are written as marks.
 
-    A mark is text in angle or square brackets, as ``<|start_header_id|>`` and ``[PAD]`` are. Ordinary text that a
-    tokenizer calls special is none: the published models pad with "!".
+    A mark is text in angle or square brackets, such as ``<|start_header_id|>`` and ``[PAD]``. Ordinary text is no mark
+    even if the tokenizer calls it special: the published models pad with "!".
     """
     marks = (n for n, token in tokenizer.added_tokens_decoder.items() if token.special and _is_mark(token.content))
     ends = (number for number in (tokenizer.bos_token_id, tokenizer.eos_token_id) if number is not None)

@@ -1,9 +1,9 @@
 """Audio files in, 24 kHz mono waveforms out.
 
-The one place where audio is read, cut, mixed and resampled: training, inference and the evaluations call
-:func:`load_audio`, so the same file gives the same samples everywhere. Decoding is libsndfile's (wav, flac, ogg, opus,
-mp3, aiff, ...), from a path, from bytes or from an open file. Resampling is by one of :data:`RESAMPLERS`, whose name is
-stored with everything that is derived from its output, since it decides some of the codes:
+This is the one place where audio is read, cut, mixed and resampled. Training, inference and the evaluations call
+:func:`load_audio`, so the same file gives the same samples everywhere. libsndfile decodes (wav, flac, ogg, opus, mp3,
+aiff, ...) from a path, from bytes or from an open file. One of :data:`RESAMPLERS` resamples. Its name is stored with
+everything that is derived from its output, since it decides some of the codes:
 
 ``torchaudio``  ``torchaudio.functional.resample`` with its defaults.
 ``soxr_hq``     the SoX resampler at quality HQ, as the ``datasets`` library before version 4 called it through librosa.
@@ -31,25 +31,27 @@ FRAME_SIZE = 1920
 FRAME_RATE = SAMPLE_RATE / FRAME_SIZE
 RESAMPLERS = ("torchaudio", "soxr_hq", "ffmpeg")
 
-# Below this rate no speech is left in a recording; a header that claims less is broken.
+# A recording at a lower rate holds no speech; a header that states one is broken.
 MIN_RATE = 2_000
-# Full scale is 1.0. Loud float recordings overshoot a little; a file that reaches further was never normalised
-# (integer values stored as floats, say), and the codec would see something it was never trained on.
+# Full scale is 1.0. Loud float recordings overshoot a little. A file beyond this was never normalised, for example one
+# with integers stored as floats, and the codec was never trained on such values.
 MAX_PEAK = 16.0
 
-# Read beyond a limit, so that no resampler's filter looks past what was read:
-# the longest, that of soxr_hq, reaches about 100 samples.
+# Audio that is read beyond a limit, so that no resampler's filter reaches past its end. The longest filter, that of
+# soxr_hq, reaches about 100 samples.
 _LOOK_AHEAD_SECONDS = 0.1
-# Seconds by which a part may end after its recording, as times that were rounded do.
+# Seconds by which a part may end after its recording, since times may be rounded.
 MAX_OVERSHOOT = 0.1
-# A stream of unknown length states at least so many samples.
+# The header of a file of unknown length states at least so many samples.
 _UNKNOWN = 1 << 60
 # Samples that are read at a time, and dropped at a time where libsndfile cannot seek.
 _BLOCK_SAMPLES = 1 << 20
 _SKIP_SAMPLES = 1 << 20
 
-# torchaudio builds one filter per output phase: rates with a small common divisor (44,101 Hz) need gigabytes.
-_MAX_KERNEL_ELEMENTS = 1 << 24
+# torchaudio's filter has a row for each of 24,000 / g output phases, where g is the rate's greatest common divisor with
+# 24,000. This many coefficients take 128 MiB, and 0.6 GB while they are computed. Rates in use need up to 0.4 million
+# (65,536 Hz) and those of old hardware up to 30 million (11,127 Hz); 44,101 Hz would need a billion.
+_MAX_COEFFICIENTS = 1 << 25
 _LOWPASS_FILTER_WIDTH = 6
 _ROLLOFF = 0.99
 
@@ -77,8 +79,8 @@ def load_audio(
         float32 tensor [n], n >= 1.
 
     Raises:
-        AudioError: the audio is missing, unreadable, truncated, empty, not finite, not normalised or at a rate
-            below 2 kHz.
+        AudioError: the audio is missing, unreadable, truncated, empty, not finite, not normalised, or at a rate
+            that is below 2 kHz or that :func:`resample` refuses.
     """
     return load_beginning(source, max_seconds, name, resampler)[0]
 
@@ -101,7 +103,10 @@ def load_beginning(
     """
     name = name or (str(source) if isinstance(source, str | Path) else "audio")
     samples, rate, num_samples = _read(source, max_seconds, name, part or Part())
-    waveform = resample(samples, rate, resampler)
+    try:
+        waveform = resample(samples, rate, resampler)
+    except AudioError as error:
+        raise AudioError(f"{name}: {error}") from None
     if max_seconds is not None:
         waveform = waveform[: round(max_seconds * SAMPLE_RATE)]
     return waveform, num_samples / rate
@@ -158,7 +163,7 @@ def _read(source: AudioSource, max_seconds: float | None, name: str, part: Part)
         raise AudioError(
             f"{name}: samples reach {peak:.4g} where full scale is 1.0; normalise the file to the range -1 to 1."
         )
-    # A stream of unknown length states a huge number; then what was read is all that is known.
+    # The header of a file of unknown length states a huge number; its length is what was read.
     return waveform, rate, declared if 0 <= wanted < declared < _UNKNOWN else found
 
 
@@ -202,7 +207,7 @@ def _span(part: Part, max_seconds: float | None, rate: Any, frames: int, name: s
 def _go_to(file: Any, samples: int) -> None:
     """Go to a place in a file that is open at its start.
 
-    A start at 0 is sought, too: an MP3 gives other last bits then, the same as in all that slices it so.
+    It seeks to 0 as well: libsndfile then decodes an MP3 with other last bits, the same as those of any other part.
     """
     if file.seekable():
         file.seek(samples)
@@ -212,7 +217,7 @@ def _go_to(file: Any, samples: int) -> None:
 
 
 class _Decoded:
-    """Decoded audio, with what is used here of soundfile.SoundFile's interface."""
+    """Decoded audio with the part of soundfile.SoundFile's interface that is used here."""
 
     format = ""
 
@@ -260,6 +265,17 @@ def open_audio(source: AudioSource) -> Iterator[Any]:
             yield file
 
 
+def pcm16(waveform: torch.Tensor) -> bytes:
+    """A float waveform [n] in 16 bits, little-endian, clipped to full scale.
+
+    Raises:
+        UserError: samples that are not finite.
+    """
+    if not torch.isfinite(waveform).all():
+        raise UserError("the codec gave samples that are not finite numbers.")
+    return (waveform.clamp(-1.0, 1.0) * 32767).round().to(torch.int16).numpy().astype("<i2").tobytes()
+
+
 def recorded_resampler(record: str | None) -> str:
     """The resampler that stored codes or a config.json name; without a name, or spelled out as once, ``torchaudio``."""
     return "torchaudio" if record is None or record.startswith("torchaudio.") else record
@@ -288,8 +304,10 @@ def require_resampler(name: str) -> None:
 def resample(waveform: torch.Tensor, rate: int, resampler: str = "torchaudio") -> torch.Tensor:
     """Resample a waveform [n] from ``rate`` Hz to 24 kHz: float32 [ceil(n * 24000 / rate)].
 
-    Each equals the call that :data:`RESAMPLERS` names; ``ffmpeg`` may give a sample less. With ``torchaudio``, pairs of
-    rates whose filter bank would not fit into memory are computed tap by tap instead, from the same filter.
+    Each equals the call that :data:`RESAMPLERS` names; ``ffmpeg`` may give a sample less.
+
+    Raises:
+        AudioError: torchaudio's filter would not fit into memory, as for 44,101 Hz.
     """
     if rate == SAMPLE_RATE:
         return waveform
@@ -302,9 +320,12 @@ def resample(waveform: torch.Tensor, rate: int, resampler: str = "torchaudio") -
     divisor = math.gcd(rate, SAMPLE_RATE)
     reduced_rate, reduced_target = rate // divisor, SAMPLE_RATE // divisor
     width = math.ceil(_LOWPASS_FILTER_WIDTH * reduced_rate / (min(reduced_rate, reduced_target) * _ROLLOFF))
-    if reduced_target * (reduced_rate + 2 * width) <= _MAX_KERNEL_ELEMENTS:
-        return torchaudio.functional.resample(waveform, rate, SAMPLE_RATE)
-    return _resample_by_taps(waveform, reduced_rate, reduced_target)
+    if reduced_target * (reduced_rate + 2 * width) > _MAX_COEFFICIENTS:
+        raise AudioError(
+            f"a sample rate of {rate} Hz needs a resampling filter that does not fit into memory; convert the file to "
+            f"a common rate, such as {SAMPLE_RATE} Hz, with another tool."
+        )
+    return torchaudio.functional.resample(waveform, rate, SAMPLE_RATE)
 
 
 def _resample_by_soxr(waveform: torch.Tensor, rate: int) -> torch.Tensor:
@@ -327,27 +348,3 @@ def _resample_by_ffmpeg(waveform: torch.Tensor, rate: int) -> torch.Tensor:
     if resampled.numel() == 0:  # fewer samples than its filter is long
         return torch.zeros(math.ceil(waveform.numel() * SAMPLE_RATE / rate))
     return resampled
-
-
-def _resample_by_taps(waveform: torch.Tensor, rate: int, target: int, block: int = 1 << 18) -> torch.Tensor:
-    """Hann-windowed sinc interpolation (torchaudio's default filter), one output sample at a time.
-
-    Memory is bounded by ``block`` output samples; ``rate`` and ``target`` are in any common unit.
-    """
-    cutoff = min(rate, target) * _ROLLOFF
-    reach = math.ceil(_LOWPASS_FILTER_WIDTH * rate / cutoff)
-    length = math.ceil(waveform.numel() * target / rate)
-    padded = torch.nn.functional.pad(waveform, (reach + 1, reach + 1))
-    offsets = torch.arange(-reach, reach + 2)
-    blocks = []
-    for start in range(0, length, block):
-        numerator = torch.arange(start, min(start + block, length)) * rate  # output time in units of 1 / target
-        nearest = torch.div(numerator, target, rounding_mode="floor")  # input sample just before it
-        taps = nearest[:, None] + offsets
-        distance = (taps * target - numerator[:, None]).double() / (rate * target)  # seconds
-        t = (distance * cutoff).clamp(-_LOWPASS_FILTER_WIDTH, _LOWPASS_FILTER_WIDTH)
-        window = torch.cos(t * math.pi / _LOWPASS_FILTER_WIDTH / 2) ** 2
-        kernel = torch.sinc(t) * window * (cutoff / rate)
-        values = padded[(taps + reach + 1).clamp(0, padded.numel() - 1)]
-        blocks.append((values * kernel.to(values.dtype)).sum(dim=1))
-    return torch.cat(blocks)

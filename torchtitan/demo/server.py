@@ -1,41 +1,52 @@
-"""The demo's HTTP server: a page, and speech that is sent while the model still makes it.
+"""The demo's server (starlette on uvicorn): a page, and speech that is sent while the model still makes it.
 
     GET  /             page.html, which needs nothing from elsewhere
     GET  /info         what is served and which bounds hold, as JSON
     GET  /example      the example prompt, if there is one
     POST /continue     the body is a prompt's audio file, or empty; the query string has the settings
 
-What ``/continue`` answers with status 200 is a stream of records: a letter, the payload's length (4 bytes,
-big-endian), the payload. One ``S`` (JSON: what was understood, and where the continuation begins), any
-number of ``A`` (24 kHz mono, 16 bits, little-endian), and as the last one either ``E`` (JSON: figures) or ``X`` (JSON:
-``error``). A stream without the last one was cut off. Any other status comes with JSON whose ``error`` is one sentence.
+An answer of ``/continue`` with status 200 is a sequence of records: a letter, the payload's length (4 bytes,
+big-endian), the payload. The first is ``S`` (JSON: what was understood, and where the continuation begins). Any number
+of ``A`` follow (24 kHz mono, 16 bits, little-endian). The last is either ``E`` (JSON: figures) or ``X`` (JSON:
+``error``); an answer without it was cut off. Any other status comes with JSON whose ``error`` is one sentence.
 
-Prompts are read and encoded one at a time, continuations share the engine's batch. A client that goes away makes room
-at once. What a request can cost is bounded: bytes and seconds of its prompt, seconds in all, time to send and to read.
+Prompts are read and encoded one at a time; continuations share the engine's batch. A client that goes away makes room
+at once. The cost of a request is bounded: bytes and seconds of its prompt, seconds in all, time to send and to read.
 """
 
+import asyncio
 import contextlib
 import json
 import math
 import socket
 import struct
-import sys
 import threading
 import time
-from collections.abc import Iterator
-from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
+import anyio
 import torch
+import uvicorn
+from anyio.to_thread import run_sync
+from starlette.applications import Starlette
+from starlette.background import BackgroundTask
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.requests import Request as HTTPRequest
+from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from torchtitan.audio.codec import FRAME_RATE, FRAME_SIZE
-from torchtitan.audio.waveform import SAMPLE_RATE, load_beginning
+from torchtitan.audio.waveform import SAMPLE_RATE, load_beginning, pcm16
 from torchtitan.checkpoint.speech_lm import SpeechLM
 from torchtitan.generation import (
     Engine,
+    Generation,
     Request,
     Sampling,
     SpeechService,
@@ -43,7 +54,7 @@ from torchtitan.generation import (
     require_room,
     sample_requests,
 )
-from torchtitan.tools.errors import UserError
+from torchtitan.tools.errors import UserError, first_line
 from torchtitan.tools.logging import logger
 
 PAGE = Path(__file__).with_name("page.html")
@@ -51,32 +62,31 @@ PAGE = Path(__file__).with_name("page.html")
 MAX_BYTES = 20_000_000
 # Connections that are open at once, whatever they ask for; more are closed.
 MAX_CONNECTIONS = 64
-# A connection that neither takes nor gives a byte for so long is closed.
-STALL_SECONDS = 20.0
-UPLOAD_SECONDS = 60.0
-# A refused upload is read on for so long: a connection closed on unread bytes may take the answer with it.
-DRAIN_SECONDS = 2.0
+# A connection on which the server waits for the client for so long is closed.
+STALL_SECONDS = 20
+UPLOAD_SECONDS = 60
+# The server reads a refused upload for so long: closing a connection with unread bytes may take the answer with it.
+DRAIN_SECONDS = 2
+# Time that clients have to end their requests when the server is stopped.
+STOP_SECONDS = 10
 
-# Nothing but what is in the page itself: no address elsewhere, and no frame around it.
-POLICY = (
-    "default-src 'none'; script-src 'unsafe-inline' blob:; style-src 'unsafe-inline'; img-src data: blob:; "
-    "media-src 'self' blob:; connect-src 'self' blob:; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
-)
-
-
-NOTHING_HERE = "there is nothing at this address."
-
-
-class Refused(UserError):
-    """A request that gets a status other than 400."""
-
-    def __init__(self, status: HTTPStatus, sentence: str):
-        super().__init__(sentence)
-        self.status = status
+# Headers of every answer. The page needs nothing from another address, and no other page may frame it.
+HEADERS = {
+    "Server": "llama-mimi",
+    "Cache-Control": "no-store",
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'unsafe-inline' blob:; style-src 'unsafe-inline'; img-src data: blob:; "
+        "media-src 'self' blob:; connect-src 'self' blob:; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
+    ),
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+}
 
 
-class DemoServer(ThreadingHTTPServer):
+class DemoServer(uvicorn.Server):
     """Serves one model; use it in a ``with`` block, inside of which :meth:`serve_forever` runs.
+
+    Setting ``should_exit`` ends :meth:`serve_forever`, as Ctrl-C does.
 
     Args:
         lm: the model.
@@ -89,9 +99,6 @@ class DemoServer(ThreadingHTTPServer):
     Raises:
         UserError: a bound that cannot be, or an address that cannot be listened on.
     """
-
-    daemon_threads = True
-    request_queue_size = 32
 
     def __init__(
         self,
@@ -108,62 +115,87 @@ class DemoServer(ThreadingHTTPServer):
         self.lm, self.max_requests, self.max_bytes = lm, max_requests, max_bytes
         self.example = example if example is not None and example.is_file() else None
         self.max_frames = frame_bound(lm, max_seconds)
+        self.max_seconds = self.max_frames / FRAME_RATE
+        self.listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+        try:
+            self.listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            self.listener.bind((host, port))
+            self.listener.listen()
+        except (OSError, OverflowError) as error:
+            self.listener.close()
+            raise UserError(f"the server cannot listen on {host}, port {port} ({first_line(error)}).") from None
+        self.server_address = self.listener.getsockname()[:2]
         engine = Engine(lm, max_requests, lm.stream.sample_length(self.max_frames))
-        # What is set up once is set up now: the first listener would wait for it.
+        # Set up now what the first listener would otherwise wait for.
         engine.generate([Request(torch.zeros(lm.stream.num_quantizers, 0, dtype=torch.int64), 1)])
         lm.codec.decode(lm.codec.encode([torch.zeros(FRAME_SIZE)])[0])
         self.service = SpeechService(engine)
         self._places = threading.BoundedSemaphore(max_requests)
-        self._connections = threading.BoundedSemaphore(MAX_CONNECTIONS)
-        self._reading = threading.Lock()
-        if ":" in host:
-            self.address_family = socket.AF_INET6
-        try:
-            super().__init__((host, port), Handler)
-        except (OSError, OverflowError) as error:
-            reason = getattr(error, "strerror", None) or str(error)
-            raise UserError(f"the server cannot listen on {host}, port {port} ({reason}).") from None
+        # Threads that read prompts (a small file can hold a lot of audio) and threads that wait for speech.
+        self._readers, self._listeners = anyio.CapacityLimiter(1), anyio.CapacityLimiter(max_requests)
+
+        routes = [
+            Route("/", lambda _: FileResponse(PAGE, media_type="text/html")),
+            Route("/info", lambda _: JSONResponse(self.info())),
+            Route("/continue", self._continue, methods=["POST"]),
+        ]
+        if self.example is not None:
+            sound = str(self.example)
+            routes.append(Route("/example", lambda _: FileResponse(sound, media_type="application/octet-stream")))
+        refusals = {HTTPException: refuse, UserError: lambda _, error: JSONResponse({"error": str(error)}, 400)}
+        app = Starlette(routes=routes, exception_handlers=refusals)
+        app.router.redirect_slashes = False
+        super().__init__(
+            uvicorn.Config(
+                app,
+                http=Connection,
+                ws="none",
+                loop="asyncio",
+                lifespan="off",
+                log_config=None,
+                log_level="error",
+                access_log=False,
+                proxy_headers=False,
+                headers=list(HEADERS.items()),
+                timeout_keep_alive=STALL_SECONDS,
+            )
+        )
+
+    def __enter__(self) -> "DemoServer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.listener.close()
+        self.service.close()
 
     @property
     def address(self) -> str:
-        host, port = self.server_address[:2]
-        return f"http://[{host}]:{port}" if ":" in str(host) else f"http://{host}:{port}"
+        host, port = self.server_address
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
-    @property
-    def max_seconds(self) -> float:
-        return self.max_frames / FRAME_RATE
+    def serve_forever(self) -> None:
+        self.run([self.listener])
 
-    def server_close(self) -> None:
-        super().server_close()
-        self.service.__exit__()
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """End the continuations, so that their clients hear of it, and then the connections."""
+        await run_sync(self.service.close)
+        asyncio.get_running_loop().call_later(STOP_SECONDS, self._abort)
+        await super().shutdown(sockets)
 
-    def process_request(self, request: Any, client_address: Any) -> None:
-        if self._connections.acquire(blocking=False):
-            super().process_request(request, client_address)
-        else:
-            self.shutdown_request(request)
-
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
-        try:
-            super().process_request_thread(request, client_address)
-        finally:
-            self._connections.release()
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """The server goes on, and a bug is told on its console."""
-        if not isinstance(sys.exc_info()[1], OSError):
-            logger.exception("a request failed")
+    def _abort(self) -> None:
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
 
     @contextlib.contextmanager
     def place(self) -> Iterator[None]:
         """One of the ``max_requests`` places, for as long as the block runs.
 
         Raises:
-            Refused: none is free.
+            HTTPException: none is free.
         """
         if not self._places.acquire(blocking=False):
             number = f"all {self.max_requests} places are" if self.max_requests > 1 else "the only place is"
-            raise Refused(HTTPStatus.SERVICE_UNAVAILABLE, f"{number} taken; try again in a few seconds.")
+            raise HTTPException(503, f"{number} taken; try again in a few seconds.", {"Retry-After": "3"})
         try:
             yield
         finally:
@@ -191,16 +223,91 @@ class DemoServer(ThreadingHTTPServer):
         if not body:
             return torch.zeros(self.lm.stream.num_quantizers, 0, dtype=torch.int64)
         limit = max_frames / FRAME_RATE
-        # One at a time: a small file can hold a lot of audio.
-        with self._reading:
-            waveform, seconds = load_beginning(body, limit + 1.0, name, self.lm.codec.resampler)
-            if waveform.numel() > limit * SAMPLE_RATE:
-                raise UserError(
-                    f"{name}: the prompt lasts {seconds:.2f} s, and prompt and continuation together may last "
-                    f"{limit:.2f} s; shorten the prompt{'' if max_frames == self.max_frames else ' or ask for more'}."
-                )
-            require_room(self.lm.codec.num_frames(waveform.numel()), max_frames)
-            return self.lm.codec.encode([waveform])[0]
+        waveform, seconds = load_beginning(body, limit + 1.0, name, self.lm.codec.resampler)
+        if waveform.numel() > limit * SAMPLE_RATE:
+            raise UserError(
+                f"{name}: the prompt lasts {seconds:.2f} s, and prompt and continuation together may last "
+                f"{limit:.2f} s; shorten the prompt{'' if max_frames == self.max_frames else ' or ask for more'}."
+            )
+        require_room(self.lm.codec.num_frames(waveform.numel()), max_frames)
+        return self.lm.codec.encode([waveform])[0]
+
+    async def _continue(self, http: HTTPRequest) -> Response:
+        """Answer with the speech of a request while it is made.
+
+        Raises:
+            HTTPException: the request is refused before its upload has ended.
+            UserError: the prompt or the engine refuses it afterwards.
+        """
+        origin = http.headers.get("Origin")
+        if origin is not None and origin.partition("://")[2] != http.headers.get("Host"):
+            raise HTTPException(403, "a page of another address may not use this server.")
+        try:
+            sampling, sample, max_frames, name = parse_settings(http.scope["query_string"].decode(), self)
+        except UserError as error:
+            raise HTTPException(400, str(error)) from None
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self.place())
+            body = await read_upload(http, self.max_bytes)
+            arrived = time.perf_counter()
+            prompt = await run_sync(self.read_prompt, body, name, max_frames, limiter=self._readers)
+            (request,) = sample_requests(prompt, max_frames - prompt.shape[1], sampling, first=sample)
+            generation = self.service.submit(request)
+            stack.callback(self._give_up, generation)
+            held = stack.pop_all()
+        return StreamingResponse(
+            self._records(generation, sample, arrived, held),
+            headers={"X-Accel-Buffering": "no"},
+            media_type="application/octet-stream",
+            background=BackgroundTask(held.close),  # starlette also runs it as soon as the client has gone away
+        )
+
+    def _give_up(self, generation: Generation) -> None:
+        if not generation.finished:
+            logger.info(f"continuation: given up after {len(generation.frames) / FRAME_RATE:.2f} s")
+            self.service.cancel(generation)
+
+    async def _records(
+        self, generation: Generation, sample: int, arrived: float, held: contextlib.ExitStack
+    ) -> AsyncIterator[bytes]:
+        """The records of a continuation; ``held`` is released before the last one."""
+        request = generation.request
+        prompt_frames = request.prompt.shape[1]
+        start = {
+            "prompt_samples": prompt_frames * FRAME_SIZE,
+            "max_samples": (prompt_frames + request.max_frames) * FRAME_SIZE,
+            "sample_rate": SAMPLE_RATE,
+            "seed": request.sampling.seed,
+            "sample": sample,
+        }
+        yield record(b"S", start)
+        pieces, sent, first_audio = self.service.listen(generation), 0, None
+        try:
+            while (piece := await run_sync(next, pieces, None, limiter=self._listeners)) is not None:
+                yield record(b"A", pcm16(piece))
+                sent += piece.numel()
+                if sent > start["prompt_samples"] and first_audio is None:
+                    first_audio = round(1000 * (time.perf_counter() - arrived), 1)
+            elapsed = time.perf_counter() - arrived
+            frames = sent // FRAME_SIZE - prompt_frames
+            seconds = frames / FRAME_RATE
+            figures = {
+                "frames": frames,
+                "seconds": round(seconds, 2),
+                "first_audio_ms": first_audio,
+                "elapsed_seconds": round(elapsed, 3),
+                "times_real_time": round(seconds / elapsed, 2),
+                "ended": generation.ended,
+            }
+            logger.info(f"continuation: {seconds:.2f} s, {figures['times_real_time']:.2f} times real time")
+            last = record(b"E", figures)
+        except UserError as error:
+            logger.info(f"continuation: {error}")
+            last = record(b"X", {"error": str(error)})
+        finally:
+            # The place is free before the client hears of the end, since it may ask for the next one at once.
+            await run_sync(held.close)
+        yield last
 
 
 def parse_settings(query: str, server: DemoServer) -> tuple[Sampling, int, int, str]:
@@ -254,211 +361,83 @@ def parse_settings(query: str, server: DemoServer) -> tuple[Sampling, int, int, 
     return sampling, sample, math.floor(seconds * FRAME_RATE + 1e-6), name
 
 
-def pcm16(waveform: torch.Tensor) -> bytes:
-    """A float waveform [n] in 16 bits, little-endian, clipped to full scale.
+def record(kind: bytes, value: bytes | dict[str, Any]) -> bytes:
+    payload = value if isinstance(value, bytes) else json.dumps(value).encode()
+    return kind + struct.pack(">I", len(payload)) + payload
+
+
+async def read_upload(http: HTTPRequest, max_bytes: int) -> bytes:
+    """The body of a request.
 
     Raises:
-        UserError: samples that are not finite.
+        HTTPException: it states no length or too many bytes, breaks off or takes too long.
     """
-    if not torch.isfinite(waveform).all():
-        raise UserError("the codec gave samples that are not finite numbers.")
-    return (waveform.clamp(-1.0, 1.0) * 32767).round().to(torch.int16).numpy().astype("<i2").tobytes()
-
-
-class Handler(BaseHTTPRequestHandler):
-    """One connection."""
-
-    protocol_version = "HTTP/1.1"
-    timeout = STALL_SECONDS
-    disable_nagle_algorithm = True
-
-    @property
-    def demo(self) -> DemoServer:
-        assert isinstance(self.server, DemoServer)
-        return self.server
-
-    def do_GET(self) -> None:
-        path = self.path.partition("?")[0]
-        if path == "/":
-            self._answer(PAGE.read_bytes(), "text/html; charset=utf-8")
-        elif path == "/info":
-            self._answer_json(HTTPStatus.OK, self.demo.info())
-        elif path == "/example" and self.demo.example is not None:
-            self._answer(self.demo.example.read_bytes(), "application/octet-stream")
-        else:
-            self.send_error(HTTPStatus.NOT_FOUND)
-
-    def do_POST(self) -> None:
-        arrived = time.perf_counter()
-        self._unread = True
-        try:
-            path, _, query = self.path.partition("?")
-            if path != "/continue":
-                raise Refused(HTTPStatus.NOT_FOUND, NOTHING_HERE)
-            self._require_same_origin()
-            settings = parse_settings(query, self.demo)
-            length = self._body_length()
-            with self.demo.place():
-                body = self._read_body(length)
-                arrived = time.perf_counter()
-                sampling, sample, max_frames, name = settings
-                prompt = self.demo.read_prompt(body, name, max_frames)
-                del body
-                (request,) = sample_requests(prompt, max_frames - prompt.shape[1], sampling, first=sample)
-                last = self._stream(request, sample, arrived)
-            # With the place free again, as a client that has heard the end may ask for the next at once.
-            if last is not None:
-                self._end_stream(*last)
-        except UserError as error:
-            status = error.status if isinstance(error, Refused) else HTTPStatus.BAD_REQUEST
-            self._answer_json(status, {"error": str(error)})
-
-    def _require_same_origin(self) -> None:
-        """Refuse what another site's page makes a browser send."""
-        origin = self.headers.get("Origin")
-        if origin is not None and origin.partition("://")[2] != self.headers.get("Host"):
-            raise Refused(HTTPStatus.FORBIDDEN, "a page of another address may not use this server.")
-
-    def _body_length(self) -> int:
-        if "Transfer-Encoding" in self.headers:
-            raise Refused(HTTPStatus.LENGTH_REQUIRED, "the upload must say its length (Content-Length).")
-        length = self.headers.get("Content-Length", "0").strip()
-        if not (length.isascii() and length.isdigit() and len(length) < 20):
-            raise UserError("the upload's Content-Length is no number.")
-        if int(length) > self.demo.max_bytes:
-            raise Refused(
-                HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
-                f"the prompt file has {int(length) / 1e6:.1f} MB, and at most {self.demo.max_bytes / 1e6:g} MB are "
-                f"taken.",
-            )
-        return int(length)
-
-    def _read_body(self, length: int) -> bytes:
-        body, deadline = bytearray(), time.monotonic() + UPLOAD_SECONDS
+    if "Transfer-Encoding" in http.headers:
+        raise HTTPException(411, "the upload must say its length (Content-Length).")
+    length = int(http.headers.get("Content-Length", 0))
+    if length > max_bytes:
+        raise HTTPException(
+            413, f"the prompt file has {length / 1e6:.1f} MB, and at most {max_bytes / 1e6:g} MB are taken."
+        )
+    body, pieces = bytearray(), http.stream()
+    with anyio.move_on_after(UPLOAD_SECONDS):
         while len(body) < length:
             try:
-                piece = self.rfile.read1(min(1 << 16, length - len(body)))
-            except TimeoutError:
-                piece = b""
-            if not piece:
-                raise UserError(f"the upload broke off after {len(body):,} of {length:,} bytes.")
-            body += piece
-            if time.monotonic() > deadline:
-                raise Refused(HTTPStatus.REQUEST_TIMEOUT, f"the upload took more than {UPLOAD_SECONDS:.0f} s.")
-        self._unread = False
+                with anyio.fail_after(STALL_SECONDS):
+                    body += await anext(pieces)
+            except (TimeoutError, ClientDisconnect):
+                raise HTTPException(400, f"the upload broke off after {len(body):,} of {length:,} bytes.") from None
         return bytes(body)
+    raise HTTPException(408, f"the upload took more than {UPLOAD_SECONDS} s.")
 
-    def _stream(self, request: Request, sample: int, arrived: float) -> tuple[bytes, dict[str, Any]] | None:
-        """Answer with the speech of a request while it is made, up to the last record.
 
-        Returns:
-            the last record's kind and content, which is yet to be sent; None when nobody listens any more.
+async def refuse(http: HTTPRequest, error: Exception) -> Response:
+    """The answer to a request whose upload may not have ended."""
+    assert isinstance(error, HTTPException)
+    sentence = {404: "there is nothing at this address.", 405: f"the method {http.method} is not for this address."}
+    return Refusal({"error": sentence.get(error.status_code, error.detail)}, error.status_code, error.headers)
 
-        Raises:
-            UserError: the engine does not take the request; nothing was sent then.
-        """
-        service = self.demo.service
-        generation = service.submit(request)
-        prompt_samples = request.prompt.shape[1] * FRAME_SIZE
-        sent, first_audio = 0, math.nan
-        try:
-            self._begin_stream()
-            start = {
-                "prompt_samples": prompt_samples,
-                "max_samples": prompt_samples + request.max_frames * FRAME_SIZE,
-                "sample_rate": SAMPLE_RATE,
-                "seed": request.sampling.seed,
-                "sample": sample,
-            }
-            self._send_record(b"S", start)
-            for piece in service.listen(generation):
-                self._send_record(b"A", pcm16(piece))
-                sent += piece.numel()
-                if sent > prompt_samples and math.isnan(first_audio):
-                    first_audio = time.perf_counter() - arrived
-            elapsed = time.perf_counter() - arrived
-            frames = sent // FRAME_SIZE - request.prompt.shape[1]
-            seconds = frames / FRAME_RATE
-            figures = {
-                "frames": frames,
-                "seconds": round(seconds, 2),
-                "first_audio_ms": None if math.isnan(first_audio) else round(1000 * first_audio, 1),
-                "elapsed_seconds": round(elapsed, 3),
-                "times_real_time": round(seconds / elapsed, 2),
-                "ended": generation.ended,
-            }
-            logger.info(f"continuation: {seconds:.2f} s, {figures['times_real_time']:.2f} times real time")
-            return b"E", figures
-        except UserError as error:
-            logger.info(f"continuation: given up: {error}")
-            return b"X", {"error": str(error)}
-        except OSError:
-            logger.info(f"continuation: given up after {sent / SAMPLE_RATE:.2f} s, as nobody listens")
-            return None
-        finally:
-            service.cancel(generation)
 
-    def _begin_stream(self) -> None:
-        self.send_response(HTTPStatus.OK)
-        self.send_header("Content-Type", "application/octet-stream")
-        self.send_header("Cache-Control", "no-store")
-        self.send_header("X-Accel-Buffering", "no")
-        self.send_header("Connection", "close")
-        self._chunked = self.request_version != "HTTP/1.0"
-        if self._chunked:
-            self.send_header("Transfer-Encoding", "chunked")
-        self.end_headers()
+class Refusal(JSONResponse):
+    """An answer after which the server reads and forgets the rest of the upload for a while, then closes."""
 
-    def _send_record(self, kind: bytes, value: bytes | dict[str, Any]) -> None:
-        payload = value if isinstance(value, bytes) else json.dumps(value).encode()
-        record = kind + struct.pack(">I", len(payload)) + payload
-        self.wfile.write(b"%x\r\n%b\r\n" % (len(record), record) if self._chunked else record)
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.headers["Connection"] = "close"
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        await send({"type": "http.response.body", "body": self.body, "more_body": True})
+        with anyio.move_on_after(DRAIN_SECONDS):
+            while (await receive()).get("more_body"):
+                pass
+        await send({"type": "http.response.body"})
 
-    def _end_stream(self, kind: bytes, value: dict[str, Any]) -> None:
-        with contextlib.suppress(OSError):
-            self._send_record(kind, value)
-            if self._chunked:
-                self.wfile.write(b"0\r\n\r\n")
 
-    def _answer_json(self, status: HTTPStatus, value: dict[str, Any]) -> None:
-        self._answer(json.dumps(value).encode(), "application/json", status)
+class Connection(H11Protocol):
+    """A connection with the bounds that uvicorn leaves to a proxy: their number, and how long a client may stall."""
 
-    def _answer(self, content: bytes, kind: str, status: HTTPStatus = HTTPStatus.OK) -> None:
-        with contextlib.suppress(OSError):
-            unread = getattr(self, "_unread", False)
-            self.send_response(status)
-            self.send_header("Content-Type", kind)
-            self.send_header("Content-Length", str(len(content)))
-            self.send_header("Cache-Control", "no-cache")
-            self.send_header("Content-Security-Policy", POLICY)
-            self.send_header("X-Content-Type-Options", "nosniff")
-            self.send_header("Referrer-Policy", "no-referrer")
-            if status == HTTPStatus.SERVICE_UNAVAILABLE:
-                self.send_header("Retry-After", "3")
-            if unread:
-                self.send_header("Connection", "close")
-            self.end_headers()
-            self.wfile.write(content)
-            if unread:
-                self._drain()
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        transport.set_write_buffer_limits(high=0)  # so that a client that takes nothing is noticed at once
+        self._expect_request()
+        if len(self.connections) > MAX_CONNECTIONS:
+            transport.abort()
 
-    def _drain(self) -> None:
-        """Read and forget the rest of a refused upload, for a while."""
-        self.connection.shutdown(socket.SHUT_WR)
-        self.connection.settimeout(DRAIN_SECONDS)
-        deadline = time.monotonic() + DRAIN_SECONDS
-        while time.monotonic() < deadline and self.rfile.read1(1 << 16):
-            pass
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.cycle is None or self.cycle.response_complete:
+            self._expect_request()
 
-    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """What the standard library refuses, as JSON too."""
-        self._unread = True
-        status = HTTPStatus(code)
-        sentence = NOTHING_HERE if status == HTTPStatus.NOT_FOUND else f"{message or status.phrase}."
-        self._answer_json(status, {"error": sentence})
+    def _expect_request(self) -> None:
+        """Start uvicorn's timer, which begins with the first answer, also before the first request."""
+        self._unset_keepalive_if_required()
+        self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
 
-    def version_string(self) -> str:
-        return "llama-mimi"
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._stalled = self.loop.call_later(STALL_SECONDS, self.transport.abort)
 
-    def log_message(self, format: str, *args: Any) -> None:
-        """Continuations are logged where they end."""
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._stalled.cancel()
+
+    def send_400_response(self, msg: str) -> None:
+        super().send_400_response(json.dumps({"error": msg}))

@@ -2,7 +2,7 @@
 
 sampling.py   candidates and draws
 linear.py     linear layers for few rows
-decoder.py    the Llama with a static cache, one position a step
+llama.py      the Llama with a static cache, one position a step
 engine.py     requests, batches, frames
 speech.py     waveforms in, waveforms out, also while they are made
 """

@@ -1,26 +1,26 @@
 """The inference engine: many continuations at once, a frame of every one at a time.
 
-A request is a prompt (codes, text, both or neither) and how to go on from it. :class:`Engine` keeps up to ``rows`` of
-them in a batch, each at its own position, with its own sampling and random numbers; one that ends makes room for the
-next that waits. What a request gets does not depend on what else is in the batch: prompts are read alone, a row's
+A request is a prompt (codes, text, both or neither) and how to continue it. :class:`Engine` keeps up to ``rows``
+requests in a batch, each at its own position, with its own sampling and random numbers. When one ends, the next in the
+queue takes its row. A request's result does not depend on the rest of the batch: each prompt is read alone, a row's
 arithmetic is the same in batches of any size (on a CPU bit for bit, see linear.py), and random numbers are functions of
 seed, sample and position.
 
-What can be drawn is decided before the draw: the last hidden state meets only the rows of the head that may come next,
-the 2,048 units of the quantizer whose turn it is and, at a frame's start, ``</audio>``. So every frame is whole and in
-order, and the head's part of a step is a 66th of Llama 3's vocabulary. ``constrained=False`` draws from the whole
-vocabulary instead, as the original did, and keeps the whole frames before the first that is not.
+The engine computes logits only for the ids that may come next: the 2,048 units of the current quantizer and, at a
+frame's start, ``</audio>``. So every frame is whole and in order, and the head costs a 66th of what Llama 3's whole
+vocabulary would. ``constrained=False`` draws from the whole vocabulary instead, as the original did, and keeps the
+whole frames before the first broken one.
 
-A frame is Q steps and their draws with no word from the device to the host. On CUDA these are one graph; the host reads
-a frame's units while the next one is being computed.
+A frame is Q steps and their draws; the device sends nothing to the host in between. On CUDA a frame is one graph, and
+the host reads a frame's units while the next one is being computed.
 
-When a row has filled its context and goes on, the older half of its frames is dropped and the rest read again as if
-the sample began there. Memory is constant, and no position is beyond those that the model was trained on.
+When a row has filled its context, the engine drops the older half of its frames and reads the rest again as if the
+sample began there. Memory is constant, and no position exceeds those that the model was trained on.
 """
 
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -28,8 +28,8 @@ import torch
 
 from torchtitan.audio.token_stream import CODEBOOK_SIZE, TokenStream
 from torchtitan.checkpoint.speech_lm import SpeechLM
-from torchtitan.generation.decoder import BLOCK, Decoder
 from torchtitan.generation.linear import MIN_ROWS, make_linear
+from torchtitan.generation.llama import BLOCK, CachedLlama
 from torchtitan.generation.sampling import (
     MAX_WINDOW,
     Sampling,
@@ -43,8 +43,7 @@ from torchtitan.generation.sampling import (
 from torchtitan.tools.errors import UserError
 
 _NO_LIMIT = 1 << 30
-# CUDA graphs that are kept: one for each number of rows, length and kind of sampling that occurs, of which a batch that
-# runs full meets a handful.
+# CUDA graphs that are kept, one for each number of rows, length and plan. A batch that runs full needs a handful.
 MAX_GRAPHS = 32
 
 
@@ -104,7 +103,7 @@ class Generation:
 
 
 class Plan(NamedTuple):
-    """What the sampling of a batch's rows needs; all that the compiled frame depends on beside its shapes."""
+    """What the rows of a batch need for sampling. A CUDA graph depends on it and on the shapes, and on nothing else."""
 
     most: int | None  # the largest top_k, rounded up to a power of two, so that few plans differ in it
     top_k: bool
@@ -112,23 +111,6 @@ class Plan(NamedTuple):
     penalty: bool
     draws: bool  # some row has a temperature
     greedy: bool  # some row has none
-
-
-class RecentlyUsed:
-    """Things that are costly to make, by a key: the last ``size`` ones that were used are kept."""
-
-    def __init__(self, size: int):
-        self.size = size
-        self._kept: OrderedDict[Hashable, Any] = OrderedDict()
-
-    def get(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """What is kept under a key, or what ``make`` gives, for which the one that was not used for longest goes."""
-        if key not in self._kept:
-            if len(self._kept) >= self.size:
-                self._kept.popitem(last=False)
-            self._kept[key] = make()
-        self._kept.move_to_end(key)
-        return self._kept[key]
 
 
 class Engine:
@@ -170,9 +152,9 @@ class Engine:
         size = max(rows, MIN_ROWS if self.device.type == "cpu" else 1)
         with torch.inference_mode():
             self.heads = _heads(lm, constrained, int8)
-            self.decoder = Decoder(lm.model, size, context, int8, not compile_layers, consume)
+            self.llama = CachedLlama(lm.model, size, context, int8, not compile_layers, consume)
             if compile_layers:
-                for layer in self.decoder.layers:
+                for layer in self.llama.layers:
                     layer.compile(fullgraph=True)
             self._allocate(size, lm.model.dtype)
         self.dtype = "int8" if int8 else str(lm.model.dtype).removeprefix("torch.")
@@ -180,18 +162,18 @@ class Engine:
         self._active: list[Generation] = []  # in the order of their rows
         self._pending: deque[tuple[list[Generation], torch.Tensor, Any]] = deque()
         self._plan: Plan | None = None
-        self._graphs = RecentlyUsed(MAX_GRAPHS)
+        self._graphs: OrderedDict[tuple[int, int, Plan], Any] = OrderedDict()  # by last use
         self._pool: Any = None
-        self._side: torch.cuda.Stream | None = None  # for what goes before a capture
+        self._cuda_stream: torch.cuda.Stream | None = None  # for rehearsals
 
     def _allocate(self, rows: int, dtype: torch.dtype) -> None:
-        """The state of the rows, in tensors that stay where they are."""
+        """The state of the rows, in tensors that keep their addresses, as CUDA graphs require."""
         device, num_quantizers = self.device, self.stream.num_quantizers
 
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
-        self._hidden = zeros(rows, self.decoder.embedding.shape[1], dtype=dtype)
+        self._hidden = zeros(rows, self.llama.embedding.shape[1], dtype=dtype)
         self._frame_numbers = zeros(rows)
         self._keys = zeros(rows, 2)
         self._temperature = zeros(rows, dtype=torch.float32)
@@ -237,7 +219,7 @@ class Engine:
         return generation
 
     def cancel(self, generation: Generation) -> None:
-        """Give a request up, if it is not finished; what it has got stays."""
+        """Give a request up, if it is not finished; its frames stay."""
         if generation.finished:
             return
         if generation in self._queue:
@@ -251,7 +233,7 @@ class Engine:
             self.cancel(generation)
 
     def fail(self, error: Exception) -> None:
-        """Give everything up after an error that the engine cannot go on from."""
+        """Give all requests up after an error from which the engine cannot recover."""
         for generation in self._unfinished():
             generation.error = UserError(f"{self.lm.name}: generation failed ({type(error).__name__}: {error}).")
             generation.finished = True
@@ -294,7 +276,7 @@ class Engine:
         return [self.continuation(generation) for generation in generations]
 
     def continuation(self, generation: Generation) -> Continuation:
-        """What a request has got so far."""
+        """The frames of a request so far."""
         ids = torch.tensor(generation.frames, dtype=torch.int64).view(-1)
         if self.constrained:
             return Continuation(self.stream.decode(ids), generation.ended)
@@ -312,7 +294,7 @@ class Engine:
         Returns the requests that got a frame or finished; on CUDA the frame is the one before.
         """
         while self._queue and len(self._active) < self.rows:
-            self._admit(self._queue[0])  # where fail() finds it until it has its row
+            self._admit(self._queue[0])  # stays queued until it has its row, so that fail() finds it
             self._queue.popleft()
         num_quantizers = self.stream.num_quantizers
         if any(generation.length + num_quantizers > self.context for generation in self._active):
@@ -334,12 +316,12 @@ class Engine:
         twin = next((i for i, other in enumerate(self._active) if _same_prompt(generation, other)), None)
         if twin is not None:
             generation.length = self._active[twin].length
-            self.decoder.copy_row(twin, row, generation.length)
+            self.llama.copy_row(twin, row, generation.length)
             self._hidden[row] = self._hidden[twin]
         else:
             ids = self.stream.sample(request.prompt, request.text_ids, end=False)
             generation.length = ids.numel()
-            self._hidden[row] = self.decoder.prefill(row, ids.to(self.device))
+            self._hidden[row] = self.llama.prefill(row, ids.to(self.device))
         self._frame_numbers[row] = 0
         self._keys[row] = torch.tensor(sample_key(sampling.seed, request.sample))
         self._temperature[row] = sampling.temperature
@@ -369,23 +351,23 @@ class Engine:
         if ids.numel() + num_quantizers > self.context:
             ids = prefix
         generation.length = ids.numel()
-        self._hidden[row] = self.decoder.prefill(row, ids.to(self.device))
+        self._hidden[row] = self.llama.prefill(row, ids.to(self.device))
 
     def _launch(self) -> None:
-        """Ask the device for a frame of every active row."""
+        """Start the computation of a frame of every active row."""
         active, num_quantizers = len(self._active), self.stream.num_quantizers
         if self._plan is None:
             self._plan = _plan([generation.request.sampling for generation in self._active])
         length = max(generation.length for generation in self._active) + num_quantizers
         cuda = self.device.type == "cuda"
-        if cuda:  # few shapes, each of which is captured: powers of two
+        if cuda:  # powers of two, since each shape is captured
             rows = min(1 << (active - 1).bit_length(), self._hidden.shape[0])
             length = 1 << (length - 1).bit_length()
         else:
             rows = max(active, MIN_ROWS)
-        length = min(-(-length // BLOCK) * BLOCK, self.decoder.capacity)
-        if rows > active:  # rows without a request compute for nothing, at a position that there is
-            self.decoder.positions[active:rows] = 0
+        length = min(-(-length // BLOCK) * BLOCK, self.llama.capacity)
+        if rows > active:  # rows without a request need a valid position
+            self.llama.positions[active:rows] = 0
         if cuda:
             with torch.cuda.device(self.device):
                 self._replay(rows, length, self._plan)
@@ -435,12 +417,12 @@ class Engine:
             else:
                 if quantizer == 0:
                     ended = choice == CODEBOOK_SIZE
-                    # A row that has ended goes on with some unit, which nobody reads: the batch keeps its shape.
+                    # A row that has ended continues with any unit, which is never read, so that shapes stay.
                     choice = choice.clamp(max=CODEBOOK_SIZE - 1)
                 ids = stream.base_size + choice * num_quantizers + quantizer
             output[:, quantizer] = ids
             self._history[:rows, quantizer].scatter_(1, place, choice[:, None])
-            hidden = self.decoder.step(ids, length)
+            hidden = self.llama.step(ids, length)
         self._hidden[:rows] = hidden
         self._frame_numbers[:rows] += 1
         self._history_frames[:rows] += 1
@@ -463,18 +445,25 @@ class Engine:
 
     def _replay(self, rows: int, length: int, plan: Plan) -> None:
         """Run :meth:`_frame` as a CUDA graph, which is captured where none is kept."""
-        self._graphs.get((rows, length, plan), lambda: self._capture(rows, length, plan)).replay()
+        key = (rows, length, plan)
+        if key not in self._graphs:
+            if len(self._graphs) >= MAX_GRAPHS:
+                self._graphs.popitem(last=False)
+            self._graphs[key] = self._capture(*key)
+        self._graphs.move_to_end(key)
+        self._graphs[key].replay()
 
     def _capture(self, rows: int, length: int, plan: Plan) -> Any:
         """A CUDA graph of :meth:`_frame`."""
-        # A graph that is dropped for this one may still be running, and its memory is taken over.
+        # A graph that was dropped for this one may still be running, and this one takes over its memory.
         torch.cuda.synchronize(self.device)
-        self._side = self._side or torch.cuda.Stream(self.device)  # one: libraries keep a workspace for each
-        with torch.cuda.stream(self._side):
+        # One for all captures, since libraries keep a workspace for each CUDA stream.
+        self._cuda_stream = self._cuda_stream or torch.cuda.Stream(self.device)
+        with torch.cuda.stream(self._cuda_stream):
             self._rehearse(rows, length, plan)
-        torch.cuda.current_stream(self.device).wait_stream(self._side)
+        torch.cuda.current_stream(self.device).wait_stream(self._cuda_stream)
         graph = torch.cuda.CUDAGraph()
-        # Other threads may decode meanwhile, whose calls are none of the graph's business.
+        # Other threads may call CUDA meanwhile, to decode; the graph must not contain their calls.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             self._frame(rows, length, plan)
         self._pool = self._pool or graph.pool()
@@ -482,7 +471,7 @@ class Engine:
 
     def _rehearse(self, rows: int, length: int, plan: Plan) -> None:
         """Run :meth:`_frame` twice and undo it, so that libraries and compiled code are set up before a capture."""
-        state = [*self._state, self.decoder.positions, self.decoder.mask]
+        state = [*self._state, self.llama.positions, self.llama.mask]
         saved = [tensor.clone() for tensor in state]
         for _ in range(2):
             self._frame(rows, length, plan)
@@ -490,7 +479,7 @@ class Engine:
                 tensor.copy_(before)
 
     def _collect(self, lag: int) -> list[Generation]:
-        """Hand out the frames that have arrived, all but the last ``lag`` that were launched."""
+        """Give the requests their computed frames, except the last ``lag`` that were launched."""
         changed = []
         while len(self._pending) > lag:
             generations, units, event = self._pending.popleft()
@@ -521,7 +510,7 @@ class Engine:
         row, last = self._active.index(generation), len(self._active) - 1
         if row != last:
             with torch.inference_mode():
-                self.decoder.copy_row(last, row, self._active[last].length)
+                self.llama.copy_row(last, row, self._active[last].length)
                 for tensor in self._state:
                     tensor[row] = tensor[last]
             self._active[row] = self._active[last]
@@ -538,10 +527,7 @@ def whole_frames(ids: torch.Tensor, stream: TokenStream) -> torch.Tensor:
 
 
 def _heads(lm: SpeechLM, constrained: bool, int8: bool) -> list[Any]:
-    """The parts of the head that give the logits of each quantizer's candidates, or the whole one.
-
-    Rows of zeros make their number a multiple of 8.
-    """
+    """The head's rows of each quantizer's candidates, padded with zeros to a multiple of 8; or the whole head."""
     stream, weight = lm.stream, lm.model.get_output_embeddings().weight
     if not constrained:
         return [make_linear(weight, int8=int8)]
@@ -568,7 +554,7 @@ def _plan(samplings: list[Sampling]) -> Plan:
 
 
 def _same_prompt(generation: Generation, other: Generation) -> bool:
-    """Whether a request's row can be copied from another's, of which no frame was computed yet."""
+    """Whether a request's row can be copied from that of another, for which no frame has been launched yet."""
     mine, theirs = generation.request, other.request
     return other.launched == 0 and mine.text_ids == theirs.text_ids and torch.equal(mine.prompt, theirs.prompt)
 

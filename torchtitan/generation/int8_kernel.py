@@ -1,10 +1,10 @@
-"""Products with weights in 8 bits on CUDA, in Triton, which torch's CUDA builds bring along.
+"""Products with 8-bit weights on CUDA, in Triton, which comes with torch's CUDA builds.
 
-``F.linear`` would need the weights in 16 bits: written and read again at every call, five bytes a weight. Here a weight
-is read once, as its one byte, and widened in registers. (torch's own ``_weight_int8pack_mm`` reads one byte too, but
-its CUDA kernel is one thread an output, in fp32; benchmarks/gpu.py times all three.)
+``F.linear`` needs the weights in 16 bits. Converting them at every call costs five bytes of traffic a weight. This
+kernel reads one byte a weight and converts it in registers. (torch's own ``_weight_int8pack_mm`` reads one byte too,
+but its CUDA kernel uses one thread an output, in fp32; benchmarks/gpu.py times all three.)
 
-The sizes of blocks are fixed, so that a row's sum is formed in the same order in a batch of any size.
+Block sizes are fixed, so that a row's sum is formed in the same order in a batch of any size.
 """
 
 from typing import Any
@@ -55,7 +55,7 @@ def multiply(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torc
     return out
 
 
-# As an operator of torch it is known to torch.compile, and to tensors without values.
+# A registered operator, so that torch.compile and tensors without values know it.
 @torch.library.custom_op("torchtitan::int8_linear", mutates_args=(), device_types="cuda")
 def int8_linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """:func:`multiply` on the GPU where the tensors are."""

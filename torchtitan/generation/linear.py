@@ -1,11 +1,11 @@
-"""Linear layers for decoding, where a batch has few rows and reading the weights is what costs.
+"""Linear layers for batches of few rows, in which reading the weights costs most of the time.
 
-:func:`make_linear` picks one of three for the place at hand:
+:func:`make_linear` picks one of three:
 
 :class:`Dense`   ``F.linear``.
 :class:`Packed`  on a CPU: weights in oneDNN's own block layout. A row's result is the same bits in a batch of any
                  size from two on (a single row takes another kernel), and bf16 is faster than ``F.linear``.
-:class:`Int8`    weights in 8 bits with one scale an output, activations as they are: half the bytes of bf16.
+:class:`Int8`    weights in 8 bits with one scale an output: half the bytes of bf16. Activations stay as they are.
 """
 
 import functools
@@ -19,7 +19,7 @@ from torch import nn
 from torchtitan.tools.errors import first_line
 from torchtitan.tools.logging import logger
 
-# Batches are filled up to this, see Packed.
+# Smaller batches are padded to this on a CPU, see Packed.
 MIN_ROWS = 2
 # Rows up to which 8-bit weights are widened as they are read, on CUDA.
 _FUSED_ROWS = 64
@@ -45,7 +45,7 @@ class Packed(nn.Module):
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None):
         super().__init__()
-        # The number is the batch size to expect: 1 gives the layout whose kernels add up in one order for all sizes.
+        # 1 is the expected batch size; its layout has kernels that add in the same order for batches of any size.
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, 1)
         self.bias = bias
 
@@ -71,7 +71,7 @@ class Int8(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., inputs] to [..., outputs]."""
         flat = x.reshape(-1, x.shape[-1])
-        # Of many rows the arithmetic costs most, of which matrix products in 16 bits do more at a time.
+        # With many rows the arithmetic costs most, and 16-bit matrix products are faster.
         product = widened if x.is_cuda and len(flat) > _FUSED_ROWS else self.product
         y = product(flat, self.weight, self.scale).view(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias
@@ -80,7 +80,7 @@ class Int8(nn.Module):
 def make_linear(
     weight: torch.Tensor, bias: torch.Tensor | None = None, int8: bool = False, pack: bool = True
 ) -> nn.Module:
-    """The layer of a weight [outputs, inputs] for the device and dtype that it has.
+    """The layer for a weight [outputs, inputs] on its device and in its dtype.
 
     Args:
         pack: whether it may be :class:`Packed`, which torch.compile does not take.
@@ -93,14 +93,14 @@ def make_linear(
 
 
 def widened(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """(x W^T) * scale by way of the weights in the type of x, which are written and read again."""
+    """(x W^T) * scale with the weights converted to the dtype of x, which writes and reads them again."""
     return F.linear(x, weight.to(x.dtype)) * scale
 
 
 @functools.cache
 def int8_product(device: torch.device, dtype: torch.dtype) -> Callable[..., torch.Tensor]:
     """The function of x [n, inputs], int8 weights and their scales that reads the fewest bytes on a device: one that
-    widens the weights as it reads them, if there is one and it gives what :func:`widened` does."""
+    converts the weights as it reads them, if it exists and agrees with :func:`widened`."""
     fused = None
     if device.type == "cpu" and dtype == torch.bfloat16:
         fused = torch._weight_int8pack_mm
@@ -112,21 +112,21 @@ def int8_product(device: torch.device, dtype: torch.dtype) -> Callable[..., torc
 
 
 def _agrees(product: Callable[..., torch.Tensor], device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether a product of int8 weights works on a device, seen by trying: operators and compilers differ there."""
+    """Whether a product of int8 weights works on a device, found by trying it."""
     weight = torch.arange(40 * 96, device=device).view(40, 96).mul(37).remainder(255).sub(127).to(torch.int8)
     x, scale = (torch.linspace(-1, 1, n, device=device, dtype=dtype) for n in (3 * 96, 40))
     arguments = (x.view(3, 96), weight, scale)
     exact = widened(arguments[0].float(), weight, scale.float())
     try:
         return bool((product(*arguments) - exact).norm() < 0.02 * exact.norm())
-    except Exception as error:  # of whatever kind a compiler's are
+    except Exception as error:  # compilers raise errors of any kind
         logger.warning("fast products of 8-bit weights do not work here (%s); slower ones are used.", first_line(error))
         return False
 
 
 @functools.cache
 def _can_pack(dtype: torch.dtype) -> bool:
-    """Whether oneDNN multiplies packed weights of this type here, seen by trying, as torch's operators are internal."""
+    """Whether oneDNN multiplies packed weights of this dtype here, found by trying it, as they are internal."""
     if dtype not in (torch.float32, torch.bfloat16) or not torch.backends.mkldnn.is_available():
         return False
     weight, x = (torch.linspace(-1, 1, n * 32, dtype=dtype).view(n, 32) for n in (48, 3))

@@ -1,6 +1,5 @@
-"""Continuations of speech and text: bounds, prompts, and waveforms that leave while the model still speaks."""
+"""Continuations of speech and text: bounds, prompts, and audio that is streamed while the model makes it."""
 
-import functools
 import hashlib
 import math
 import threading
@@ -20,7 +19,7 @@ from torchtitan.tools.errors import UserError
 # The sequence length of the published recipe: BOS, <audio>, frames, </audio>.
 DEFAULT_MAX_IDS = 1024
 
-# What can be asked for at most, whatever the context.
+# The largest max_seconds, whatever the context.
 MAX_SECONDS = 86_400
 
 # Continuations of one call that are decoded together.
@@ -37,9 +36,9 @@ def frame_bound(
     """The number of frames, prompt included, that a sequence may have.
 
     Args:
-        max_seconds: what the frames may last together; None allows the frames that fit into 1,024 ids.
+        max_seconds: the largest total duration of the frames; None allows the frames that fit into 1,024 ids.
         num_text: text ids before them.
-        slides: frames leave the context when it is full, so that it is no bound.
+        slides: old frames leave the full context, so that it is no bound.
         name: what messages call ``max_seconds``.
 
     Raises:
@@ -54,14 +53,10 @@ def frame_bound(
         raise UserError(f"{name} can be at most {MAX_SECONDS:,} (a day), not {max_seconds:g}.")
     frames = math.floor(max_seconds * FRAME_RATE + 1e-6)
     if frames > context and not slides:
+        other = ", or give context_seconds, which lets the beginning leave the context" if name == "max_seconds" else ""
         raise UserError(
             f"{name} {max_seconds:g} is over the context of {lm.name}: {lm.max_length:,} ids hold "
-            f"{context} frames, {context / FRAME_RATE:.2f} s; ask for at most that"
-            + (
-                "."
-                if name != "max_seconds"
-                else ", or give context_seconds, which lets the beginning leave the context."
-            )
+            f"{context} frames, {context / FRAME_RATE:.2f} s; ask for at most that{other}."
         )
     return frames
 
@@ -105,9 +100,9 @@ def sample_requests(
 ) -> list[Request]:
     """Requests for several samples of one prompt.
 
-    A sample's number contains a digest of its prompt: with the same random numbers for all prompts, continuations of
-    different prompts would come out alike. So a sample depends on seed, prompt and its place among the prompt's
-    samples, and not on the other prompts of a run.
+    A sample's number contains a digest of its prompt, since continuations of different prompts with the same random
+    numbers would sound alike. So a sample depends on the seed, the prompt and its place among the prompt's samples, and
+    not on the other prompts of a run.
 
     Args:
         prompt: codes [Q, T]; T may be 0.
@@ -161,11 +156,11 @@ def continue_codes(
 class SpeechService:
     """An engine for several listeners at once, each in a thread of its own.
 
-    One thread advances the batch; each listener decodes its own frames as they arrive. Use it in a ``with`` block, at
-    the end of which what still runs is given up.
+    One thread advances the batch; each listener decodes its own frames as they arrive. Use it in a ``with`` block; its
+    end gives up the requests that are not finished.
 
     Args:
-        engine: constrained, and which nobody else uses meanwhile.
+        engine: a constrained one that is not used elsewhere meanwhile.
     """
 
     def __init__(self, engine: Engine):
@@ -184,7 +179,7 @@ class SpeechService:
         self.close()
 
     def close(self) -> None:
-        """End the engine's thread; who still listens gets an error."""
+        """End the engine's thread; those who still listen get an error."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -216,12 +211,12 @@ class SpeechService:
     ) -> PythonGenerator[torch.Tensor, None, None]:
         """The speech of a request while it is being made: float32 waveforms [n] at 24 kHz.
 
-        Put together they are the whole decode of prompt and continuation. Closing the iterator, once it has begun,
-        gives the request up.
+        Concatenated, they are the waveform of prompt and continuation. Closing an iterator that has begun gives the
+        request up.
 
         Args:
             prompt: begin with the prompt's own frames; without it they are decoded but not handed out.
-            chunk_frames: frames that are decoded at once, if no more have arrived; larger ones cost less.
+            chunk_frames: minimum number of frames to decode at once; larger chunks cost less.
 
         Raises:
             UserError: the request failed, or was given up elsewhere.
@@ -235,7 +230,8 @@ class SpeechService:
             finished = False
             while not finished:
                 with self._changed:
-                    self._changed.wait_for(functools.partial(_has, generation, done + max(1, chunk_frames)))
+                    while not generation.finished and len(generation.frames) < done + max(1, chunk_frames):
+                        self._changed.wait()
                     finished = generation.finished
                     frames = generation.frames[done:]
                 if frames:
@@ -251,7 +247,7 @@ class SpeechService:
             self.cancel(generation)
 
     def _run(self) -> None:
-        """The engine's thread. It alone advances and cancels, so that nobody waits for it to hold a lock."""
+        """The engine's thread. Only this thread advances and cancels, so that it need not hold a lock meanwhile."""
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._closed or self._given_up or not self.engine.idle)
@@ -264,7 +260,7 @@ class SpeechService:
                     self.engine.cancel_all()
                 else:
                     self.engine.advance()
-            except Exception as error:  # listeners in other threads wait for it
+            except Exception as error:  # must reach the listeners, which wait in other threads
                 with self._changed:
                     self._failure = error
                     self.engine.fail(error)
@@ -280,8 +276,3 @@ def stream_speech(
     """The speech of one request while it is being made, see :meth:`SpeechService.listen`."""
     with SpeechService(engine) as service:
         yield from service.listen(service.submit(request), prompt, chunk_frames)
-
-
-def _has(generation: Generation, frames: int) -> bool:
-    """Whether a request has so many frames, or all that it will get."""
-    return generation.finished or len(generation.frames) >= frames

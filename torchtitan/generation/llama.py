@@ -1,9 +1,8 @@
-"""A Llama as the engine runs it: one position a step for every row of a batch, with a static cache.
+"""A Llama with a static cache, which computes one position a step for every row of a batch.
 
-The same function as transformers' ``LlamaForCausalLM`` without the head, from its weights: projections of one input
-are one product, keys and values lie in tensors whose size never changes, and each row is at a position of its own.
-Shapes depend on nothing but the number of rows and of attended positions, so a step can be compiled and captured in a
-CUDA graph.
+It is the same function as transformers' ``LlamaForCausalLM`` without the head, on the same weights. Projections of one
+input are one product, keys and values lie in tensors of constant size, and each row has its own position. Shapes
+depend only on the number of rows and of attended positions, so a step can be compiled and captured in a CUDA graph.
 """
 
 from collections.abc import Iterator
@@ -76,15 +75,15 @@ class Layer(nn.Module):
             cos, sin: [n, 1, Dh].
             places: where keys and values go, int64 [n * kv heads], as indices into the cache's first three dimensions.
             mask: [n, 1, 1, L], 0 where a position is attended and -inf elsewhere.
-            keys, values: this block's cache, flat [rows * kv heads * capacity, Dh], of which n rows and L positions are
-                read. (Compiled, a cache that is flattened here would be copied, not updated.)
+            keys, values: this block's cache, flat [rows * kv heads * capacity, Dh]; n rows and L positions are read.
+                (The caller flattens it: compiled code would copy a cache that is flattened here, not update it.)
         """
         q, k, v = self.project(x, cos, sin)
         keys.index_copy_(0, places, k.reshape(-1, self.head_dim))
         values.index_copy_(0, places, v.reshape(-1, self.head_dim))
         rows, length = x.shape[0], mask.shape[-1]
         keys, values = (x.view(-1, self.num_kv_heads, self.capacity, self.head_dim) for x in (keys, values))
-        # Queries that share keys are attended as if they were positions of one head, so nothing is repeated.
+        # Queries that share keys are treated as positions of one head, so that keys need not be repeated.
         attended = F.scaled_dot_product_attention(
             q.view(rows, self.num_kv_heads, -1, self.head_dim),
             keys[:rows, :, :length],
@@ -94,7 +93,7 @@ class Layer(nn.Module):
         return self.finish(x, attended.reshape(rows, -1))
 
 
-class Decoder(nn.Module):
+class CachedLlama(nn.Module):
     """The blocks, the embedding and the cache.
 
     Args:
@@ -103,7 +102,7 @@ class Decoder(nn.Module):
         capacity: positions that a row can have; rounded up to a multiple of :data:`BLOCK`.
         int8: the weights of the blocks in 8 bits.
         pack: see linear.py; not to be combined with torch.compile.
-        consume: leave the model without the weights of its blocks, so that they are not in memory twice.
+        consume: remove the weights of the blocks from the model, so that they are not in memory twice.
 
     Attributes:
         positions: the number of ids that each row has in the cache, int64 [rows].
@@ -136,14 +135,14 @@ class Decoder(nn.Module):
                     linear.weight = nn.Parameter(torch.empty(0, device=device, dtype=dtype), requires_grad=False)
         self.num_kv_heads = config.num_key_value_heads
         head_dim = model.model.layers[0].self_attn.head_dim
-        # Some kinds of scaling depend on the largest position; those past the model's context are never reached.
+        # Some kinds of scaling depend on the largest position, so none may exceed the model's context.
         positions = torch.arange(self.capacity, device=device).clamp(max=config.max_position_embeddings - 1)
         cos, sin = model.model.rotary_emb(weight[:1, :1], positions[None])
         sin = torch.cat([-sin[..., : head_dim // 2], sin[..., head_dim // 2 :]], dim=-1)
         self.register_buffer("cos", cos[0][:, None])
         self.register_buffer("sin", sin[0][:, None])
         shape = (len(self.layers), rows, self.num_kv_heads, self.capacity, head_dim)
-        # Zeros: what is masked still takes part in products, where anything not finite would spread.
+        # Zeros, since masked positions still enter products, where a value that is not finite would spread.
         self.register_buffer("keys", torch.zeros(shape, device=device, dtype=dtype))
         self.register_buffer("values", torch.zeros(shape, device=device, dtype=dtype))
         self.register_buffer("mask", torch.full((rows, 1, 1, self.capacity), -torch.inf, device=device, dtype=dtype))
@@ -153,9 +152,9 @@ class Decoder(nn.Module):
         self.register_buffer("head_places", heads.view(rows, self.num_kv_heads))
 
     def prefill(self, row: int, ids: torch.Tensor) -> torch.Tensor:
-        """Begin a row with ids [n], whatever was in it before; the last one's hidden state [D].
+        """Fill a row with ids [n] in place of its contents, and return the hidden state [D] of the last one.
 
-        A row is read alone, so that its state does not depend on what is read with it.
+        Each row is read alone, so that its state does not depend on other rows.
         """
         length = ids.shape[0]
         assert 0 < length <= self.capacity
@@ -206,8 +205,8 @@ class Decoder(nn.Module):
 
 
 def _own_kernels(device: torch.device) -> AbstractContextManager:
-    """On CUDA keep attention from cuDNN, which torch prefers on newer GPUs: it prepares for every new length, anew in
-    every thread, and lengths are what changes here all the time."""
+    """On CUDA, attention without cuDNN, which torch prefers on newer GPUs. cuDNN prepares each new length in each
+    thread anew, and here lengths change all the time."""
     if device.type != "cuda":
         return nullcontext()
     return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
@@ -217,7 +216,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """x / rms(x) * weight over the last dimension, as transformers computes it: the scale in fp32."""
     if x.is_cuda:
         return F.rms_norm(x, weight.shape, weight, eps)
-    # On a CPU torch's own makes twice as many passes over rows that are too short to pay for one.
+    # On a CPU F.rms_norm is slower for such short rows.
     wide = x.float()
     return weight * (wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)).to(x.dtype)
 
