@@ -380,7 +380,7 @@ def test_an_address_leads_to_http_only(tmp_path, monkeypatch, target):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Redirecting) as httpd:
         threading.Thread(target=httpd.serve_forever, daemon=True).start()
-        with pytest.raises(UserError, match="redirects to ftp, and only|Redirection to url .* is not allowed"):
+        with pytest.raises(UserError, match=r"redirects to ftp, and only|Redirection to url .* is not allowed"):
             inference.download(f"http://127.0.0.1:{httpd.server_port}/x.wav")
         httpd.shutdown()
 
