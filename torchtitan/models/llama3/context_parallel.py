@@ -12,7 +12,7 @@ same work. Everything but attention works on the own positions. There, two ways 
 Both work on gloo and nccl and keep to the documents of packed rows.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -54,8 +54,11 @@ class ContextParallel:
         pairs = [(parts[r], parts[2 * self.size - 1 - r]) for r in range(self.size)]
         return torch.cat([part for pair in pairs for part in pair], dim=dim)
 
-    def documents(self, positions: torch.Tensor) -> Documents:
-        """For the method ``allgather``: which keys of whole rows [B, S] the own queries see, bool [B, 1, S / N, S]."""
+    def documents(self, positions: torch.Tensor, *_: Any) -> Documents:
+        """The documents of whole rows [B, S] as a mask [B, 1, S / N, S] of the keys that the own queries see.
+
+        For the method ``allgather``, in the place of attention.find_documents.
+        """
         starts = positions == 0
         starts[:, 0] = True
         return Documents(mask=self.shard(document_mask(starts), dim=2))

@@ -14,6 +14,7 @@ from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.models.float8 import convert_to_float8, precompute_scales
 from torchtitan.models.llama3.activation_checkpoint import checkpoint_activations
 from torchtitan.models.llama3.args import Llama3Args
+from torchtitan.models.llama3.context_parallel import ContextParallel
 from torchtitan.models.llama3.model import Llama3
 from torchtitan.models.llama3.parallelize import (
     compile_blocks,
@@ -147,6 +148,10 @@ class ParallelModel:
     ):
         self.args, self.dims, self.device, self.first_id = args, dims, device, first_id
         self.pipeline: Any = None  # a Pipeline, where there is one
+        self.context: ContextParallel | None = None
+        if dims.context > 1:
+            group = dims.mesh(device.type)["cp"].get_group()
+            self.context = ContextParallel(group, config.parallelism.context_parallel_rotate_method)
         self.precomputes_scales = config.float8.precompute_float8_dynamic_scale_for_fsdp
         self.compiles_backward = config.parallelism.enable_compiled_autograd
         training, parallelism = config.training, config.parallelism
@@ -171,22 +176,8 @@ class ParallelModel:
         if dims.pipeline > 1:
             from torchtitan.models.llama3.pipeline import Pipeline
 
-            shape = (
-                parallelism.pipeline_parallel_microbatch_size,
-                training.seq_len // (dims.context * dims.tensor),
-                args.dim,
-            )
-            self.pipeline = Pipeline(
-                list(zip(own, self.parts, strict=True)),
-                len(blocks),
-                dims.mesh(device.type)["pp"],
-                parallelism,
-                training.local_batch_size,
-                shape,
-                DTYPES[training.mixed_precision_param],
-                device,
-                dims.tensor,
-            )
+            stages, dtype = dict(zip(own, self.parts, strict=True)), DTYPES[training.mixed_precision_param]
+            self.pipeline = Pipeline(stages, len(blocks), config, dims, device, dtype)
 
     def _part(self, config: JobConfig, blocks: range, first: bool, last: bool) -> Llama3:
         """One stage, or the whole model, on the meta device."""
@@ -206,9 +197,8 @@ class ParallelModel:
             split_layers(model, mesh, parallelism.disable_loss_parallel)
             if parallelism.enable_async_tensor_parallel:
                 overlap_communication(mesh)
-        if dims.context > 1:
-            group = dims.mesh(self.device.type)["cp"].get_group()
-            split_rows(model, group, parallelism.context_parallel_rotate_method)
+        if self.context is not None:
+            split_rows(model, self.context)
         checkpoint_activations(model, config.activation_checkpoint)
         if training.compile and "model" in config.compile.components:
             from torchtitan.models.llama3.pipeline import splits_backward
@@ -292,9 +282,8 @@ class ParallelModel:
             part.eval()
         try:
             result = self.pipeline.losses(tokens, targets) if self.pipeline else self.parts[0](tokens, targets)
-            context = self.parts[0].context
-            if context is not None:
-                result = context.unshard(result)
+            if self.context is not None:
+                result = self.context.unshard(result)
         finally:
             for part in self.parts:
                 part.train()

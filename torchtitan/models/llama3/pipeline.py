@@ -30,7 +30,8 @@ from torch.distributed.pipelining.schedules import (
 )
 from torch.distributed.tensor import DTensor
 
-from torchtitan.config.job_config import Parallelism
+from torchtitan.config.job_config import JobConfig, Parallelism
+from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.models.llama3.model import Llama3
 from torchtitan.tools.errors import ConfigError
 
@@ -187,57 +188,52 @@ class Pipeline:
     """The stages of this rank, and their schedule.
 
     Args:
-        stages: this rank's, with their numbers, on their device.
+        stages: this rank's, by number, on their device.
         num_stages: of the whole pipeline.
-        mesh: of the ranks of the pipeline, 1-D.
-        config: the section "parallelism".
-        batch_size: rows of a batch.
-        hidden_shape: of the hidden states of one microbatch as they travel: [rows, positions, dim].
-        dtype: in which they do.
-        tensor_degree: ranks over which each stage's layers are split.
+        dtype: of the hidden states that travel between stages.
     """
 
     def __init__(
         self,
-        stages: list[tuple[int, Llama3]],
+        stages: dict[int, Llama3],
         num_stages: int,
-        mesh: DeviceMesh,
-        config: Parallelism,
-        batch_size: int,
-        hidden_shape: tuple[int, int, int],
-        dtype: torch.dtype,
+        config: JobConfig,
+        dims: ParallelDims,
         device: torch.device,
-        tensor_degree: int,
+        dtype: torch.dtype,
     ):
-        self.stages, self.num_stages, self.group = stages, num_stages, mesh.get_group()
-        self.dtype, self.device = dtype, device
-        self.rows = config.pipeline_parallel_microbatch_size
+        self.stages, self.num_stages, self.dims, self.device, self.dtype = stages, num_stages, dims, device, dtype
+        part, mesh = config.parallelism, dims.mesh(device.type)["pp"]
+        self.group, self.rows = mesh.get_group(), part.pipeline_parallel_microbatch_size
         self.owner = [
-            next(r for r in range(mesh.size()) if s in own_stages(num_stages, r, mesh.size(), config))
+            next(r for r in range(mesh.size()) if s in own_stages(num_stages, r, mesh.size(), part))
             for s in range(num_stages)
         ]
         self.divisor = 1.0
-        self.tensor_degree = tensor_degree
         # The ranks with the two ends, which share a tied embedding. Every rank takes part in making a group.
         pipelines = _all_pipelines(mesh)
         groups = [dist.new_group(sorted({ranks[self.owner[0]], ranks[self.owner[-1]]})) for ranks in pipelines]
         own = next(i for i, ranks in enumerate(pipelines) if dist.get_rank() in ranks)
         self.ends = cast(dist.ProcessGroup, groups[own])  # not for the ranks between
-        microbatches = batch_size // self.rows
         made = []
-        for number, model in stages:
-            hidden = torch.empty(hidden_shape, dtype=dtype, device="meta")
-            ids = torch.empty(hidden_shape[0], 1, dtype=torch.int64, device="meta")
+        for number, model in stages.items():
+            hidden = torch.empty(self._hidden_shape(self.rows, config.training.seq_len), dtype=dtype, device="meta")
+            ids = torch.empty(self.rows, 1, dtype=torch.int64, device="meta")
             given = ids if model.first else hidden.requires_grad_()
             result = torch.empty((), device="meta") if model.last else torch.empty_like(hidden)
             shapes = {"input_args": given, "output_args": result.requires_grad_()}
             made.append(PipelineStage(model, number, num_stages, device, group=self.group, **shapes))
-        kind = schedule_class(config)
-        settings: dict[str, Any] = {"loss_fn": self._loss, "scale_grads": False}
-        single = issubclass(kind, PipelineScheduleSingle)
-        self.schedule = kind(made[0] if single else made, microbatches, **settings)
-        if config.pipeline_parallel_schedule_csv is not None:
-            self.schedule._load_csv(config.pipeline_parallel_schedule_csv)
+        kind = schedule_class(part)
+        given = made[0] if issubclass(kind, PipelineScheduleSingle) else made
+        microbatches = config.training.local_batch_size // self.rows
+        self.schedule: Any = kind(given, microbatches, loss_fn=self._loss, scale_grads=False)
+        if part.pipeline_parallel_schedule_csv is not None:
+            self.schedule._load_csv(part.pipeline_parallel_schedule_csv)
+
+    def _hidden_shape(self, rows: int, length: int) -> tuple[int, int, int]:
+        """Shape of this rank's hidden states of some rows between two stages: [rows, positions, dim]."""
+        (model, *_) = self.stages.values()
+        return rows, length // (self.dims.context * self.dims.tensor), model.args.dim
 
     def _loss(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         return output.sum() / self.divisor
@@ -256,10 +252,9 @@ class Pipeline:
             on_device = positions.to(self.device, non_blocking=True).split(self.rows)
             for given, here, there in zip(kwargs, positions.split(self.rows), on_device, strict=True):
                 given |= {"positions": there, "num_documents": int((here == 0).sum())}
-        numbers = [number for number, _ in self.stages]
-        args = [(ids,) for ids in tokens.split(self.rows)] if 0 in numbers else None
+        args = [(ids,) for ids in tokens.split(self.rows)] if 0 in self.stages else None
         losses: list[torch.Tensor] = []
-        last = rows if self.num_stages - 1 in numbers else None
+        last = rows if self.num_stages - 1 in self.stages else None
         self._step(args, kwargs, last, losses)
         return torch.stack(losses).sum() if losses else torch.zeros((), device=self.device)
 
@@ -271,7 +266,7 @@ class Pipeline:
         losses: list[torch.Tensor],
     ) -> None:
         """One run of the schedule over microbatches that are split already."""
-        schedule: Any = self.schedule
+        schedule = self.schedule
         if "arg_mbs" in inspect.signature(schedule.step).parameters:
             schedule.step(arg_mbs=args, kwarg_mbs=kwargs, target_mbs=targets, losses=losses, return_outputs=False)
             return
@@ -284,13 +279,8 @@ class Pipeline:
 
     def sum_tied_gradients(self) -> None:
         """Add the gradients of a tied embedding on the first stage and of the head on the last one."""
-        if not self.stages[0][1].args.tied:
-            return
-        copies = [
-            part.tok_embeddings.weight if part.first else part.output.weight
-            for _, part in self.stages
-            if part.first or part.last
-        ]
+        ends = [part for part in self.stages.values() if part.args.tied and (part.first or part.last)]
+        copies = [part.tok_embeddings.weight if part.first else part.output.weight for part in ends]
         grads = [_local(copy.grad) for copy in copies if copy.grad is not None]
         if len(grads) == 2:  # Schedules shaped like a V have both ends on one rank.
             grads[0] += grads[1]
@@ -301,24 +291,22 @@ class Pipeline:
     @torch.no_grad()
     def losses(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """The loss of each target of rows [B, S'], on all ranks of the pipeline; no schedule, one batch at a time."""
-        parts = dict(self.stages)
-        rank = dist.get_rank(self.group)
-        hidden = tokens
-        model = self.stages[0][1]
-        length = targets.shape[1] if model.context is None else targets.shape[1] // model.context.size
-        shape = (len(tokens), length // self.tensor_degree, model.args.dim)
+        rank, hidden = dist.get_rank(self.group), tokens
         for number in range(self.num_stages):
             before, here = self.owner[number - 1] if number else None, self.owner[number]
             if before is not None and before != here:
                 if rank == before:
                     dist.send(hidden.contiguous(), group=self.group, group_dst=here)
                 elif rank == here:
+                    shape = self._hidden_shape(*targets.shape)
                     hidden = torch.empty(shape, dtype=self.dtype, device=self.device)
                     dist.recv(hidden, group=self.group, group_src=before)
-            if number in parts:
-                hidden = parts[number](hidden, targets)
-        last = rank == self.owner[-1]
-        result = hidden.contiguous() if last else torch.empty(len(tokens), length, device=self.device)
+            if number in self.stages:
+                hidden = self.stages[number](hidden, targets)
+        if rank == self.owner[-1]:
+            result = hidden.contiguous()
+        else:
+            result = torch.empty(len(targets), targets.shape[1] // self.dims.context, device=self.device)
         dist.broadcast(result, group=self.group, group_src=self.owner[-1])
         return result
 

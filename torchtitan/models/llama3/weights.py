@@ -68,7 +68,7 @@ def materialize(model: Llama3, device: torch.device, seq_len: int, buffers: torc
     """
     model.to_empty(device=device)
     model.tie()
-    model.reset_buffers(seq_len, buffers or device)
+    model.rotary.reset(seq_len, buffers or device)
 
 
 @torch.no_grad()
