@@ -25,7 +25,6 @@ from typing import Any, Literal, cast
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import _async_process_executor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
@@ -40,6 +39,7 @@ from torchtitan.models.llama3.weights import Weighted
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.logging import logger
 from torchtitan.tools.signals import shielded
+from torchtitan.tools.torch_private import end_saving_process, serves_once
 
 STATE_FILE = "train_state.json"
 HF_FOLDER = "hf"
@@ -258,8 +258,8 @@ class CheckpointManager:
         settings: dict[str, Any] = {"checkpoint_id": partial, "process_group": self._group}
         if self.async_mode == "async":
             return cast("Future[Any]", dcp.async_save(tensors, **settings))
-        if self._stager is not None and not getattr(self._stager._state_dict_stager, "_deepcopy_dispatch", True):
-            self._stager.close()  # one of torch 2.11 serves once
+        if self._stager is not None and serves_once(self._stager):
+            self._stager.close()
             self._stager = None
         if self._stager is None:
             cuda = torch.cuda.is_available()
@@ -353,7 +353,7 @@ class CheckpointManager:
             if self._stager is not None:
                 self._stager.close()
                 self._stager = None
-                _end_process()
+                end_saving_process()
 
     def newest_intact(self, group: Any = None) -> Path | None:
         """The newest complete checkpoint whose files are as they were written.
@@ -399,14 +399,6 @@ class CheckpointManager:
             path = self.folder / f"step-{later}"
             path.rename(path.with_name(f"{path.name}.set-aside-{time.time_ns()}"))
             logger.warning("going back to step %d: %s is set aside", step, path)
-
-
-def _end_process() -> None:
-    """End the process that torch keeps for saves: Python would send it a SIGTERM, which it never receives, and wait."""
-    saver, _async_process_executor._CHECKPOINT_PROCESS = _async_process_executor._CHECKPOINT_PROCESS, None
-    if saver is not None:
-        saver._save_process.kill()
-        saver._save_process.join()
 
 
 def load_checkpoint(

@@ -71,7 +71,7 @@ class CheckpointReader(FileSystemReader):
     """torch's reader of checkpoint folders, without free unpickling."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        metadata = read_metadata(Path(self._get_metadata_path(kwargs.get("rank"))))
+        metadata = read_metadata(Path(self.path) / ".metadata")
         metadata.storage_meta = metadata.storage_meta or StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata

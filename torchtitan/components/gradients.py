@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from torchtitan.components.optimizer import AnyOptimizer, OptimizerInBackward
 from torchtitan.models.llama3.parallel_model import ParallelModel
 from torchtitan.tools.errors import UserError
+from torchtitan.tools.torch_private import norms
 
 
 @dataclass
@@ -40,16 +41,15 @@ def clip_grad_norm(model: ParallelModel, max_norm: float) -> GradNorm:
         for name, parameter in part.named_parameters()
         if parameter.grad is not None and not part.is_copy(name)
     }
-    norms = torch._foreach_norm(list(gradients.values()))
-    norm = total_norm(model, dict(zip(gradients, norms, strict=True)))
+    norm = total_norm(model, dict(zip(gradients, norms(list(gradients.values())), strict=True)))
     torch.nn.utils.clip_grads_with_norm_([p for _, p in model.weights()], max_norm, norm.total, foreach=True)
     return norm
 
 
 @torch.no_grad()
-def total_norm(model: ParallelModel, norms: dict[str, torch.Tensor]) -> GradNorm:
+def total_norm(model: ParallelModel, own: dict[str, torch.Tensor]) -> GradNorm:
     """The norm of the gradients of all ranks from the norms of each one of this rank, by name."""
-    of_each = torch.stack(list(norms.values()))
+    of_each = torch.stack(list(own.values()))
     if isinstance(of_each, DTensor):
         of_each = of_each.full_tensor()
     total = torch.linalg.vector_norm(of_each)
@@ -57,7 +57,7 @@ def total_norm(model: ParallelModel, norms: dict[str, torch.Tensor]) -> GradNorm
         squared = total**2
         dist.all_reduce(squared, group=model.pipeline.group)
         total = squared.sqrt()
-    return GradNorm(total, of_each, list(norms))
+    return GradNorm(total, of_each, list(own))
 
 
 @dataclass

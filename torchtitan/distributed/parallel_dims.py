@@ -92,39 +92,38 @@ class ParallelDims:
         return lcm(multiple, self.row_multiple)
 
     @cached_property
-    def _mesh(self) -> dict[str, DeviceMesh]:
+    def _meshes(self) -> dict[tuple[str, ...], DeviceMesh]:
         return {}
 
-    def mesh(self, device_type: str) -> DeviceMesh:
-        """The mesh of all ranks, with dimensions pp, dp_replicate, dp_shard, cp and tp. Made once; called by all."""
-        if device_type not in self._mesh:
-            sizes = {
-                "pp": self.pipeline,
-                "dp_replicate": self.replicate,
-                "dp_shard": self.shard,
-                "cp": self.context,
-                "tp": self.tensor,
-            }
-            self._mesh[device_type] = init_device_mesh(device_type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
-        return self._mesh[device_type]
+    def _mesh(self, device_type: str, **sizes: int) -> DeviceMesh:
+        key = (device_type, *sizes)
+        if key not in self._meshes:
+            self._meshes[key] = init_device_mesh(device_type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+        return self._meshes[key]
 
-    def groups(self, device_type: str) -> list[ProcessGroup]:
-        """The process groups that the mesh of this rank consists of."""
-        meshes = (self.mesh(device_type), self.fsdp_mesh(device_type))
-        return list({id(group): group for mesh in meshes for group in mesh.get_all_groups()}.values())
+    def mesh(self, device_type: str) -> DeviceMesh:
+        """All ranks, with dimensions pp, dp_replicate, dp_shard and tp. Made once; called by all.
+
+        The ranks that share a row hold one copy of the model together, so they are in dp_shard: their gradients are
+        summed like those of different rows.
+        """
+        shard = self.shard * self.context
+        return self._mesh(device_type, pp=self.pipeline, dp_replicate=self.replicate, dp_shard=shard, tp=self.tensor)
+
+    def context_mesh(self, device_type: str) -> DeviceMesh:
+        """The ranks with which this one shares rows. Made once; called by all."""
+        rows = self.world_size // (self.context * self.tensor)
+        return self._mesh(device_type, rows=rows, cp=self.context, tp=self.tensor)["cp"]
 
     def fsdp_mesh(self, device_type: str) -> DeviceMesh:
-        """What parameters are sharded over (the last dimension) and replicated over (the first, if there are two).
-
-        The ranks of one row's parts hold one copy together: their gradients are summed like those of different rows.
-        """
+        """What parameters are sharded over (the last dimension) and replicated over (the first, if there are two)."""
         mesh = self.mesh(device_type)
-        shard = mesh["dp_shard"]
-        if self.context > 1:
-            shard = mesh["dp_shard", "cp"]._flatten("dp_shard_cp")
-        if self.replicate == 1:
-            return shard
-        return mesh["dp_replicate", "dp_shard_cp" if self.context > 1 else "dp_shard"]
+        return mesh["dp_shard"] if self.replicate == 1 else mesh["dp_replicate", "dp_shard"]
+
+    def groups(self, device_type: str) -> list[ProcessGroup]:
+        """The process groups of this rank."""
+        groups = self.mesh(device_type).get_all_groups()
+        return [*groups, self.context_mesh(device_type).get_group()] if self.context > 1 else groups
 
 
 def data_parallel_degree(config: JobConfig, world_size: int) -> int:

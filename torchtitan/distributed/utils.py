@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from torchtitan.config.job_config import Comm
 from torchtitan.tools.errors import UserError
+from torchtitan.tools.torch_private import set_timeout
 
 
 def world_size() -> int:
@@ -72,8 +73,6 @@ def shorten_timeout(comm: Comm, device: torch.device, groups: Sequence[Any] = ()
     dist.barrier()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    # The public name came with torch 2.14.
-    set_timeout = getattr(dist.distributed_c10d, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
     for group in (None, *groups):
         set_timeout(timedelta(seconds=comm.train_timeout_seconds), group)
 

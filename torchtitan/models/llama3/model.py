@@ -204,10 +204,9 @@ class Llama3(nn.Module):
         self.args = args
         self.compiled = False
         self.first = self.last = True
-        # With the weight given, nn.Embedding draws no values of its own: on the meta device that imports torch._dynamo,
-        # which takes seconds.
         size = (args.padded_vocab_size, args.dim)
-        self.tok_embeddings = nn.Embedding(*size, _weight=torch.empty(size))
+        # Without values nn.Embedding draws some. On the meta device that imports torch's compiler, which takes seconds.
+        self.tok_embeddings = nn.Embedding.from_pretrained(torch.empty(size), freeze=False)
         self.rotary = RotaryTables(args)
         self.find_documents: Callable[..., Documents] = find_documents
         self.layers = nn.ModuleDict({str(i): TransformerBlock(args) for i in range(args.n_layers)})

@@ -1,7 +1,7 @@
 """The model as the trainer sees it: whole rows in, losses out, whatever is split underneath."""
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -18,7 +18,6 @@ from torchtitan.models.llama3.context_parallel import ContextParallel
 from torchtitan.models.llama3.model import Llama3
 from torchtitan.models.llama3.parallelize import (
     compile_blocks,
-    overlap_communication,
     shard,
     split_layers,
     split_rows,
@@ -28,6 +27,7 @@ from torchtitan.models.loss import IGNORE_INDEX
 from torchtitan.models.mx import convert_to_mx
 from torchtitan.tools.errors import ConfigError
 from torchtitan.tools.logging import logger
+from torchtitan.tools.torch_private import compiled_autograd, overlap_tensor_parallelism
 
 # Converters of the model, each with the number of ids of which its products need a multiple.
 CONVERTERS = {"float8": 16, "mx": 32}
@@ -150,7 +150,7 @@ class ParallelModel:
         self.pipeline: Any = None  # a Pipeline, where there is one
         self.context: ContextParallel | None = None
         if dims.context > 1:
-            group = dims.mesh(device.type)["cp"].get_group()
+            group = dims.context_mesh(device.type).get_group()
             self.context = ContextParallel(group, config.parallelism.context_parallel_rotate_method)
         self.precomputes_scales = config.float8.precompute_float8_dynamic_scale_for_fsdp
         self.compiles_backward = config.parallelism.enable_compiled_autograd
@@ -196,7 +196,7 @@ class ParallelModel:
             mesh = dims.mesh(self.device.type)["tp"]
             split_layers(model, mesh, parallelism.disable_loss_parallel)
             if parallelism.enable_async_tensor_parallel:
-                overlap_communication(mesh)
+                overlap_tensor_parallelism(mesh.get_group())
         if self.context is not None:
             split_rows(model, self.context)
         checkpoint_activations(model, config.activation_checkpoint)
@@ -246,7 +246,7 @@ class ParallelModel:
             This rank's part of the loss: the sum over its targets, divided. 0 where the head is on another rank.
         """
         tokens, targets = (ids.to(self.device, non_blocking=True) for ids in (tokens, targets))
-        with self._compiled_backward():
+        with compiled_autograd() if self.compiles_backward else nullcontext():
             if self.pipeline is not None:
                 return self.pipeline.backward(tokens, targets, positions, divisor)
             documents = None
@@ -257,14 +257,6 @@ class ParallelModel:
             loss = self.parts[0](tokens, targets, positions, documents) / divisor
             loss.backward()
         return loss.detach()
-
-    def _compiled_backward(self) -> AbstractContextManager:
-        """Within it torch's compiled autograd takes the backward pass, if the config asks for it."""
-        if not self.compiles_backward:
-            return nullcontext()
-        from torch._dynamo.utils import maybe_enable_compiled_autograd  # which takes seconds to import
-
-        return maybe_enable_compiled_autograd(True)
 
     @torch.no_grad()
     def losses(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -24,6 +24,7 @@ from torchtitan.distributed.collectives import gather, wait
 from torchtitan.models.llama3.context_parallel import ContextParallel
 from torchtitan.models.llama3.model import Llama3, OutputHead, TransformerBlock, rotate_both, swiglu
 from torchtitan.models.loss import Columns
+from torchtitan.tools.torch_private import keep_saved_memory
 
 
 def split_layers(model: Llama3, mesh: DeviceMesh, gather_logits: bool = False) -> None:
@@ -86,18 +87,6 @@ class SplitHead(OutputHead):
         return self.nll(gather(hidden, 1, self.group), weight, targets, columns)
 
 
-def overlap_communication(mesh: DeviceMesh) -> None:
-    """Async tensor parallelism: compiled blocks overlap what they compute with what they send.
-
-    See "Introducing Async Tensor Parallelism in PyTorch" (PyTorch forum, 2024); needs GPUs with symmetric memory.
-    """
-    from torch._inductor import config as inductor_config
-    from torch.distributed._symmetric_memory import enable_symm_mem_for_group
-
-    inductor_config._micro_pipeline_tp = True
-    enable_symm_mem_for_group(mesh.get_group().group_name)
-
-
 def split_rows(model: Llama3, context: ContextParallel) -> None:
     """Context parallelism: the ranks of a group share each row, see models/llama3/context_parallel.py.
 
@@ -126,10 +115,8 @@ def compile_blocks(model: Llama3, splits_backward: bool = False) -> None:
             so it would do all of it twice; compiled is then only what lies between the matrix products.
     """
     if splits_backward:
-        from torch._functorch import config as functorch_config
-
         # The graph is kept between the two, so a compiled function must not reuse the memory of what it has saved.
-        functorch_config.donated_buffer = False
+        keep_saved_memory()
         rotate = torch.compile(rotate_both, fullgraph=True, dynamic=False)
         gate = torch.compile(swiglu, fullgraph=True, dynamic=False)
         for layer in model.layers.values():

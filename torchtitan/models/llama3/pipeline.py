@@ -5,7 +5,6 @@ head, on the last one; their gradients are summed, so that both copies get the s
 """
 
 import csv
-import inspect
 import re
 from typing import Any, cast
 
@@ -23,9 +22,6 @@ from torch.distributed.pipelining.schedules import (
     ScheduleInterleaved1F1B,
     ScheduleInterleavedZeroBubble,
     ScheduleZBVZeroBubble,
-    _Action,
-    _PipelineScheduleRuntime,
-    _validate_schedule,
     get_schedule_class,
 )
 from torch.distributed.tensor import DTensor
@@ -34,6 +30,7 @@ from torchtitan.config.job_config import JobConfig, Parallelism
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.models.llama3.model import Llama3
 from torchtitan.tools.errors import ConfigError
+from torchtitan.tools.torch_private import free_schedule, load_actions, parse_action, validate_schedule
 
 SCHEDULES = ("1F1B", "GPipe", "Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
 
@@ -45,7 +42,7 @@ def schedule_class(config: Parallelism) -> type[Any]:
         ConfigError: there is none of this name.
     """
     if config.pipeline_parallel_schedule_csv is not None:
-        return _PipelineScheduleRuntime
+        return free_schedule()
     name = config.pipeline_parallel_schedule
     if name.lower() not in [known.lower() for known in SCHEDULES]:  # torch's lookup also finds abstract classes
         raise ConfigError(
@@ -67,7 +64,7 @@ def read_schedule(config: Parallelism) -> dict[int, list[Any]]:
     try:
         with open(path, newline="") as file:
             lines = [line for line in csv.reader(file) if line]
-        actions = {rank: [_Action.from_str(cell) for cell in line] for rank, line in enumerate(lines)}
+        actions = {rank: [parse_action(cell) for cell in line] for rank, line in enumerate(lines)}
     except (OSError, ValueError, csv.Error, RuntimeError) as error:
         raise ConfigError(f"{key}: it cannot be read ({error}).") from None
     for rank, own in actions.items():
@@ -92,7 +89,7 @@ def check_schedule(config: Parallelism, batch_size: int, num_stages: int) -> Non
     what = f"{microbatches} microbatches (training.local_batch_size / pipeline_parallel_microbatch_size)"
     if config.pipeline_parallel_schedule_csv is not None:
         try:
-            _validate_schedule(read_schedule(config), ranks, num_stages, microbatches)
+            validate_schedule(read_schedule(config), ranks, num_stages, microbatches)
         except (AssertionError, KeyError, ValueError) as error:
             reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
             raise ConfigError(
@@ -228,7 +225,7 @@ class Pipeline:
         microbatches = config.training.local_batch_size // self.rows
         self.schedule: Any = kind(given, microbatches, loss_fn=self._loss, scale_grads=False)
         if part.pipeline_parallel_schedule_csv is not None:
-            self.schedule._load_csv(part.pipeline_parallel_schedule_csv)
+            load_actions(self.schedule, part.pipeline_parallel_schedule_csv)
 
     def _hidden_shape(self, rows: int, length: int) -> tuple[int, int, int]:
         """Shape of this rank's hidden states of some rows between two stages: [rows, positions, dim]."""
@@ -246,36 +243,21 @@ class Pipeline:
         ``positions`` are on the CPU, where the documents of each microbatch are counted without waiting for a GPU.
         """
         self.divisor = divisor
-        rows = list(targets.split(self.rows))
-        kwargs: list[dict[str, Any]] = [{"targets": row} for row in rows]
+        packed: dict[str, Any] = {}
         if positions is not None:
-            on_device = positions.to(self.device, non_blocking=True).split(self.rows)
-            for given, here, there in zip(kwargs, positions.split(self.rows), on_device, strict=True):
-                given |= {"positions": there, "num_documents": int((here == 0).sum())}
-        args = [(ids,) for ids in tokens.split(self.rows)] if 0 in self.stages else None
+            # Microbatches with fewer documents are filled up with empty ones.
+            documents = max(int((part == 0).sum()) for part in positions.split(self.rows))
+            packed = {"positions": positions.to(self.device, non_blocking=True), "num_documents": documents}
         losses: list[torch.Tensor] = []
-        last = rows if self.num_stages - 1 in self.stages else None
-        self._step(args, kwargs, last, losses)
+        self.schedule.step(
+            *([tokens] if 0 in self.stages else []),
+            target=targets if self.num_stages - 1 in self.stages else None,
+            losses=losses,
+            return_outputs=False,
+            targets=targets,
+            **packed,
+        )
         return torch.stack(losses).sum() if losses else torch.zeros((), device=self.device)
-
-    def _step(
-        self,
-        args: list[tuple[torch.Tensor]] | None,
-        kwargs: list[dict[str, Any]],
-        targets: list[torch.Tensor] | None,
-        losses: list[torch.Tensor],
-    ) -> None:
-        """One run of the schedule over microbatches that are split already."""
-        schedule = self.schedule
-        if "arg_mbs" in inspect.signature(schedule.step).parameters:
-            schedule.step(arg_mbs=args, kwarg_mbs=kwargs, target_mbs=targets, losses=losses, return_outputs=False)
-            return
-        # Before torch 2.14 step() takes whole batches only, and does no more than this.
-        stages = [schedule._stage] if isinstance(schedule, PipelineScheduleSingle) else schedule._stages
-        for stage in stages:
-            stage.has_backward = True
-            stage.clear_runtime_states()
-        schedule._step_microbatches(args, kwargs, targets, losses)
 
     def sum_tied_gradients(self) -> None:
         """Add the gradients of a tied embedding on the first stage and of the head on the last one."""

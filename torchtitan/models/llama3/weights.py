@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from torchtitan.models.llama3.args import Llama3Args
 from torchtitan.models.llama3.model import Llama3
 from torchtitan.tools.errors import UserError
+from torchtitan.tools.torch_private import local_region
 
 _LAYER_NAMES = {
     "attention.wq.weight": "self_attn.q_proj.weight",
@@ -172,13 +173,9 @@ def _fill(parameter: torch.Tensor, read: Callable[[tuple[slice, ...]], torch.Ten
     if not isinstance(parameter, DTensor):
         parameter.copy_(read(tuple(slice(0, size) for size in parameter.shape)))
         return
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
-    if 0 in shape:
-        return
-    region = tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
-    parameter.to_local().copy_(read(region))
+    own = parameter.to_local()
+    if own.numel():
+        own.copy_(read(local_region(parameter)))
 
 
 class SafetensorsFolder:
