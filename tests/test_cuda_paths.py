@@ -632,7 +632,7 @@ def test_clips_are_encoded_in_batches_that_fit(monkeypatch, make_codec):
     with gpu() as watch:
         codec, sizes = make_codec(), []
         latents = codec._latents
-        monkeypatch.setattr(codec, "_own_stream", nullcontext)
+        monkeypatch.setattr(codec, "_own_cuda_stream", nullcontext)
         monkeypatch.setattr(codec, "_latents", lambda x, *more: sizes.append(len(x)) or latents(x, *more))
         codes = codec.encode([torch.zeros(length) for length in lengths])
         assert [tuple(each.shape) for each in codes] == [(4, -(-length // FRAME_SIZE)) for length in lengths]

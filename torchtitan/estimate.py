@@ -21,11 +21,10 @@ from torchtitan.models.llama3.args import Llama3Args
 from torchtitan.models.llama3.parallel_model import check_split
 from torchtitan.models.loss import CHUNK_TOKENS
 from torchtitan.tools.errors import ConfigError, UserError
-from torchtitan.tools.utils import peak_flops_of
+from torchtitan.tools.utils import DTYPES, peak_flops_of
 
 GIB = 2**30
 ONE_RANK = ParallelDims()
-_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 # Assumptions that are no property of the model or the config.
 CONTEXT_BYTES = int(1.5 * GIB)  # CUDA context, cuBLAS workspaces, NCCL buffers
@@ -139,7 +138,7 @@ def count_parameters(args: Llama3Args) -> dict[str, Any]:
     """Parameters of a model, by part; the alignment rows are trained along and counted apart."""
     vocabulary = args.vocab_size * args.dim
     padding = (args.padded_vocab_size - args.vocab_size) * args.dim * (1 if args.tied else 2)
-    block = sum(math.prod(shape) for shape in _block_shapes(args, 1))
+    block = sum(math.prod(shape) for shape in _block_shapes(args))
     return {
         "total": args.num_params,
         "embedding": vocabulary,
@@ -154,12 +153,18 @@ def count_parameters(args: Llama3Args) -> dict[str, Any]:
     }
 
 
-def _block_shapes(args: Llama3Args, tensor: int) -> list[tuple[int, ...]]:
-    """Shapes of a block's parameters on one of ``tensor`` ranks that share it: norms whole, projections split."""
-    query, key = args.n_heads * args.head_dim // tensor, args.n_kv_heads * args.head_dim // tensor
-    hidden = args.hidden_dim // tensor
-    projections = [(query, args.dim), (key, args.dim), (key, args.dim), (args.dim, query)]
-    return [(args.dim,), *projections, (args.dim,), (hidden, args.dim), (args.dim, hidden), (hidden, args.dim)]
+def _tensor_part(args: Llama3Args, tensor: int) -> Llama3Args:
+    """Sizes of the blocks on one of ``tensor`` ranks that split their layers."""
+    heads, kv_heads, hidden = (n // tensor for n in (args.n_heads, args.n_kv_heads, args.hidden_dim))
+    return replace(args, n_heads=heads, n_kv_heads=kv_heads, hidden_dim=hidden)
+
+
+def _block_shapes(args: Llama3Args) -> list[tuple[int, ...]]:
+    """Shapes of a block's parameters."""
+    query, key = args.n_heads * args.head_dim, args.n_kv_heads * args.head_dim
+    attention = [(query, args.dim), (key, args.dim), (key, args.dim), (args.dim, query)]
+    feed_forward = [(args.hidden_dim, args.dim), (args.dim, args.hidden_dim), (args.hidden_dim, args.dim)]
+    return [*attention, *feed_forward, (args.dim,), (args.dim,)]
 
 
 def _local(shape: tuple[int, ...], ranks: int) -> int:
@@ -209,7 +214,8 @@ def rank_parameters(
     Exact for the rank that has most (rows that cannot be dealt out evenly go to the first ranks).
     """
     shard = dims.shard * dims.context
-    vocabulary, block = (-(-args.padded_vocab_size // dims.tensor), args.dim), _block_shapes(args, dims.tensor)
+    vocabulary = (-(-args.padded_vocab_size // dims.tensor), args.dim)
+    block = _block_shapes(_tensor_part(args, dims.tensor))
     embeddings = first + (last and not (args.tied and first))
     own_block = sum(_local(shape, shard) for shape in block)
     own_ends = embeddings * _local(vocabulary, shard) + last * _local((args.dim,), shard)
@@ -303,21 +309,20 @@ def block_activations(
         size: bytes of an element in forward and backward passes.
         cuda: the kernels are CUDA's: a fused RMSNorm, and flash attention for 16 bits only.
     """
-    tokens = rows * length // dims.context
-    query, key = (heads * args.head_dim // dims.tensor for heads in (args.n_heads, args.n_kv_heads))
-    heads, hidden = args.n_heads // dims.tensor, args.hidden_dim // dims.tensor
+    tokens, own = rows * length // dims.context, _tensor_part(args, dims.tensor)
+    query, key = own.n_heads * own.head_dim, own.n_kv_heads * own.head_dim
     # The fused kernel keeps its input; the composite one an fp32 copy of it and the result. Both keep the scale.
     norm = tokens // dims.tensor * ((size if cuda else 8) * args.dim + 4)
     if cuda and size == 4 and query != key:  # neither flash (16 bits) nor the efficient kernel (no groups)
-        attention = tokens * 4 * (3 * query + heads * length)
+        attention = tokens * 4 * (3 * query + own.n_heads * length)
     else:
-        attention = tokens * (size * (query + 2 * key) + 4 * heads)
+        attention = tokens * (size * (query + 2 * key) + 4 * own.n_heads)
     output = tokens * query * size
     if dims.context > 1:
         output *= 2  # before and after the parts are put together
         if context_method == "allgather":  # keys and values of whole rows, and which of them a query sees
             attention += tokens * size * 2 * key * (dims.context - 1) + length * length // dims.context
-    inputs, feed_forward = 2 * tokens * args.dim * size, 4 * tokens * hidden * size
+    inputs, feed_forward = 2 * tokens * args.dim * size, 4 * tokens * own.hidden_dim * size
     return 2 * norm + inputs + attention + output + feed_forward
 
 
@@ -339,9 +344,9 @@ def kept_activations(
     entry = tokens // dims.tensor * args.dim * size
     if _selects_operations(config):
         # Results of every second product (wq, wv, w1, w2) and of attention, as in TorchTitan.
-        query, key = (heads * args.head_dim // dims.tensor for heads in (args.n_heads, args.n_kv_heads))
-        columns = 2 * query + key + args.hidden_dim // dims.tensor + args.dim
-        kept = entry + tokens * (size * columns + 4 * args.n_heads // dims.tensor)
+        own = _tensor_part(args, dims.tensor)
+        columns = (2 * own.n_heads + own.n_kv_heads) * own.head_dim + own.hidden_dim + own.dim
+        kept = entry + tokens * (size * columns + 4 * own.n_heads)
         return blocks * kept, max(0, whole - kept)
     again = min(blocks, recomputed_blocks(config, args.n_layers) * blocks // args.n_layers)
     return (blocks - again) * whole + again * entry, whole if again else 0
@@ -400,7 +405,7 @@ def _moments(
 ) -> dict[str, dict[str, int]]:
     """{moment: {component: bytes}} of one rank, without the codec."""
     training, parallelism, length = config.training, config.parallelism, config.training.seq_len
-    size, reduce = _BYTES[training.mixed_precision_param], _BYTES[training.mixed_precision_reduce]
+    size, reduce = DTYPES[training.mixed_precision_param].itemsize, DTYPES[training.mixed_precision_reduce].itemsize
     sharded = num_gpus > 1 or training.enable_cpu_offload or size < 4
     pipelined = dims.pipeline > 1
     rows = parallelism.pipeline_parallel_microbatch_size if pipelined else training.local_batch_size
@@ -471,12 +476,13 @@ def _moments(
 def traffic(args: Llama3Args, config: JobConfig, num_gpus: int) -> dict[str, float]:
     """Bytes that one GPU receives in a step, by kind, as ring algorithms need at least."""
     dims, accumulation = ParallelDims.from_config(config, 0, num_gpus), accumulation_steps(config, num_gpus)
-    size, reduce = _BYTES[config.training.mixed_precision_param], _BYTES[config.training.mixed_precision_reduce]
+    training = config.training
+    size, reduce = DTYPES[training.mixed_precision_param].itemsize, DTYPES[training.mixed_precision_reduce].itemsize
     own = max(_parts(args, config, dims), key=lambda part: part.gathered)
     ranks, reshard = dims.shard * dims.context, config.parallelism.fsdp_reshard_after_forward
     share = (ranks - 1) / ranks
     gathers = accumulation * (2 if reshard == "always" or (reshard == "default" and dims.pipeline == 1) else 1)
-    tokens = config.training.local_batch_size * config.training.seq_len // dims.context * accumulation
+    tokens = training.local_batch_size * training.seq_len // dims.context * accumulation
     # Each half of a block gathers its input and scatters its output, and both again in the backward pass.
     crossing = 8 * tokens * args.dim * size * (dims.tensor - 1) / dims.tensor
     keys = 2 * args.n_kv_heads * args.head_dim // dims.tensor
@@ -539,7 +545,8 @@ def storage(args: Llama3Args, config: JobConfig, hours: float | None) -> dict[st
         # The new one is written before the oldest is deleted.
         found["one checkpoint"] = checkpoint_bytes(args)
         found[f"checkpoints ({kept} kept, one being written)"] = (kept + 1) * checkpoint_bytes(args)
-        found["model in Hugging Face format"] = args.num_params * _BYTES[saving.export_dtype] + TOKENIZER_BYTES
+        exported = args.num_params * DTYPES[saving.export_dtype].itemsize
+        found["model in Hugging Face format"] = exported + TOKENIZER_BYTES
     if hours is not None:
         found["recordings (16 kHz FLAC)"] = int(hours * AUDIO_BYTES_PER_HOUR)
         found["the same as stored codes"] = int(hours * 3600 * FRAMES_PER_SECOND * config.model.num_quantizers * 2)

@@ -135,7 +135,7 @@ class Codec:
                 if isinstance(part, torch.nn.ELU):
                     part.inplace = True
         _set_window(self._transformer, config.sliding_window if window == "codec" else _FULL_WINDOW)
-        self._stream: torch.cuda.Stream | None = None
+        self._cuda_stream: torch.cuda.Stream | None = None
         self._largest = 0.0  # seconds of the largest batch, whose memory its CUDA stream keeps for the next one
 
     @classmethod
@@ -173,7 +173,7 @@ class Codec:
     def to(self, device: torch.device | str) -> "Codec":
         """Move the codec; codebooks that transformers caches are made anew on the device."""
         self.model.to(device)
-        self._stream, self._largest = None, 0.0
+        self._cuda_stream, self._largest = None, 0.0
         for module in self.model.modules():
             if hasattr(module, "embed_sum"):
                 module._embed = None
@@ -207,7 +207,7 @@ class Codec:
             if waveform.dim() != 1 or waveform.numel() == 0:
                 raise CodecError(f"a waveform must be [n] with n >= 1, not {list(waveform.shape)}")
         codes: dict[int, torch.Tensor] = {}
-        with no_tf32(self.device), self._own_stream():
+        with no_tf32(self.device), self._own_cuda_stream():
             for batch in self._batches([waveform.numel() for waveform in waveforms]):
                 clips = [waveforms[i] for i in batch]
                 if len(clips) == 1 and self._num_chunks(clips[0].numel()) > 1:
@@ -331,14 +331,14 @@ class Codec:
         free, _ = torch.cuda.mem_get_info(self.device)
         return min(most, max(self._largest, FREE_MEMORY_SHARE * free / ACTIVATION_BYTES))
 
-    def _own_stream(self) -> AbstractContextManager:
-        """The stream on which all encoding takes place."""
+    def _own_cuda_stream(self) -> AbstractContextManager:
+        """The CUDA stream on which all encoding takes place."""
         if self.device.type != "cuda":
             return nullcontext()
-        if self._stream is None:
-            self._stream = torch.cuda.Stream(self.device)
-            self._stream.wait_stream(torch.cuda.current_stream(self.device))  # on which the weights came
-        return torch.cuda.stream(self._stream)
+        if self._cuda_stream is None:
+            self._cuda_stream = torch.cuda.Stream(self.device)
+            self._cuda_stream.wait_stream(torch.cuda.current_stream(self.device))  # on which the weights came
+        return torch.cuda.stream(self._cuda_stream)
 
     def _encode_fitting(self, clips: list[torch.Tensor]) -> list[torch.Tensor]:
         """:meth:`_encode_batch`, in halves where the memory does not hold the whole."""

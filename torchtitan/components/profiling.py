@@ -16,9 +16,9 @@ _WARMUP_STEPS = 1
 
 @contextmanager
 def profile(config: Profiling, folder: Path, rank: int, done: int = 0) -> Iterator[Any]:
-    """A context whose value is called once a step (``.step()``), or None; traces open in chrome://tracing or Perfetto.
+    """A context whose value's ``.step()`` is called once a step, or None; traces open in chrome://tracing or Perfetto.
 
-    Every step of the run that ``profile_freq`` divides is traced.
+    It traces every step of the run that ``profile_freq`` divides.
 
     Args:
         done: steps of the run before this process.

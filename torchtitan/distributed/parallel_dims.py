@@ -13,7 +13,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from torchtitan.config.job_config import JobConfig
-from torchtitan.config.keys import Refuse, said
+from torchtitan.config.keys import Refuse, row_lengths, said
 from torchtitan.tools.errors import ConfigError
 
 
@@ -74,12 +74,12 @@ class ParallelDims:
 
     @property
     def counts_rows(self) -> bool:
-        """Of the ranks that work on the same rows one counts them: the first."""
+        """Whether this rank counts rows: the first of those that work on the same rows does."""
         return self.pipeline_rank == 0 and self.rank % (self.context * self.tensor) == 0
 
     @property
     def counts_loss(self) -> bool:
-        """Of the ranks that know the same loss one counts it; with context parallelism each has its own part."""
+        """Whether this rank counts the loss: the first of its tensor-parallel ranks does, which all know the same."""
         return self.rank % self.tensor == 0
 
     @property
@@ -172,16 +172,11 @@ def accumulation_steps(config: JobConfig, world_size: int) -> int:
 def check_parallelism(config: JobConfig, refuse: Refuse) -> None:
     """Refuse degrees that do not fit the rows and batches, and settings of a parallelism that is not used."""
     part = config.parallelism
-    tensor, context, pipeline = (
-        part.tensor_parallel_degree,
-        part.context_parallel_degree,
-        part.pipeline_parallel_degree,
-    )
-    multiple = tensor * (2 * context if context > 1 else 1)
-    sections = ["training"] + ["validation"] * config.validation.enabled
-    for section in sections:
-        if getattr(config, section).seq_len % multiple:
-            refuse(f"{section}.seq_len", f"with these degrees of parallelism it must be a multiple of {multiple}")
+    tensor, pipeline = part.tensor_parallel_degree, part.pipeline_parallel_degree
+    multiple = ParallelDims(context=part.context_parallel_degree, tensor=tensor).row_multiple
+    for key, length in row_lengths(config).items():
+        if key != "evaluation.seq_len" and length % multiple:  # evaluations pad their rows
+            refuse(key, f"with these degrees of parallelism it must be a multiple of {multiple}")
     for key, value, degree in (
         ("disable_loss_parallel", part.disable_loss_parallel, tensor),
         ("enable_async_tensor_parallel", part.enable_async_tensor_parallel, tensor),

@@ -1,4 +1,4 @@
-"""Activation checkpointing: what the backward pass needs is computed again, not kept (arXiv 1604.06174).
+"""Activation checkpointing: compute again what the backward pass needs, instead of keeping it (arXiv 1604.06174).
 
 Whole blocks, every n-th block, or within each block only what is cheap to compute again ("op").
 """

@@ -1,7 +1,8 @@
 """Context parallelism: the ranks of a group split each row among themselves, and meet in attention.
 
 A row is cut into 2 * N parts; rank r of N holds parts r and 2 * N - 1 - r, so that under a causal mask all have the
-same work. Everything but attention works on the own positions. There, two ways lead to the same result:
+same work. Everything but attention works on a rank's own positions. Attention works in one of two ways, with the same
+result:
 
 - ``allgather``: every rank gathers the keys and values of the whole row, and attends from its own positions. Works
   for any number of heads. What a part cannot see, because it comes later, is not computed.

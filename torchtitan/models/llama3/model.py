@@ -238,9 +238,9 @@ class Llama3(nn.Module):
         """Ids [B, S] to logits [B, S, vocab_size], or with targets [B, S] to their losses (see OutputHead).
 
         ``positions`` [B, S] packs several documents into a row: it is each id's position within its document, and a
-        document begins wherever it is 0. None sees another, and each has the losses that it has in a row of its own,
-        if its last id has no target. Padding is a document too. Without positions each row is one document.
-        ``num_documents`` is how many there are; a GPU is waited for if it is not given.
+        document begins wherever it is 0. Documents do not see each other. Each has the losses that it has in a row of
+        its own, if its last id has no target. Padding is a document too. Without positions each row is one document.
+        ``num_documents`` is how many there are, or a few more; without it the CPU waits for a GPU that counts them.
 
         Raises:
             ValueError: the rows are longer than the rotary tables.

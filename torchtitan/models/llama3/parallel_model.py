@@ -9,7 +9,7 @@ from torch import nn
 from torch.torch_version import TorchVersion
 
 from torchtitan.config.job_config import JobConfig
-from torchtitan.config.keys import Refuse
+from torchtitan.config.keys import Refuse, row_lengths
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.models.float8 import convert_to_float8, precompute_scales
 from torchtitan.models.llama3.activation_checkpoint import checkpoint_activations
@@ -28,25 +28,25 @@ from torchtitan.models.mx import convert_to_mx
 from torchtitan.tools.errors import ConfigError
 from torchtitan.tools.logging import logger
 from torchtitan.tools.torch_private import compiled_autograd, overlap_tensor_parallelism
+from torchtitan.tools.utils import DTYPES
 
-# Converters of the model, each with the number of ids of which its products need a multiple.
+# Converters of the model. Each needs rows whose length is a multiple of this.
 CONVERTERS = {"float8": 16, "mx": 32}
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def check_compile(config: JobConfig, refuse: Refuse) -> None:
     """Refuse what cannot be compiled."""
-    components = config.compile.components
+    components, compiles = config.compile.components, config.training.compile
     if set(components) - {"model", "loss"}:
         refuse("compile.components", "there are model and loss")
-    if config.training.compile and not components:
+    if compiles and not components:
         refuse("compile.components", "with training.compile = true it must name something")
-    if config.parallelism.enable_compiled_autograd and not (config.training.compile and "model" in components):
+    if config.parallelism.enable_compiled_autograd and not (compiles and "model" in components):
         refuse("parallelism.enable_compiled_autograd", "it needs training.compile = true")
 
 
 def check_converters(config: JobConfig, refuse: Refuse) -> None:
-    """Refuse converters that there are not, or whose settings contradict each other."""
+    """Refuse unknown converters, and settings of converters that contradict each other."""
     names, float8 = config.model.converters, config.float8
     if set(names) - set(CONVERTERS) or len(names) > 1:
         refuse("model.converters", 'there are "float8" and "mx", of which one can be chosen')
@@ -66,10 +66,10 @@ def check_converters(config: JobConfig, refuse: Refuse) -> None:
 
 
 def check_split(config: JobConfig, args: Llama3Args) -> None:
-    """Whether a model can be split as a config asks for, here.
+    """Refuse to split a model in a way that its sizes, this torch or this machine do not allow.
 
     Raises:
-        ConfigError: it cannot.
+        ConfigError: why not.
     """
     part = config.parallelism
     tensor, context = part.tensor_parallel_degree, part.context_parallel_degree
@@ -89,7 +89,7 @@ def check_split(config: JobConfig, args: Llama3Args) -> None:
             'rank cannot be dealt out evenly; context_parallel_rotate_method = "allgather" does not need that.'
         )
     if part.pipeline_parallel_degree > 1:
-        # Its import brings torch's compiler, which takes a second and which only pipelines need.
+        # Imported here, since this brings torch's compiler, which takes seconds.
         from torchtitan.models.llama3.pipeline import check_schedule, split_blocks, splits_backward
 
         stages = split_blocks(args.n_layers, part)
@@ -163,11 +163,7 @@ class ParallelModel:
 
             blocks = split_blocks(args.n_layers, parallelism)
             own = own_stages(len(blocks), dims.pipeline_rank, dims.pipeline, parallelism)
-        longest = max(
-            training.seq_len,
-            config.validation.seq_len if config.validation.enabled else 0,
-            config.evaluation.seq_len if config.evaluation.enable_evaluation else 0,
-        )
+        longest = max(row_lengths(config).values())
         longest += -longest % dims.row_multiple
         self.parts = [self._part(config, blocks[i], i == 0, i == len(blocks) - 1) for i in own]
         for part in self.parts:
@@ -266,10 +262,8 @@ class ParallelModel:
         """
         length = targets.shape[1]
         missing = -length % self.dims.row_multiple
-        if missing:
-            tokens = nn.functional.pad(tokens, (0, missing))
-            targets = nn.functional.pad(targets, (0, missing), value=IGNORE_INDEX)
-        tokens, targets = tokens.to(self.device), targets.to(self.device)
+        tokens = nn.functional.pad(tokens, (0, missing)).to(self.device)
+        targets = nn.functional.pad(targets, (0, missing), value=IGNORE_INDEX).to(self.device)
         for part in self.parts:
             part.eval()
         try:

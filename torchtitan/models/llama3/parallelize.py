@@ -112,7 +112,7 @@ def compile_blocks(model: Llama3, splits_backward: bool = False) -> None:
 
     Args:
         splits_backward: gradients of inputs and of weights are computed apart. A compiled block computes both together,
-            so it would do all of it twice; compiled is then only what lies between the matrix products.
+            so it would do all of it twice. Only what lies between the matrix products is compiled then.
     """
     if splits_backward:
         # The graph is kept between the two, so a compiled function must not reuse the memory of what it has saved.

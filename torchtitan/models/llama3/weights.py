@@ -88,7 +88,7 @@ def init_random(model: Weighted, seed: int) -> None:
         std = model.args.dim**-0.5
         if name.endswith(("wo.weight", "w2.weight")):
             std /= math.sqrt(2 * model.args.n_layers)
-        # A device has random numbers of its own: small models are the same on every one.
+        # Devices draw different random numbers: a small model comes from the CPU, so that it is the same on all.
         full = torch.empty(parameter.shape, device="cpu" if parameter.numel() <= _DRAWN_ON_CPU else parameter.device)
         digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
         full.normal_(0.0, std, generator=torch.Generator(full.device).manual_seed(int.from_bytes(digest[:7], "big")))
