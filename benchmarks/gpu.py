@@ -181,8 +181,8 @@ def start_context(gpu: bool) -> Any:
     # Otherwise a package that asks at its import whether there is a GPU spoils that.
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     context: Any = multiprocessing.get_context("forkserver")
-    # The compiler's import asks for a GPU in any case.
-    context.set_forkserver_preload(["gpu_timings"] if gpu else ["gpu_timings", "torch._dynamo.backends.common"])
+    # The second brings the compiler, which asks for a GPU in any case.
+    context.set_forkserver_preload(["gpu_timings"] if gpu else ["gpu_timings", "torch.distributed.pipelining"])
     if gpu:
         with tempfile.TemporaryDirectory() as folder:
             result = Path(folder) / "works"

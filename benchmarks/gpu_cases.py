@@ -38,6 +38,7 @@ from torchtitan.models.llama3.args import Llama3Args
 from torchtitan.models.llama3.parallel_model import ParallelModel
 from torchtitan.models.llama3.parallelize import compile_blocks
 from torchtitan.models.loss import IGNORE_INDEX
+from torchtitan.tools.torch_private import compile_counters
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -439,8 +440,6 @@ def _int8(device: torch.device) -> dict[str, tuple[float, float]]:
 
 def check_compiled(bench: Bench) -> None:
     """Compiled blocks, loss and engine against the same without a compiler."""
-    from torch._dynamo.utils import counters
-
     init_distributed(Comm())
     device = bench.device
 
@@ -464,8 +463,8 @@ def check_compiled(bench: Bench) -> None:
         return {"rows that diverge": (rows, DIVERGING_ROWS_LIMIT), "frames before that": (before, math.inf)}
 
     bench.check("engine", generate)
-    bench.check("graph breaks", lambda: {"breaks": (float(sum(counters["graph_break"].values())), 0.0)})
-    bench.save({"graphs": counters["stats"]["unique_graphs"]})
+    bench.check("graph breaks", lambda: {"breaks": (float(sum(compile_counters()["graph_break"].values())), 0.0)})
+    bench.save({"graphs": compile_counters()["stats"]["unique_graphs"]})
     dist.destroy_process_group()
 
 

@@ -25,6 +25,7 @@ from torchtitan.distributed.utils import init_distributed
 from torchtitan.generation import Engine, Request, stream_speech
 from torchtitan.generation.linear import Int8, widened
 from torchtitan.tools.prefetch import prefetch
+from torchtitan.tools.torch_private import torch_int8_product
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Training
@@ -164,7 +165,7 @@ def _time_products(bench: Bench) -> dict[str, float]:
             "bf16": lambda x, i, w=dense: torch.nn.functional.linear(x, w[i]),
             "int8, as chosen": lambda x, i, p=layers: p[i].product(x, p[i].weight, p[i].scale),
             "int8, widened": lambda x, i, p=layers: widened(x, p[i].weight, p[i].scale),
-            "int8, torch's": lambda x, i, p=layers: torch._weight_int8pack_mm(x, p[i].weight, p[i].scale),
+            "int8, torch's": lambda x, i, p=layers: torch_int8_product()(x, p[i].weight, p[i].scale),
         }
         for rows in (1, 64):
             x = torch.randn(rows, inputs, device=device, dtype=torch.bfloat16)

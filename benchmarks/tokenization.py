@@ -108,12 +108,14 @@ def ours(options: argparse.Namespace, device: torch.device, share: int, barrier:
     """(seconds of audio, seconds it took) of one process of ours, which does its share of the rows."""
     from torchtitan.audio.token_stream import TokenStream
     from torchtitan.audio.waveform import SAMPLE_RATE
-    from torchtitan.datasets import tokenization
+    from torchtitan.tokenization import worker
+    from torchtitan.tokenization.plan import PART_ROWS, Plan
+    from torchtitan.tokenization.processes import decoding_threads, settle
 
-    tokenization._settle(device)
+    settle(device)
     source, index, numbers = find_rows(options.dataset, options.clips)
     each = -(-len(numbers) // options.shares)
-    plan = tokenization.Plan(
+    plan = Plan(
         source=source,
         index=index,
         output=Path(options.output),
@@ -125,13 +127,12 @@ def ours(options: argparse.Namespace, device: torch.device, share: int, barrier:
         rows_per_shard=each,
         max_bad_share=1.0,
         num_rows=len(numbers),
-        header={},
-        rows_per_part=tokenization.PART_ROWS,
+        header={"resampler": "torchaudio"},
+        rows_per_part=PART_ROWS,
     )
     done = []
-    worker = tokenization.ShardTokenizer(
-        plan, device, tokenization._decoding_threads(device, options.shares), lambda kind, counts: done.append(counts)
-    )
+    threads = decoding_threads(device, options.shares)
+    tokenizer = worker.ShardTokenizer(plan, device, threads, lambda kind, counts: done.append(counts))
     stream = TokenStream(128_256, QUANTIZERS, 128_000)
 
     def to_ids(path: Path, recordings: list, header: dict) -> None:
@@ -139,12 +140,12 @@ def ours(options: argparse.Namespace, device: torch.device, share: int, barrier:
         for recording in recordings:
             stream.encode(torch.from_numpy(recording.codes.astype("int64")).T)
 
-    tokenization.write_part = to_ids
-    worker.codec.encode([torch.zeros(5 * SAMPLE_RATE)] * (1 if device.type == "cpu" else 16))
+    worker.write_part = to_ids
+    tokenizer.codec.encode([torch.zeros(5 * SAMPLE_RATE)] * (1 if device.type == "cpu" else 16))
     barrier.wait()
     begin = time.perf_counter()
     if share < plan.num_shards:
-        worker.make_parts(share, range(plan.num_parts(share)))
+        tokenizer.make_parts(share, range(plan.num_parts(share)))
     return sum(counts.seconds for counts in done) / 2, time.perf_counter() - begin  # told by rows, then by parts
 
 

@@ -255,7 +255,7 @@ def ours(options: Options, rank: int, device: torch.device) -> Way:
 
 def measure(name: str, options: Options, rank: int, folder: str) -> Figures:
     """Time the steps of one way on one rank, as one of the processes that work together."""
-    from torch._dynamo.utils import counters
+    from torchtitan.tools.torch_private import compile_counters
 
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", rank) if cuda else torch.device("cpu")
@@ -286,12 +286,12 @@ def measure(name: str, options: Options, rank: int, folder: str) -> Figures:
     for batch in shapes.values():
         way.step(batch)
     finish()
-    compiled, begin = counters["stats"]["unique_graphs"], time.perf_counter()
+    compiled, begin = compile_counters()["stats"]["unique_graphs"], time.perf_counter()
     for batch in batches[2:]:
         way.step(batch)
     finish()
     seconds = time.perf_counter() - begin
-    compiled_later = counters["stats"]["unique_graphs"] - compiled
+    compiled_later = compile_counters()["stats"]["unique_graphs"] - compiled
     if cuda:
         peak = torch.cuda.max_memory_allocated() / 2**30
     else:
