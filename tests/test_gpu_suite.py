@@ -88,10 +88,10 @@ def test_a_case_that_ends_badly_ends_alone(gpu, tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("CHILD", str(tmp_path / "child"))
     cases = [
-        gpu.Case(f"some/{name}", name, 3 if name == "hangs" else 60, module="stand_ins")
+        gpu.Case(f"some/{name}", f"stand_ins.{name}", 3 if name == "hangs" else 60)
         for name in ("fails", "killed", "hangs", "differs", "works")
     ]
-    monkeypatch.setattr(gpu, "CASES", (*cases, gpu.Case("other/works", "works", 60, module="stand_ins")))
+    monkeypatch.setattr(gpu, "CASES", (*cases, gpu.Case("other/works", "stand_ins.works", 60)))
     assert gpu.main(["--smoke", "--output", str(tmp_path / "out")]) == 1
     found = json.loads((tmp_path / "out" / "some.json").read_text())["cases"]
     assert found["works"]["ok"] and (found["works"]["first"], found["works"]["second"]) == (1, 2)
@@ -121,8 +121,8 @@ def test_what_the_time_does_not_suffice_for_is_named(gpu, tmp_path, monkeypatch,
     (tmp_path / "stand_ins.py").write_text(CASES)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("CHILD", str(tmp_path / "child"))
-    hanging = gpu.Case("some/hangs", "hangs", 60, module="stand_ins")
-    monkeypatch.setattr(gpu, "CASES", (hanging, gpu.Case("some/works", "works", 60, module="stand_ins")))
+    hanging = gpu.Case("some/hangs", "stand_ins.hangs", 60)
+    monkeypatch.setattr(gpu, "CASES", (hanging, gpu.Case("some/works", "stand_ins.works", 60)))
     out = tmp_path / "out"
     out.mkdir()
     (out / "some.json").write_text('{"part": "some", "cases": {"hangs": {"ok": true}}}')
