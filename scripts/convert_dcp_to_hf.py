@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+import tyro
 
 from torchtitan.checkpoint.hf_export import export_checkpoint
 from torchtitan.checkpoint.manager import find_checkpoint
@@ -44,8 +45,6 @@ def main(
 
 
 def command() -> None:
-    import tyro
-
     tyro.cli(main, description=__doc__, use_underscores=True)
 
 

@@ -206,8 +206,8 @@ class CodecJudge:
             for code, result in zip(codes, results, strict=True)
         ]
         speaking = [speaks(waveform, prompt) for waveform, prompt in zip(made, prompts, strict=True)]
-        spoken, voices = (list(itertools.compress(each, speaking)) for each in (made, truth))
-        figures["continuation"] = self.hear_voices(spoken, voices)
+        spoken = list(itertools.compress(made, speaking))
+        figures["continuation"] = self.hear_voices(spoken, list(itertools.compress(truth, speaking)))
         figures["silent"] = score([not each for each in speaking])
         figures["mean_seconds"] = sum(result.codes.shape[1] for result in results) / len(results) / FRAME_RATE
         return figures | self.chances()
