@@ -26,22 +26,22 @@ from torchtitan.audio.codec import no_tf32
 
 @dataclass
 class Options:
-    """What is measured."""
+    """What to measure."""
 
     size: Literal["small", "mid", "1.3B"] = "small"
-    """Of the language model."""
+    """Size of the language model."""
     vocabulary: int = VOCABULARY
-    """Its ids; the last 8,194 are those of audio."""
+    """Number of its ids; the last 8,194 are those of audio."""
     pairs: int = 12
     """Pairs of clips."""
     shared: float = 0.0
-    """The part of the shorter clip of a pair that the other begins with, too."""
+    """Share of the shorter clip of a pair with which both clips begin."""
     dataset: str | None = None
-    """A task's folder in SALMon's layout, whose first pairs are taken instead."""
+    """A task's folder in SALMon's layout, to take the first pairs of it instead."""
     batch_size: int = 16
     """Ours: clips in one forward pass."""
     turns: int = 2
-    """How often the ways are run in turn."""
+    """Times that the ways run in turn."""
 
 
 class Timed(NamedTuple):
@@ -53,7 +53,7 @@ class Timed(NamedTuple):
 
 
 def make_task(folder: Path, pairs: int, shared: float) -> Path:
-    """A task of SALMon's layout; both clips of a pair begin with a part, ``shared``, of the shorter one."""
+    """A task in SALMon's layout; both clips of a pair begin alike, for a share of the shorter one."""
     lengths = random.Random(0)
     columns: dict[str, list[torch.Tensor]] = {"positive_audio": [], "negative_audio": []}
     for number in range(pairs):

@@ -33,12 +33,12 @@ from torchtitan.generation import Engine, Request, Sampling, stream_speech
 
 @dataclass
 class Options:
-    """What is measured."""
+    """What to measure."""
 
     size: Literal["small", "mid", "1.3B"] = "small"
-    """Of the language model."""
+    """Size of the language model."""
     vocabulary: int = VOCABULARY
-    """Its ids; the last 8,194 are those of audio."""
+    """Number of its ids; the last 8,194 are those of audio."""
     rows: tuple[int, ...] = (1, 8)
     """Continuations at once."""
     prompt_seconds: float = 3.0
@@ -46,11 +46,11 @@ class Options:
     new_seconds: float = 5.0
     """Length of each continuation."""
     dtype: Literal["float32", "bfloat16", "int8"] = "float32"
-    """Of the language model; plain runs in bfloat16 for int8."""
+    """Number format of the language model; for int8, plain runs in bfloat16."""
     compile: bool = False
     """Ours: compile the blocks."""
     turns: int = 3
-    """How often the ways are run in turn."""
+    """Times that the ways run in turn."""
     device: str | None = None
     """Default: cuda if there is one."""
     ours_only: bool = False

@@ -1,12 +1,11 @@
 """The data path: ``uv run python benchmarks/loader.py``. Three measurements, each side by side in one run.
 
-1. Real tokens a second that a loader makes ready for the step from stored codes: the plain way (a ``datasets`` table of
-   the same codes, shuffled by its own indices, ids by arithmetic, a torch DataLoader without workers, rows padded to
-   the row length) and ours, padded and packed.
-2. Real tokens per position computed, padded and packed, beside best fit, decreasing over all samples at once.
-3. A training step with speech that is tokenized meanwhile over the same step with rows that lie ready, with the
-   full-size Mimi (random weights, filled codebooks). On a GPU if there is one, else on the CPU, where codec and model
-   share the same cores.
+1. Real tokens a second of a loader, from stored codes to batches: the plain way (a ``datasets`` table of the same
+   codes, shuffled by its own indices, ids by arithmetic, a torch DataLoader without workers, rows padded to the row
+   length) and ours, padded and packed.
+2. Real tokens per computed position, padded and packed, beside best fit decreasing over all samples at once.
+3. A training step while Mimi tokenizes the next rows, over the same step with ready rows. The codec has kyutai/mimi's
+   size and random weights. It runs on a GPU if there is one, else on the CPU, where codec and model share the cores.
 """
 
 import statistics
@@ -40,14 +39,14 @@ STREAM = TokenStream(base_size=128_256, num_quantizers=4, bos_id=128_000)
 
 @dataclass
 class Options:
-    """Sizes."""
+    """Sizes and times."""
 
     recordings: int = 20_000
     """Recordings of 13 to 15 s, as those of The People's Speech, in the stored codes."""
     seconds: float = 4.0
     """How long each loader is timed."""
     turns: int = 3
-    """How often they are timed in turn."""
+    """Times that the loaders run in turn."""
     batch: int = 0
     """Rows of a training step; 0 takes 32 on a GPU and 2 on a CPU."""
     steps: int = 0

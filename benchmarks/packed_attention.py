@@ -39,7 +39,7 @@ class Options:
     steps: int = 3
     """Steps of a turn."""
     turns: int = 2
-    """How often the two are run in turn, after a step of each that is not measured."""
+    """Times that the two run in turn, after a step of each that is not measured."""
     device: str = "auto"
     """Where to run: auto is the GPU if there is one."""
 

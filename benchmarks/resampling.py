@@ -3,7 +3,7 @@
 Each recording is brought to each rate by an ideal filter (in the spectrum; from a lower rate this adds nothing above
 its half), then to 24 kHz by each resampler, and encoded. Printed for each rate are the codes of each level that differ
 from those of torchaudio, and how fast each resampler is. With a model, the same is done to the clips of pairs, and the
-pairs that are decided otherwise are counted. ffmpeg is left out where torchcodec or FFmpeg's libraries are missing.
+pairs whose decision changes are counted. ffmpeg is left out where torchcodec or FFmpeg's libraries are missing.
 """
 
 import io
@@ -26,18 +26,18 @@ ASSETS = harness.ROOT / "assets"
 
 @dataclass
 class Options:
-    """What is measured."""
+    """What to measure."""
 
     recordings: str = str(ASSETS / "speech" / "librispeech_asr" / "clean" / "test")
     """A folder, file or hub name with recordings."""
     limit: int = 40
-    """So many of them."""
+    """Number of recordings."""
     audio_tokenizer: str = str(ASSETS / "mimi-small")
     """The codec."""
     rates: tuple[int, ...] = (8_000, 16_000, 22_050, 44_100, 48_000)
     """Rates in Hz."""
     model_name: str | None = None
-    """A model, which brings its own codec and judges pairs."""
+    """A model that judges pairs, with its own codec."""
     pairs: str = str(ASSETS / "speech")
     """The parent of the folders of sLM21's and StoryCloze's tasks and of SALMon/."""
     pair_limit: int = 12

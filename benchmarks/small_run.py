@@ -23,12 +23,12 @@ FIRST_STEPS = 10
 
 @dataclass
 class Options:
-    """How long the runs are."""
+    """Length of the runs."""
 
     steps: int = 40
     """Steps of a run; the first 10 are not counted."""
     turns: int = 2
-    """How often the ways are run in turn."""
+    """Times that the ways run in turn."""
     ranks: int = 2
     """Processes of a run."""
 

@@ -33,18 +33,18 @@ from torchtitan.tokenization.run import choose_devices
 
 @dataclass
 class Options:
-    """What is measured."""
+    """What to measure."""
 
     dataset: str | None = None
     """Folder of audio files or parquet files, or hub id."""
     audio_tokenizer: str | None = None
     """Hub name or folder of a codec, instead of random weights."""
     clips: int | None = None
-    """How many; by default 8 a CPU process, 128 a GPU."""
+    """Number of clips; by default 8 for a CPU process, 128 for a GPU."""
     turns: int = 2
-    """How often the ways are run in turn."""
+    """Times that the ways run in turn."""
     processes: int | None = None
-    """Of the third way; by default one a CPU core, or one a GPU."""
+    """Processes of the third way; by default one for each CPU core or GPU."""
     device: str = "auto"
     """auto, cpu or cuda."""
 

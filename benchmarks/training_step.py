@@ -41,25 +41,25 @@ class Options:
     """Sizes of the model and of a step."""
 
     size: Literal["tiny", "mid", "1.3B", "8B"] = "mid"
-    """Of the model: 768 x 12 layers, or that of Llama-Mimi-1.3B or -8B."""
+    """Size of the model: 768 x 12 layers, or that of Llama-Mimi-1.3B or -8B."""
     layers: int | None = None
-    """Blocks, instead of those of the size."""
+    """Number of blocks, if not that of the size."""
     vocabulary: int = VOCABULARY
-    """Ids; the last 8,194 are those of audio."""
+    """Number of ids; the last 8,194 are those of audio."""
     ranks: int = 1
     """Processes (GPUs, if there are any) that share the work."""
     batch: int = 2
-    """Rows a step of each rank."""
+    """Rows of each rank in a step."""
     seq_len: int = 1024
-    """Longest row in ids."""
+    """Length of the longest row in ids."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of forward and backward passes."""
+    """Number format of forward and backward passes."""
     packing: bool = False
     """Ours: pack samples into rows."""
     compile: bool = False
     """Compile the blocks, on both sides."""
     activation_checkpoint: Literal["none", "full"] = "none"
-    """On both sides."""
+    """Activation checkpointing, on both sides."""
     audio_head: bool = False
     """Ours: logits of audio ids alone (training.audio_head). The samples then hold only these."""
     step_in_backward: bool = False
@@ -67,11 +67,11 @@ class Options:
     steps: int = 3
     """Measured steps of each turn, after at least two that are not measured."""
     turns: int = 2
-    """How often the two are run in turn."""
+    """Times that the two run in turn."""
     ways: list[str] = field(default_factory=lambda: ["plain", "ours"])
-    """Which ones are run."""
+    """The ways to run."""
     profile: bool = False
-    """Also trace two more steps on a GPU, and say how long the kernels of each kind took."""
+    """Also trace two more steps on a GPU, and report the time of each kind of kernel."""
 
     def args(self) -> Llama3Args:
         """The sizes of the model."""
@@ -90,9 +90,9 @@ class Figures(NamedTuple):
     """What was measured of one way, over all ranks but for the memory.
 
     Attributes:
-        mfu: share of the GPUs' peak that the FLOPs of the samples are, and that those of all computed positions are;
-            None where the peak is not known.
-        graphs: that were compiled before the timed steps, and during them.
+        mfu: FLOPs of the samples, and of all computed positions, as a share of the GPUs' peak; None where the peak is
+            not known.
+        graphs: number of graphs compiled before the timed steps, and during them.
         kernels: see :func:`profile`.
     """
 
@@ -260,8 +260,8 @@ def time_steps(name: str, options: Options, rank: int, device: torch.device) -> 
         harness.synchronize(device)
         dist.barrier()
 
-    # Every shape is met before the clock runs, since compilers and libraries prepare for each: the length of rows and,
-    # of packed ones, the size of their documents' offsets, which are rounded up to a power of two.
+    # Compilers and libraries prepare for each shape, so all are met before the clock runs: the length of rows and, if
+    # they are packed, the number of their documents, which is rounded up to a power of two.
     shapes: dict[Any, Any] = {0: batches[0], 1: batches[1]}
     if name == "ours":
         shapes |= {(batch.tokens.shape, _num_offsets(batch) if packed else 0): batch for batch in batches}
@@ -298,7 +298,7 @@ def _num_offsets(batch: Any) -> int:
 
 
 def _spans(batch: Any) -> list[int]:
-    """The lengths that attention spans in a batch of either way: rows or, packed, documents, padding included."""
+    """The lengths that attention spans in a batch of either way: of rows or, packed, of documents, with padding."""
     ids = batch if isinstance(batch, torch.Tensor) else batch.tokens
     if ids is batch or batch.positions is None:
         return [ids.shape[1]] * ids.shape[0]
@@ -306,7 +306,7 @@ def _spans(batch: Any) -> list[int]:
     return starts.diff(append=starts.new_tensor([ids.numel()])).tolist()
 
 
-# What kernels do, by parts of their names; the first that fits counts.
+# Kinds of kernels, and the parts of names that tell them; the first kind that fits counts.
 KINDS = {
     "fused by the compiler": ("triton",),  # whose names tell what was fused
     "attention": ("flash", "fmha", "attention"),
@@ -319,13 +319,13 @@ KINDS = {
 
 
 def kind_of(kernel: str) -> str:
-    """What a kernel does, by its name."""
+    """The kind of a kernel with this name."""
     name = kernel.lower()
     return next((kind for kind, parts in KINDS.items() if any(part in name for part in parts)), "other")
 
 
 def profile(step: Callable[[Any], None], batches: list[Any]) -> dict[str, Any]:
-    """Seconds a step by kind of kernel, those in which the GPU did nothing, and the ten kernels that took longest."""
+    """Seconds a step by kind of kernel, seconds in which the GPU was idle, and the ten kernels that took longest."""
     from torch.profiler import ProfilerActivity
 
     torch.cuda.synchronize()
@@ -337,7 +337,7 @@ def profile(step: Callable[[Any], None], batches: list[Any]) -> dict[str, Any]:
         wall = time.perf_counter() - begin
     taken: dict[str, float] = {}
     for event in profiler.key_averages():
-        # Ranges that FSDP and optimizers name are no kernels, but lie over them.
+        # Ranges named by FSDP and the optimizers are not kernels.
         named = getattr(event, "is_user_annotation", False)
         if event.device_type != torch.autograd.DeviceType.CPU and not named and event.self_device_time_total:
             taken[event.key] = taken.get(event.key, 0.0) + event.self_device_time_total / 1e6 / len(batches)
@@ -353,8 +353,8 @@ def profile(step: Callable[[Any], None], batches: list[Any]) -> dict[str, Any]:
 
 
 def mfu(options: Options, spans: list[int], seconds: float, gpus: int) -> float | None:
-    """Share of some GPUs' peak that training on documents of these lengths is, each of which attention spans:
-    6 N + 12 L H T FLOPs a token (PaLM, arXiv 2204.02311, appendix B)."""
+    """FLOPs of training on documents of these lengths, as a share of the GPUs' peak: 6 N + 12 L H T a token (PaLM,
+    arXiv 2204.02311, appendix B)."""
     if not torch.cuda.is_available() or (peak := peak_flops(torch.device("cuda", 0))) is None:
         return None
     args = options.args()
