@@ -93,7 +93,7 @@ def plain(lm: Any, prompts: list[torch.Tensor], frames: int, decode: bool) -> li
     for row in found.tolist() if decode else []:
         text = "".join(strings[i - stream.base_size] for i in row if i >= stream.base_size)
         units = re.findall(r"<(\d+)_(\d+)>", text)
-        # A random model says no whole frames; as many are decoded as were made.
+        # A random model does not speak in whole frames, so the first units are repeated to the full length.
         codes = torch.tensor([int(code) for code, _ in units[:QUANTIZERS]] or [0] * QUANTIZERS)[:, None]
         codes = codes.expand(-1, frames + prompts[0].shape[1])
         waveforms.append(lm.codec.model.decode(codes[None].to(lm.device)).audio_values[0, 0].float().cpu())

@@ -42,6 +42,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
+from torchtitan.tools.errors import UserError, run_command  # noqa: E402
+
 # A case that could only get less than this is left for the next call.
 LEAST_SECONDS = 25
 
@@ -51,7 +53,7 @@ class Case:
     """What one process does.
 
     Attributes:
-        name: part and what is measured.
+        name: part and measurement.
         function: module and name; it is called with a Bench and the arguments.
         seconds: time limit on a GPU.
         needs_gpu: it means nothing on a CPU.
@@ -95,10 +97,10 @@ CASES = (
 
 
 def chosen_cases(parts: list[str] | None) -> list[Case]:
-    """The cases of parts, or single ones, by name; all without names. Raises ValueError for an unknown name."""
+    """The cases of parts, or single ones, by name; all without names. Raises UserError for an unknown name."""
     known = dict.fromkeys([*(case.part for case in CASES), *(case.name for case in CASES)])
     if unknown := [name for name in parts or () if name not in known]:
-        raise ValueError(f"--parts {unknown[0]}: no such part or case; there are {', '.join(known)}.")
+        raise UserError(f"--parts {unknown[0]}: no such part or case; there are {', '.join(known)}.")
     return [case for case in CASES if not parts or case.part in parts or case.name in parts]
 
 
@@ -237,17 +239,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--smoke", action="store_true", help="small sizes, on any machine")
     parser.add_argument("--list", action="store_true", help="name the cases, and do nothing")
     options = parser.parse_args(argv)
-    try:
-        options.cases = chosen_cases(options.parts)
-    except ValueError as error:
-        parser.error(str(error))
+    options.cases = chosen_cases(options.parts)
     if not 0 < options.minutes < 24 * 60:
-        parser.error(f"--minutes must be over 0 and less than a day, not {options.minutes:g}.")
+        raise UserError(f"--minutes must be over 0 and less than a day, not {options.minutes:g}.")
     return options
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the cases; returns the exit code."""
+    """Run the cases; returns the exit code.
+
+    Raises:
+        UserError: an option is wrong, or there is no GPU.
+    """
     options = parse(argv)
     if options.list:
         print("\n".join(f"{case.name} (up to {case.seconds} s)" for case in options.cases))
@@ -256,15 +259,13 @@ def main(argv: list[str] | None = None) -> int:
     about = environment(options.smoke)
     gpu = about["cuda"] is not None
     if not gpu and not options.smoke:
-        print("error: there is no GPU here; --smoke shows on a CPU that the suite works.", file=sys.stderr)
-        return 2
+        raise UserError("there is no GPU here; --smoke shows on a CPU that the suite works.")
     try:
         options.output.mkdir(parents=True, exist_ok=True)
         log = options.output / "log.txt"
         log.touch()
     except OSError as error:
-        print(f"error: --output {options.output}: it cannot be written ({error.strerror}).", file=sys.stderr)
-        return 2
+        raise UserError(f"--output {options.output}: it cannot be written ({error.strerror}).") from None
     print(f"{about['device']}, torch {about['torch']}, transformers {about['transformers']}", flush=True)
     os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
     for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):  # one machine: no name has to be looked up
@@ -303,7 +304,4 @@ def main(argv: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_command(main)

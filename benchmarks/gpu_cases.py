@@ -59,7 +59,7 @@ Values = dict[str, tuple[float, float]]  # each with its limit
 
 @dataclass
 class Bench:
-    """Where a case runs, how large, and where it says what it finds.
+    """What a case is given: device, size, and a place for its results.
 
     Attributes:
         smoke: small sizes.
@@ -113,7 +113,7 @@ def free_memory() -> None:
 
 
 def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """The norm of the difference over that of what is expected."""
+    """The norm of the difference, relative to the norm of the expected tensor."""
     a, b = (x.detach().double().cpu() for x in (found, expected))
     return float((a - b).norm() / b.norm().clamp(min=1e-30))
 
@@ -366,7 +366,7 @@ def compare_rows(found: Drawn, expected: Drawn, limit: float) -> Values:
 
 
 def check_engine(bench: Bench) -> None:
-    """What is drawn on the device against the CPU, in every way to compute it, and alone against in a batch.
+    """Ids drawn on the device against the CPU, in every way to compute them, and alone against in a batch.
 
     In 16 bits a near-tie that falls the other way changes the rest of its row. The share of such rows is then reported
     without a limit.

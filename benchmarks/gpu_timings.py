@@ -80,7 +80,7 @@ def time_training(bench: Bench, name: str, packing: bool, compiled: bool) -> Non
 def time_8b(bench: Bench) -> None:
     """The step at the 8B with what saves memory: blocks recomputed, weights updated in the backward pass.
 
-    Where not even that fits, with half or a quarter of the layers, which is said.
+    Where not even that fits, half or a quarter of the layers are measured; the results have their number.
     """
     saving: dict[str, Any] = {"activation_checkpoint": "full", "step_in_backward": True}
     for layers in (32, 16, 8):

@@ -5,9 +5,9 @@ its own, padded to the row length, labels = input ids (padding among them), logi
 Ours: the trainer's own step (torchtitan.train.train_step), under the same FSDP2 with the same precision: rows cut to
 the longest or, with ``--packing``, of several samples; padding is no target; the loss in chunks.
 
-Both compute ``--batch`` rows a step, of ids that are random and samples as long as clips of 3 to 20 s. Packed rows hold
-as many samples as go into exactly that many rows. The two run in turn, in processes of their own, so that each has its
-own peak of memory; batches are made beforehand. On one H200, for the 1.3B:
+Both compute ``--batch`` rows a step, of random ids, with samples as long as clips of 3 to 20 s. With ``--packing``, as
+many samples are drawn as fit into that many rows. The two run in turn, in processes of their own, so that each has its
+own peak memory; batches are made beforehand. On one H200, for the 1.3B:
 
     python benchmarks/training_step.py --size 1.3B --batch 32 --dtype bfloat16 --compile --packing --steps 10
 """

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from torchtitan.tools.errors import UserError, run_command
+
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "benchmarks" / "gpu.py"
 PARTS = {"paths", "training", "generation", "codec", "evaluation", "run"}
@@ -183,18 +185,16 @@ def children(process: int) -> str:
     ],
 )
 def test_wrong_options_are_one_sentence(gpu, options, sentence, capsys):
-    try:
-        code = gpu.main(list(options))
-    except SystemExit as ended:
-        code = ended.code
-    assert code == 2
+    with pytest.raises(SystemExit) as ended:
+        run_command(lambda: gpu.main(list(options)))
+    assert ended.value.code == 2
     assert sentence in capsys.readouterr().err
 
 
-def test_without_a_gpu_full_sizes_are_refused(gpu, tmp_path, capsys, monkeypatch):
+def test_without_a_gpu_full_sizes_are_refused(gpu, tmp_path, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert gpu.main(["--output", str(tmp_path / "new")]) == 2
-    assert "there is no GPU here; --smoke shows" in capsys.readouterr().err
+    with pytest.raises(UserError, match="there is no GPU here; --smoke shows"):
+        gpu.main(["--output", str(tmp_path / "new")])
     assert not (tmp_path / "new").exists()
 
 
