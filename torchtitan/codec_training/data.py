@@ -111,37 +111,29 @@ def read_clips(path: str, dataset: AudioDataset) -> Iterator[torch.Tensor]:
         print(f"{path}: {len(unusable)} of {len(dataset)} recordings cannot be used and are left out; {unusable[0]}")
 
 
-class Teacher:
-    """Clusters of speaker-normalised MFCCs; each 20 ms of each clip belongs to one."""
+def teacher_labels(speech: Speech, clusters: int, folder: Path, seed: int) -> list[torch.Tensor]:
+    """The semantic teacher: for each clip the clusters of its speaker-normalised MFCCs, int16 [columns].
 
-    def __init__(self, folder: Path):
-        stored = np.load(folder / "teacher.npz")
-        self._labels, self._starts = stored["labels"], stored["starts"]
-
-    @classmethod
-    def prepare(cls, speech: Speech, clusters: int, folder: Path, seed: int) -> Teacher:
-        """Cluster the clips' MFCCs unless `folder` holds the result already."""
-        if not (folder / "teacher.npz").exists():
-            clips = tqdm(range(len(speech)), "semantic teacher", mininterval=5)
-            features = [normalised_mfcc(speech.clip(number)) for number in clips]
-            points = torch.cat(features)
-            generator = torch.Generator().manual_seed(seed)
-            chosen = points[torch.randperm(len(points), generator=generator)[:CLUSTERED_COLUMNS]]
-            centroids = k_means(chosen, clusters, generator)
-            labels = torch.cat([nearest(feature, centroids) for feature in features]).to(torch.int16)
-            save_arrays(folder / "teacher.npz", labels=labels.numpy(), starts=np.cumsum([0, *map(len, features)]))
-        return cls(folder)
-
-    def labels(self, number: int) -> torch.Tensor:
-        """int64 [columns] of a clip."""
-        return torch.from_numpy(self._labels[self._starts[number] : self._starts[number + 1]].astype(np.int64))
+    A column is 20 ms. The clusters are kept in `folder`.
+    """
+    path = folder / "teacher.npz"
+    if not path.exists():
+        clips = tqdm(range(len(speech)), "semantic teacher", mininterval=5)
+        features = [normalised_mfcc(speech.clip(number)) for number in clips]
+        points = torch.cat(features)
+        generator = torch.Generator().manual_seed(seed)
+        chosen = points[torch.randperm(len(points), generator=generator)[:CLUSTERED_COLUMNS]]
+        centroids = k_means(chosen, clusters, generator)
+        labels = torch.cat([nearest(feature, centroids) for feature in features]).to(torch.int16)
+        save_arrays(path, labels=labels.numpy(), starts=np.cumsum([0, *map(len, features)]))
+    with np.load(path) as stored:
+        return list(torch.from_numpy(stored["labels"]).split(np.diff(stored["starts"]).tolist()))
 
 
 def normalised_mfcc(waveform: torch.Tensor) -> torch.Tensor:
     """MFCCs and their slopes, normalised to mean 0 and variance 1 over the clip's loud parts.
 
-    A clip's mean and variance come mostly from its speaker and its channel; without them, more of what is said is left
-    (cepstral mean and variance normalisation).
+    A clip's mean and variance come mostly from its speaker and its channel (cepstral mean and variance normalisation).
 
     Args:
         waveform: float [samples] at 24 kHz.
@@ -169,9 +161,12 @@ def normalised_mfcc(waveform: torch.Tensor) -> torch.Tensor:
 
 
 def draw_batch(
-    speech: Speech, teacher: Teacher | None, options: Options, step: int
+    speech: Speech, known: list[torch.Tensor] | None, options: Options, step: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The batch of a step, a function of the seed and the step alone.
+
+    Args:
+        known: the teacher's labels by clip, if there is a teacher.
 
     Returns:
         waveforms [rows, frames * 1920] with random gain, and the teacher's clusters [rows, frames * 4], -1 for none.
@@ -188,7 +183,7 @@ def draw_batch(
         first = TEACHER_HOP * int(rng.integers(max(room, 0) // TEACHER_HOP + 1))
         clip = speech.clip(number, first, length)
         waveforms[row, : len(clip)] = clip * 10 ** (rng.uniform(*GAINS_DB) / 20)
-        if teacher is not None:
-            known = teacher.labels(number)[first // TEACHER_HOP :][: labels.shape[1]]
-            labels[row, : len(known)] = known
+        if known is not None:
+            own = known[number][first // TEACHER_HOP :][: labels.shape[1]]
+            labels[row, : len(own)] = own
     return waveforms, labels

@@ -21,7 +21,7 @@ from torchtitan.codec_training.autoencoder import (
     scale_weights,
 )
 from torchtitan.codec_training.codebooks import fit_codebooks, fit_common_and_rare, without_speaker
-from torchtitan.codec_training.data import Speech, Teacher, draw_batch
+from torchtitan.codec_training.data import Speech, draw_batch, teacher_labels
 from torchtitan.codec_training.optimizer import Optimizers, Schedule
 from torchtitan.codec_training.options import Options, check
 from torchtitan.codec_training.spectra import Discriminators, spectral_loss
@@ -70,13 +70,13 @@ class CodecTrainer:
         self.schedule = Schedule(options)
         self.folder = WorkFolder(options)
         self.speech = Speech.prepare(options.data, self.folder.path)
-        self.teacher = None
+        self.labels = None
         if from_scratch:
-            self.teacher = Teacher.prepare(self.speech, options.clusters, self.folder.path, options.seed)
+            self.labels = teacher_labels(self.speech, options.clusters, self.folder.path, options.seed)
         self.folder.record_options()
         self.autoencoder = Autoencoder(model, options.clusters).train()
         if from_scratch:
-            scale_weights(self.autoencoder, draw_batch(self.speech, self.teacher, options, 0)[0])
+            scale_weights(self.autoencoder, draw_batch(self.speech, self.labels, options, 0)[0])
         if self.device.type == "cpu" and options.precision == "bfloat16":
             for name in keep_in_float32(model):
                 print(f"kept in float32, as bfloat16 is wrong on this CPU: {name}")
@@ -115,7 +115,7 @@ class CodecTrainer:
         digest = hashlib.sha256(f"{self.options.seed} {self.step}".encode()).digest()
         torch.manual_seed(int.from_bytes(digest[:7], "big"))
         self.optimizers.set_learning_rate(self.schedule.learning_rate(self.step))
-        batch = draw_batch(self.speech, self.teacher, self.options, self.step)
+        batch = draw_batch(self.speech, self.labels, self.options, self.step)
         waveform, labels = (part.to(self.device) for part in batch)
         if self.step < self.schedule.decoder:
             return self.train_whole(waveform, labels)
@@ -147,7 +147,7 @@ class CodecTrainer:
         if steps_with_codebooks >= 0:
             quantizers = draw_quantizers(len(waveform), self.device)
             entries = torch.stack(self.autoencoder.quantize(both[0], both[1], quantizers))
-            # Straight-through: the gradient of what is decoded is that of the latent.
+            # Straight-through: the latents get the gradients of the entries.
             passed = both + (entries - both).detach()
             commitment = 2 * (both - entries).square().mean()
         else:
@@ -182,7 +182,7 @@ class CodecTrainer:
             projection.copy_((kept @ projection[:, :, 0]).half().float()[:, :, None])
             own, other = ([torch.stack([clip[0] @ kept.T, clip[1]]) for clip in clips] for clips in (own, other))
         if whole:
-            fit_codebooks(halves, torch.cat([*own, *other], 1), self.step, FINAL_ROUNDS, self.teacher is None)
+            fit_codebooks(halves, torch.cat([*own, *other], 1), self.step, FINAL_ROUNDS, self.labels is None)
         else:
             spare = torch.cat([own[0][:, :0], *other], 1)  # [2, 0, codebook_dim] without other clips
             fit_common_and_rare(halves, torch.cat(own, 1), spare, common, self.options.rare_entries, self.step)

@@ -144,7 +144,7 @@ class Word:
 
 
 def spoken_words(folder: Path, words: list[str], renditions: int, seed: int) -> list[Word]:
-    """Each word in each voice, as espeak-ng says it at various pitches (+-13), speeds (+-20 %) and levels.
+    """Each word in each voice of espeak-ng, at various pitches (+-13), speeds (+-20 %) and levels.
 
     `renditions` of each word and voice are for learning, half as many (at least one) for testing. They are kept in
     <folder>/words.npz.

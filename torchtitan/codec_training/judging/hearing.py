@@ -15,7 +15,7 @@ from torchtitan.tools.errors import UserError
 
 STOI_RATE = 10_000  # samples a second
 MEL_WINDOW, MEL_SIZE, MEL_HOP, MEL_BANDS = 600, 1024, 240, 40
-"""Of log-mel spectra, in samples: windows of 25 ms, and a column each 10 ms."""
+"""Log-mel spectra, in samples: windows of 25 ms, and a column each 10 ms."""
 FLOOR_DB = 60.0  # below a clip's loudest value; differences further down do not count
 SILENT_SECONDS, SILENT_DB = 0.2, 30.0
 """A continuation with less speech is silent; speech is at most this far below the prompt's loudest column."""

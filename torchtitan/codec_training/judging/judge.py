@@ -32,7 +32,7 @@ QUANTIZERS = (8, 4)  # quantizers of round trips: all of a small codec, and the 
 SOUNDS = 64
 """Clusters that stand for the sounds: fewer than in training, since 30 minutes must suffice to count them by code."""
 HISTOGRAM_PENALTY = 1.0
-"""Of the classifiers of histograms; the best of 0.001 to 1 in cross-validation over the assets' training clips."""
+"""L2 penalty of the classifiers of histograms: the best of 0.001 to 1 in cross-validation over the training clips."""
 WORD_MARGIN = 2 * FRAME_SIZE  # samples of silence around a word, so that it does not begin at the codec's first frame
 CONTINUATION_SECONDS = 3.0  # longest continuation
 LEAST_ACCURACY = 0.5  # for the voices of clean prompts; below it, the clips are not in the order of the voices
@@ -96,14 +96,15 @@ class CodecJudge:
         return figures
 
     def codebooks(self) -> dict[str, Any]:
-        """For each quantizer: use of its codebook, and what its codes say about voice and sound.
+        """For each quantizer: use of its codebook, and what its codes tell about voice and sound.
 
-        Sounds are clusters of speaker-normalised MFCCs each 20 ms, four in a frame: the semantic teacher's of
-        scripts/train_codec.py, found anew on the training clips.
+        Sounds are clusters of speaker-normalised MFCCs, four columns a frame, as the semantic teacher of
+        scripts/train_codec.py has them, fitted to the training clips.
         """
-        groups = ((self.training, self.training_codes), (self.held_out, self.held_out_codes))
-        bars = (tqdm(clips, "sounds", mininterval=5) for clips, _ in groups)
-        mfccs = [[normalised_mfcc(clip.waveform) for clip in clips] for clips in bars]
+        groups = [(self.training, self.training_codes), (self.held_out, self.held_out_codes)]
+        mfccs = [
+            [normalised_mfcc(clip.waveform) for clip in tqdm(clips, "sounds", mininterval=5)] for clips, _ in groups
+        ]
         centroids = k_means(torch.cat(mfccs[0]), SOUNDS, torch.Generator().manual_seed(self.seed))
         sounds = [[nearest(mfcc, centroids) for mfcc in group] for group in mfccs]
         voices = [torch.tensor([clip.voice for clip in clips]) for clips, _ in groups]
@@ -112,17 +113,18 @@ class CodecJudge:
             codes = [[rows[q] for rows in group] for _, group in groups]
             histograms = [torch.stack([histogram(row) for row in group]) for group in codes]
             heard = Classifier(histograms[0], voices[0], len(VOICES), HISTOGRAM_PENALTY)(histograms[1])
-            of_voice, of_sound = [], []
-            for rows, speakers, labels in zip(codes, voices, sounds, strict=True):
-                of_voice.append([(row, speaker.expand(len(row))) for row, speaker in zip(rows, speakers, strict=True)])
-                # The teacher has four columns a frame, but none for a rest of less than 20 ms.
-                finer = [
-                    row.repeat_interleave(TEACHER_COLUMNS)[: len(own)] for row, own in zip(rows, labels, strict=True)
-                ]
-                of_sound.append(list(zip(finer, labels, strict=True)))
+            of_voice = [
+                [(row, voice.expand(len(row))) for row, voice in zip(*group, strict=True)]
+                for group in zip(codes, voices, strict=True)
+            ]
+            # A rest of less than 20 ms has no column.
+            of_sound = [
+                [(row.repeat_interleave(TEACHER_COLUMNS)[: len(own)], own) for row, own in zip(*group, strict=True)]
+                for group in zip(codes, sounds, strict=True)
+            ]
             use = {"quantizer": q, **code_use(torch.cat([*codes[0], *codes[1]]))}
-            said = {"about_voice": information(*of_voice), "about_sound": information(*of_sound)}
-            figures.append({**use, "voice": score((heard == voices[1]).tolist()), **said})
+            told = {"about_voice": information(*of_voice), "about_sound": information(*of_sound)}
+            figures.append({**use, "voice": score((heard == voices[1]).tolist()), **told})
         frames = sum(rows.shape[1] for _, group in groups for rows in group)
         return {"frames": frames, "chance": 1 / len(self.voices), "quantizers": figures}
 
