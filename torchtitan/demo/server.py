@@ -455,7 +455,8 @@ class Connection(H11Protocol):
         self._waits_since = self.loop.time()
         self._start_timer()
         if len(self.connections) > MAX_CONNECTIONS:
-            waited_for = [c for c in self.connections if c._is_waited_for() and not c.transport.is_closing()]
+            open_ones = (c for c in self.connections if isinstance(c, Connection) and not c.transport.is_closing())
+            waited_for = [connection for connection in open_ones if connection._is_waited_for()]
             min(waited_for, key=lambda connection: connection._waits_since).transport.abort()
 
     def data_received(self, data: bytes) -> None:
