@@ -477,7 +477,8 @@ class Connection(H11Protocol):
 
         uvicorn stops it at the first byte, so that a client could send a byte now and then.
         """
-        self._unset_keepalive_if_required()
+        if self.timeout_keep_alive_task is not None:
+            self.timeout_keep_alive_task.cancel()
         left = self._waits_since + self.timeout_keep_alive - self.loop.time()
         self.timeout_keep_alive_task = self.loop.call_later(max(0.0, left), self.timeout_keep_alive_handler)
 
