@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from tests.conftest import STEPS, figures, launch
 from torchtitan import train
 from torchtitan.checkpoint import manager as checkpoint
 from torchtitan.checkpoint.manager import (
+    STATE_FILE,
+    STATE_TYPES,
     CheckpointManager,
     find_checkpoint,
     find_steps,
@@ -80,7 +83,7 @@ def model() -> Llama3:
 
 
 def save(manager: CheckpointManager, step: int, model: Llama3) -> Path:
-    state = {"model_args": model.args.to_dict()}
+    state = {"model_args": model.args.to_dict(), "tokens_seen": 0, "config": {}, "data": {}}
     return manager.save(step, model, None, state, lambda folder: folder.mkdir())
 
 
@@ -197,6 +200,67 @@ def test_a_run_falls_back_to_the_newest_step_that_is_whole(arguments, tmp_path, 
     assert figures(tmp_path) == {key: value for key, value in expected.items() if key[0] > 2}
     assert find_steps(folder) == [2, 4, STEPS]
     assert len(list(folder.glob("step-4.damaged-*"))) == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "null", "3", "[" * 100_000, '{"format": 2}', '{"format": "2"}', '{"format": 2, "step": "1"}', "\xff"],
+)
+def test_a_state_that_is_none_is_set_aside(one_rank, model, tmp_path, text):
+    save(CheckpointManager(tmp_path), 1, model)
+    step = save(CheckpointManager(tmp_path), 2, model)
+    (step / STATE_FILE).write_bytes(text.encode("latin-1"))
+    with pytest.raises(UserError, match=re.escape(f"{step / STATE_FILE}: ")):
+        read_state(step)
+    manager = CheckpointManager(tmp_path)
+    assert manager.latest() == tmp_path / "step-1"
+    assert manager.newest_intact() == tmp_path / "step-1"
+    assert len(list(tmp_path.glob("step-2.damaged-*"))) == 1
+
+
+@pytest.mark.parametrize("missing", list(STATE_TYPES))
+def test_a_state_that_lacks_a_key_is_refused_by_its_name(saved, missing):
+    state = json.loads((saved / STATE_FILE).read_text())
+    del state[missing]
+    (saved / STATE_FILE).write_text(json.dumps(state))
+    with pytest.raises(UserError, match=f"{missing} is missing or of another type"):
+        read_state(saved)
+
+
+def test_a_checkpoint_of_a_newer_format_is_refused_as_that(one_rank, model, tmp_path):
+    step = save(CheckpointManager(tmp_path), 1, model)
+    state = json.loads((step / STATE_FILE).read_text())
+    (step / STATE_FILE).write_text(json.dumps({**state, "format": 3}))
+    for find in (CheckpointManager(tmp_path).latest, CheckpointManager(tmp_path).newest_intact):
+        with pytest.raises(UserError, match=r"step-1: a checkpoint of format 3, this version reads 2\."):
+            find()
+    assert step.is_dir()
+
+
+@pytest.mark.parametrize("name", ["step-015", "step-٣٠", "step-99999999999999999999", "step--1", "step-1 "])
+def test_folders_with_other_names_are_no_steps(one_rank, model, tmp_path, name):
+    step = save(CheckpointManager(tmp_path), 1, model)
+    shutil.copytree(step, tmp_path / name)
+    assert find_steps(tmp_path) == [1]
+    assert CheckpointManager(tmp_path).newest_intact() == step
+
+
+def test_a_step_under_the_name_of_another_is_set_aside(one_rank, model, tmp_path):
+    step = save(CheckpointManager(tmp_path), 1, model)
+    shutil.copytree(step, tmp_path / "step-20")
+    with pytest.raises(UserError, match="the folder is called step-20, but it holds step 1"):
+        read_state(tmp_path / "step-20")
+    assert CheckpointManager(tmp_path).newest_intact() == step
+
+
+def test_files_in_the_place_of_folders_are_in_no_ones_way(one_rank, model, tmp_path):
+    for name in ("step-7", ".step-7.partial", ".step-3.replaced", "step-3"):
+        (tmp_path / name).write_text("")
+    manager = CheckpointManager(tmp_path)
+    assert manager.latest() is None
+    step = save(manager, 7, model)
+    assert CheckpointManager(tmp_path).newest_intact() == step
+    assert not list(tmp_path.glob(".step-*"))
 
 
 def test_a_damaged_step_that_is_asked_for_is_an_error(arguments, tmp_path, capfd):

@@ -145,7 +145,7 @@ def speech_model(mesh=None) -> Llama3:
 
 
 def checkpoint_state(model: Llama3) -> dict:
-    return {"model_args": model.args.to_dict()}
+    return {"model_args": model.args.to_dict(), "tokens_seen": 0, "config": {}, "data": {}}
 
 
 # --- the two ranks

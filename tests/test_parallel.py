@@ -229,7 +229,7 @@ def result_of(run: SimpleNamespace, packed: bool) -> dict[str, Any]:
 
 
 def checkpoint_state(run: SimpleNamespace) -> dict[str, Any]:
-    return {"model_args": run.model.args.to_dict()}
+    return {"model_args": run.model.args.to_dict(), "tokens_seen": 0, "config": {}, "data": {}}
 
 
 def run_rank(rank: int, world_size: int, folder: Path, names: list[str]) -> None:

@@ -21,7 +21,9 @@ def trees() -> dict[Path, ast.Module]:
 
 def defined_names(tree: ast.Module) -> set[str]:
     """Names of functions, classes, variables and attributes that a file makes."""
-    names = {node.name for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))}
+    names = {
+        node.name for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
+    }
     stored = [node for node in ast.walk(tree) if isinstance(getattr(node, "ctx", None), ast.Store)]
     names |= {node.attr for node in stored if isinstance(node, ast.Attribute)}
     return names | {node.id for node in stored if isinstance(node, ast.Name)}

@@ -81,6 +81,8 @@ def write_weights(folder: Path, args: Llama3Args, state: dict[str, torch.Tensor]
     split = split_torch_state_dict_into_shards(tensors, max_shard_size=MAX_SHARD_BYTES)
     for file, names in split.filename_to_tensors.items():
         save_file({name: tensors[name] for name in names}, folder / file, metadata={"format": "pt"})
+        # safetensors makes files that only their owner can read.
+        (folder / file).chmod((folder / "config.json").stat().st_mode)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         _write_json(folder / "model.safetensors.index.json", index)

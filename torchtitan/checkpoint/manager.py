@@ -37,7 +37,7 @@ from torchtitan.config.keys import DEFAULTS, Refuse, value_of
 from torchtitan.distributed.utils import broadcast_object, gather_objects
 from torchtitan.models.llama3.args import Llama3Args
 from torchtitan.models.llama3.weights import Weighted
-from torchtitan.tools.errors import UserError, last_line
+from torchtitan.tools.errors import UserError, first_line, last_line
 from torchtitan.tools.logging import logger
 from torchtitan.tools.signals import shielded
 from torchtitan.tools.torch_private import end_saving_process, serves_once
@@ -45,10 +45,25 @@ from torchtitan.tools.torch_private import end_saving_process, serves_once
 STATE_FILE = "train_state.json"
 HF_FOLDER = "hf"
 FORMAT = 2
+# What other code needs of a train_state.json.
+STATE_TYPES: dict[str, Any] = {
+    "step": int,
+    "model_only": bool,
+    "model_args": dict,
+    "tokens_seen": int | float,
+    "config": dict,
+    "data": dict,
+    "ranks": list,
+    "files": dict,
+}
 # How long a rank waits for the others to write their files, and for rank 0 to delete older checkpoints.
 SAVE_TIMEOUT = timedelta(hours=1)
 # Parts of a checkpoint that checkpoint.exclude_from_loading can name.
 EXCLUDABLE = ("optimizer", "lr_scheduler", "dataloader", "random")
+
+
+class FormatError(UserError):
+    """A checkpoint of a format that this version does not read."""
 
 
 def check_saving(config: JobConfig, refuse: Refuse) -> None:
@@ -71,10 +86,16 @@ def check_saving(config: JobConfig, refuse: Refuse) -> None:
         refuse("checkpoint.exclude_from_loading", f"there are only {', '.join(EXCLUDABLE)}")
 
 
+def step_of(name: str) -> int | None:
+    """The step of a checkpoint's folder by its name; None for any other name."""
+    found = re.fullmatch(r"step-(0|[1-9][0-9]{0,17})", name)
+    return int(found[1]) if found else None
+
+
 def find_steps(folder: Path) -> list[int]:
     """Steps of the complete checkpoints in a folder, in rising order."""
-    found = [path.name for path in folder.glob("step-*") if _is_complete(path)]
-    return sorted(int(name[5:]) for name in found if re.fullmatch(r"step-\d+", name))
+    found = [step_of(path.name) for path in folder.glob("step-*") if _is_complete(path)]
+    return sorted(step for step in found if step is not None)
 
 
 def _is_complete(checkpoint: Path) -> bool:
@@ -122,21 +143,36 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     """The train_state.json of a step folder.
 
     Raises:
-        UserError: it is damaged or of another format.
+        FormatError: it is of another format.
+        UserError: it is damaged, or of another step than the folder's name says.
     """
+    path = checkpoint / STATE_FILE
     try:
-        state = json.loads((checkpoint / STATE_FILE).read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"{checkpoint / STATE_FILE}: it cannot be read ({error}).") from None
-    if state.get("format") != FORMAT:
-        raise UserError(f"{checkpoint}: a checkpoint of format {state.get('format')}, this version reads {FORMAT}.")
+        state = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: it cannot be read ({first_line(error)}).") from None
+    if not isinstance(state, dict) or not isinstance(state.get("format"), int):
+        raise UserError(f"{path}: it does not hold the state of a training.")
+    if state["format"] != FORMAT:
+        raise FormatError(f"{checkpoint}: a checkpoint of format {state['format']}, this version reads {FORMAT}.")
+    wrong = [key for key, kind in STATE_TYPES.items() if not isinstance(state.get(key), kind)]
+    if wrong:
+        raise UserError(f"{path}: {', '.join(wrong)} is missing or of another type.")
+    if step_of(checkpoint.name) not in (None, state["step"]):
+        raise UserError(f"{checkpoint}: the folder is called {checkpoint.name}, but it holds step {state['step']}.")
     return state
 
 
 def damage_of(checkpoint: Path, share: tuple[int, int] = (0, 1), quick: bool = False) -> str | None:
-    """What is wrong with a checkpoint, if anything is; ``share`` as in find_damage, ``quick``: only by files' sizes."""
+    """What is wrong with a checkpoint, if anything is; ``share`` as in find_damage, ``quick``: only by files' sizes.
+
+    Raises:
+        FormatError: it is of another format, which is no damage.
+    """
     try:
         state = read_state(checkpoint)
+    except FormatError:
+        raise
     except UserError as error:
         return str(error)
     return find_damage(checkpoint, {} if quick else state.get("files", {}), share)
@@ -156,6 +192,14 @@ def load_full_parameters(checkpoint: Path) -> dict[str, torch.Tensor]:
     }
     read_tensors(tensors, checkpoint, no_dist=True)
     return {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder with all that is in it, or whatever else has its name."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def wait_for_compute() -> None:
@@ -294,7 +338,7 @@ class CheckpointManager:
         if target.exists():
             target.rename(target.with_name(f".{target.name}.replaced"))
         partial.rename(target)
-        shutil.rmtree(target.with_name(f".{target.name}.replaced"), ignore_errors=True)
+        _remove(target.with_name(f".{target.name}.replaced"))
         if self.keep_latest_k <= 0:
             return
         if (damage := find_damage(target, {})) is not None:
@@ -336,7 +380,7 @@ class CheckpointManager:
             if leftover.name.endswith(".replaced") and not step.exists():
                 leftover.rename(step)
             else:
-                shutil.rmtree(leftover, ignore_errors=True)
+                _remove(leftover)
 
     def close(self) -> None:
         """Wait for a save that is under way, and end what saving in the background has started.

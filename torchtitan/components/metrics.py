@@ -26,6 +26,14 @@ METRICS_FILE = "metrics.jsonl"
 _COLORS = {"step": "31", "loss": "32", "grad": "33", "speed": "34", "memory": "35", "mfu": "36"}
 
 
+def drop_torn_line(path: Path) -> None:
+    """Cut off a last line of a text file that a killed process has not written to its end."""
+    if path.is_file() and path.stat().st_size:
+        with path.open("r+b") as file:
+            text = file.read()
+            file.truncate(text.rfind(b"\n") + 1)
+
+
 @dataclass
 class StepTotals:
     """Sums since the last report, over the microbatches of a rank."""
@@ -57,6 +65,9 @@ class MetricsLogger:
         plain = config.metrics.disable_color_printing or config.metrics.log_format == "json"
         self._color = sys.stderr.isatty() and not plain
         self._file = folder / METRICS_FILE if rank == 0 else None
+        if self._file:
+            drop_torn_line(self._file)
+        self._failed = False
         self._writer: Any = None
         self._wandb: Any = None
         if rank == 0 or config.metrics.save_for_all_ranks:
@@ -162,14 +173,19 @@ class MetricsLogger:
 
     def write(self, step: int, figures: dict[str, float]) -> None:
         """Send figures to the run's metrics.jsonl, TensorBoard and Weights & Biases."""
-        if self._file:
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            with self._file.open("a") as file:
-                file.write(json.dumps({"step": step, **figures}) + "\n")
-        if self._writer:
-            for name, value in figures.items():
-                self._writer.add_scalar(name, value, step)
-            self._writer.flush()
+        try:
+            if self._file:
+                self._file.parent.mkdir(parents=True, exist_ok=True)
+                with self._file.open("a") as file:
+                    file.write(json.dumps({"step": step, **figures}) + "\n")
+            if self._writer:
+                for name, value in figures.items():
+                    self._writer.add_scalar(name, value, step)
+                self._writer.flush()
+        except OSError as error:  # no reason to end a run
+            if not self._failed:
+                logger.warning("figures are not written: %s", first_line(error))
+            self._failed = True
         if self._wandb:
             self._wandb.log(figures, step=step)
 
