@@ -23,7 +23,7 @@ from torchtitan.eval import scoring
 from torchtitan.eval.benchmark import Options, command, encode_pairs, score_task
 from torchtitan.eval.data import DataError, open_tasks
 from torchtitan.eval.metrics import Rule, clip_scores, judge
-from torchtitan.eval.results import Clip, results_folder, samples_table
+from torchtitan.eval.results import Clip, require_no_other_model, results_folder, samples_table
 from torchtitan.eval.scoring import score
 from torchtitan.eval.store import ArrayStore, digest
 from torchtitan.eval.suites import SALMON, SLM21, STORY_CLOZE, Benchmark
@@ -551,6 +551,34 @@ def test_results_folder_is_named_after_a_hub_id_or_the_last_two_parts_of_a_folde
     assert results_folder("out", "sLM21", "owner/model") == Path("out/sLM21/owner/model")
     for name in (str(tmp_path / "runs" / "step-10"), "step-10", "./step-10/"):
         assert results_folder("out", "sLM21", name) == Path("out/sLM21/runs/step-10")
+
+
+@pytest.mark.parametrize(
+    ("model", "named"),
+    [
+        ("outputs/A/hf/step-60", "A/hf/step-60"),
+        ("outputs/A/checkpoint/step-60", "A/checkpoint/step-60"),
+        ("outputs/A/checkpoints/checkpoint-7", "A/checkpoints/checkpoint-7"),
+        ("outputs/B/hf/B", "B/hf/B"),
+        ("models/mimi", "models/mimi"),
+    ],
+)
+def test_results_of_two_runs_never_share_a_folder(tmp_path, model, named):
+    (tmp_path / model).mkdir(parents=True)
+    assert results_folder("out", "sLM21", str(tmp_path / model)) == Path("out/sLM21") / named
+
+
+def test_results_of_another_model_are_not_overwritten(tmp_path):
+    folder, (one, other) = tmp_path / "results", (tmp_path / "a" / "m", tmp_path / "b" / "m")
+    folder.mkdir()
+    require_no_other_model(folder, one)
+    for text in ("[]", "{", "[" * 100_000):
+        (folder / "results.json").write_text(text)
+        require_no_other_model(folder, one)
+    (folder / "results.json").write_text(json.dumps({"settings": {"model": {"folder": str(one)}}}))
+    require_no_other_model(folder, one)
+    with pytest.raises(UserError, match=rf"results of another model \({one}\); give another --output_dir"):
+        require_no_other_model(folder, other)
 
 
 # The command lines.

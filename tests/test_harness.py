@@ -303,13 +303,14 @@ def test_a_training_checkpoint_is_evaluated_as_it_is(model, data, alone, tmp_pat
     from convert_hf_to_dcp import convert
 
     step = convert(str(model), tmp_path / "run" / "checkpoint")
+    folder = results_folder(tmp_path / "out", "sLM21", str(step))
+    assert folder.parts[-2:] == ("checkpoint", "step-0")
     for name in (step, tmp_path / "run"):
         code = command(SLM21, Options(str(data), str(name), output_dir=str(tmp_path / "out"), device="cpu"))
         assert code == 1
-        folder = results_folder(tmp_path / "out", "sLM21", str(name))
         settings = json.loads((folder / "results.json").read_text())["settings"]
         assert settings["model"]["folder"] == str(step), "it is not said which checkpoint of the run was evaluated"
-    folder = tmp_path / "out" / "sLM21" / "checkpoint" / "step-0"
+        (folder / "results.json").rename(folder / f"results of {name.name}.json")
     found, wanted = (pq.read_table(f / "samples.parquet").to_pylist() for f in (folder, alone))
     for one, other in zip(found, wanted, strict=True):
         assert one["codes"] == other["codes"]

@@ -36,7 +36,15 @@ from torchtitan.datasets.encoding import AHEAD_SECONDS, encode_each
 from torchtitan.datasets.rows import Row
 from torchtitan.eval.data import Task, open_tasks
 from torchtitan.eval.metrics import SIDES, Rule, TaskResult, judge
-from torchtitan.eval.results import Clip, format_table, make_folder, results_folder, samples_table, write_results
+from torchtitan.eval.results import (
+    Clip,
+    format_table,
+    make_folder,
+    require_no_other_model,
+    results_folder,
+    samples_table,
+    write_results,
+)
 from torchtitan.eval.scoring import score
 from torchtitan.eval.store import ArrayStore, default_cache_folder, digest
 from torchtitan.eval.suites import Benchmark
@@ -150,7 +158,11 @@ def command(benchmark: Benchmark, options: Options) -> int:
         options.model_name, options.audio_tokenizer, device, options.dtype, options.model_revision, options.resampler
     )
     options.rule(benchmark.rule).check(lm.stream.num_quantizers)
-    folder = results_folder(options.output_dir, benchmark.name, options.model_name)
+    is_local = lm.folder is not None and Path(options.model_name).expanduser().is_dir()
+    # The name of a run stands for its last checkpoint, which is another one later.
+    folder = results_folder(options.output_dir, benchmark.name, str(lm.folder) if is_local else options.model_name)
+    if lm.folder is not None and is_local:
+        require_no_other_model(folder, lm.folder)
     make_folder(folder)
     # What is read here must not have been written by a rank that is faster.
     cache = None if options.cache_dir.lower() == "none" else ArrayStore(_cache_folder(options.cache_dir, lm.codec))

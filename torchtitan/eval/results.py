@@ -8,6 +8,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,9 @@ import torch
 
 from torchtitan.eval.metrics import TaskResult, averages
 from torchtitan.tools.errors import UserError
+
+# Names of folders that tell nothing of the run that they are in.
+_IN_ANY_RUN = re.compile(r"hf|checkpoints?|exports?|final|last|best|snapshots?|((step|checkpoint|epoch)[-_])?\d+")
 
 
 @dataclass
@@ -85,12 +89,33 @@ def _plain_array(values: list[Any]) -> Any:
 
 
 def results_folder(output_dir: str | Path, benchmark: str, model_name: str) -> Path:
-    """``<output_dir>/<benchmark>/<model_name>``, where a local folder is called by its last two parts."""
+    """``<output_dir>/<benchmark>/<model_name>``.
+
+    A local folder is called by its last two parts, and by further ones as long as the first of them may be in any run:
+    outputs/run/hf/step-60 is run/hf/step-60.
+    """
     path = Path(model_name).expanduser()
     if path.is_dir():
-        absolute = Path(os.path.abspath(path))
-        model_name = os.path.join(*absolute.relative_to(absolute.anchor).parts[-2:])
+        parts = Path(os.path.abspath(path)).parts[1:]
+        number = 2
+        while number < len(parts) and _IN_ANY_RUN.fullmatch(parts[-number]):
+            number += 1
+        model_name = os.path.join(*parts[-number:])
     return Path(output_dir).expanduser() / benchmark / model_name
+
+
+def require_no_other_model(folder: Path, model_folder: Path) -> None:
+    """Refuse to overwrite the results of a model in another local folder.
+
+    Raises:
+        UserError: such results are there.
+    """
+    try:
+        found = json.loads((folder / "results.json").read_bytes())["settings"]["model"]["folder"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return
+    if found is not None and found != os.path.abspath(model_folder):
+        raise UserError(f"{folder}: it holds the results of another model ({found}); give another --output_dir.")
 
 
 def make_folder(folder: Path) -> None:
