@@ -8,6 +8,7 @@ With ``--output -`` the speech of one prompt goes to standard output while it is
 ``python inference.py --output - | aplay -f S16_LE -r 24000``.
 """
 
+import concurrent.futures
 import functools
 import http.client
 import io
@@ -15,11 +16,13 @@ import json
 import math
 import os
 import sys
+import threading
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -391,24 +394,50 @@ def read_prompt(source: str, max_seconds: float | None, resampler: str = "torcha
     return waveform
 
 
+class HTTPOnly(urllib.request.HTTPRedirectHandler):
+    """Follows redirects to http(s) only."""
+
+    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
+        if not newurl.lower().startswith(("http://", "https://")):
+            raise ValueError(f"it redirects to {newurl.partition(':')[0]}, and only http and https are followed")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
 def download(url: str) -> bytes:
     """Fetch a file over http(s), within the limits of size and time above.
 
     Raises:
         UserError: the address does not answer with a file, or the file is too large or too slow.
     """
-    deadline = time.monotonic() + DOWNLOAD_MAX_SECONDS
+    found: Future[bytes] = Future()
+
+    def fetch() -> None:
+        try:
+            found.set_result(_download(url))
+        except BaseException as error:  # raised again by whoever waits
+            found.set_exception(error)
+
+    # A thread has a limit of time also where a server sends a byte of its headers now and then.
+    threading.Thread(target=fetch, name="download", daemon=True).start()
+    try:
+        return found.result(DOWNLOAD_MAX_SECONDS)
+    except concurrent.futures.TimeoutError:
+        raise UserError(f"{url}: the download took more than {DOWNLOAD_MAX_SECONDS:.0f} s.") from None
+
+
+def _download(url: str) -> bytes:
     data = bytearray()
+    begin = time.monotonic()
     try:
         request = urllib.request.Request(url, headers={"User-Agent": "llama-mimi"})
-        with urllib.request.urlopen(request, timeout=DOWNLOAD_STALL_SECONDS) as response:
+        with urllib.request.build_opener(HTTPOnly).open(request, timeout=DOWNLOAD_STALL_SECONDS) as response:
             declared = int(response.headers.get("Content-Length") or -1)
             while chunk := response.read1(1 << 16):
                 data += chunk
                 if max(len(data), declared) > DOWNLOAD_MAX_BYTES:
                     raise UserError(f"{url}: the file is larger than {DOWNLOAD_MAX_BYTES // 1_000_000} MB.")
-                if time.monotonic() > deadline:
-                    raise UserError(f"{url}: the download took more than {DOWNLOAD_MAX_SECONDS:.0f} s.")
+                if time.monotonic() - begin > DOWNLOAD_MAX_SECONDS:  # nobody waits for it any longer
+                    break
     except UserError:
         raise
     except urllib.error.HTTPError as error:

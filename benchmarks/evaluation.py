@@ -8,91 +8,80 @@ those of --dataset, or 2 to 12 s of the repository's prompt, repeated. The two r
 and the best time of each counts; loading and a first pair are not counted.
 """
 
-import io
-import json
-import multiprocessing
 import random
-import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-import command
+import harness
+import numpy as np
 import torch
-from models import QUANTIZERS, make_model
+from models import QUANTIZERS, VOCABULARY, make_speech_model
 
-ROOT = Path(__file__).resolve().parent.parent
+from torchtitan.audio.codec import no_tf32
 
 
 @dataclass
 class Options:
-    """What is measured."""
+    """What to measure."""
 
     size: Literal["small", "mid", "1.3B"] = "small"
-    """Of the language model."""
-    vocabulary: int = 136_450
-    """Its ids; the last 8,194 are those of audio."""
+    """Size of the language model."""
+    vocabulary: int = VOCABULARY
+    """Number of its ids; the last 8,194 are those of audio."""
     pairs: int = 12
     """Pairs of clips."""
     shared: float = 0.0
-    """The part of the shorter clip of a pair that the other begins with, too."""
+    """Share of the shorter clip of a pair with which both clips begin."""
     dataset: str | None = None
-    """A task's folder in SALMon's layout, whose first pairs are taken instead."""
+    """A task's folder in SALMon's layout, to take the first pairs of it instead."""
     batch_size: int = 16
     """Ours: clips in one forward pass."""
     turns: int = 2
-    """How often the ways are run in turn."""
+    """Times that the ways run in turn."""
+
+
+class Timed(NamedTuple):
+    """Seconds, seconds for which the processors were busy, and the NLLs of each clip."""
+
+    seconds: float
+    busy: float
+    nlls: list[np.ndarray]
 
 
 def make_task(folder: Path, pairs: int, shared: float) -> Path:
-    """A task of SALMon's layout; both clips of a pair begin with a part, ``shared``, of the shorter one."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-    import soundfile
-
-    speech, rate = soundfile.read(ROOT / "assets" / "prompt.flac", dtype="float32")
+    """A task in SALMon's layout; both clips of a pair begin alike, for a share of the shorter one."""
     lengths = random.Random(0)
-
-    def part(start: int, samples: int) -> torch.Tensor:
-        return torch.from_numpy(speech).repeat((start + samples) // len(speech) + 1)[start : start + samples]
-
-    columns: dict[str, list[Any]] = {"positive_audio": [], "negative_audio": []}
+    columns: dict[str, list[torch.Tensor]] = {"positive_audio": [], "negative_audio": []}
     for number in range(pairs):
-        samples = [round(lengths.uniform(2, 12) * rate) for _ in columns]
-        begin = part(1000 * number, round(shared * min(samples)))
-        for i, (name, length) in enumerate(zip(columns, samples, strict=True)):
-            own = part(1000 * number + 500 * (i + 1), length - len(begin))
-            file = io.BytesIO()
-            soundfile.write(file, torch.cat((begin, own)).numpy(), rate, format="FLAC")
-            columns[name].append({"bytes": file.getvalue(), "path": None})
-    folder.mkdir()
-    audio = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    pq.write_table(pa.table({k: pa.array(v, audio) for k, v in columns.items()}), folder / "train.parquet")
+        seconds = [lengths.uniform(2, 12) for _ in columns]
+        begin = harness.speech(number / 20, shared * min(seconds))
+        for i, (clips, length) in enumerate(zip(columns.values(), seconds, strict=True)):
+            own = harness.speech(number / 20 + (i + 1) / 40, length - len(begin) / harness.SPEECH_RATE)
+            clips.append(torch.cat((begin, own)))
+    harness.write_audio_table(folder / "train.parquet", columns, harness.SPEECH_RATE)
     return folder
 
 
 @torch.no_grad()
-def plain(lm: Any, task: Any, pairs: int) -> list[torch.Tensor]:
-    """The NLLs of each clip of the first pairs, one clip at a time."""
-    from torchtitan.audio.waveform import load_audio
-
+def plain_nlls(lm: Any, waveforms: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    """The NLLs of each clip [n], one clip at a time."""
     found = []
-    for row in task.pairs(pairs):
-        for column in task.columns:
-            waveform = load_audio(row[column]["bytes"])
+    for waveform in waveforms:
+        with no_tf32(lm.device):  # as codes need it
             encoded: Any = lm.codec.model.encode(waveform[None, None].to(lm.device), num_quantizers=QUANTIZERS)
-            ids = lm.stream.sample(encoded.audio_codes[0].cpu()).to(lm.device)
-            logits = lm.model(input_ids=ids[None]).logits[0].float()
-            nll = -torch.log_softmax(logits[:-1], dim=-1).gather(1, ids[1:, None])[:, 0]
-            found.append(nll.cpu())
+        ids = lm.stream.sample(encoded.audio_codes[0].cpu()).to(lm.device)
+        logits = lm.model(input_ids=ids[None]).logits[0].float()
+        found.append(-torch.log_softmax(logits[:-1], dim=-1).gather(1, ids[1:, None])[:, 0].cpu())
     return found
 
 
-def measure(way: str, options: Options, folder: str, results: Any) -> None:
-    """Time one way in a process of its own: puts the seconds by name, and the NLLs of each clip."""
-    from torchtitan.checkpoint.speech_lm import choose_device
+def measure(way: str, options: Options, folder: str) -> dict[str, Timed]:
+    """Time one way, or the two of ours, in a process of its own."""
+    from torchtitan.audio.waveform import load_audio
     from torchtitan.eval.benchmark import score_task
     from torchtitan.eval.data import open_tasks
     from torchtitan.eval.store import ArrayStore
@@ -101,73 +90,64 @@ def measure(way: str, options: Options, folder: str, results: Any) -> None:
 
     if way == "ours":
         tune_malloc()  # as eval/*.py do
-    device = choose_device()
+    device = harness.find_device()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    lm = make_model(options.size, options.vocabulary, dtype, device)
+    lm = make_speech_model(options.size, options.vocabulary, dtype, device)
     (task,), _ = open_tasks(folder, SALMON.tasks, SALMON.columns, True)
-    seconds: dict[str, tuple[float, float]] = {}
-    found: dict[str, list[Any]] = {}
+
+    def nlls(pairs: int, cache: ArrayStore) -> list[torch.Tensor]:
+        if way == "plain":
+            rows = task.pairs(pairs)
+            return plain_nlls(lm, (load_audio(row[column]["bytes"]) for row in rows for column in task.columns))
+        clips = score_task(SALMON, task, lm, options.batch_size, limit=pairs, cache=cache)
+        return [clip.nll for clip in clips if clip.nll is not None]
+
+    found: dict[str, Timed] = {}
     with tempfile.TemporaryDirectory() as temporary:
-        for warm in (False, True):
-            cache, pairs = ArrayStore(Path(temporary) / str(warm)), options.pairs if warm else 1
-            for name in ("plain",) if way == "plain" else ("ours", "ours, codes kept"):
-                begin, processor = time.perf_counter(), time.process_time()
-                if way == "plain":
-                    nlls = plain(lm, task, pairs)
-                else:
-                    clips = score_task(SALMON, task, lm, options.batch_size, limit=pairs, cache=cache)
-                    nlls = [clip.nll for clip in clips if clip.nll is not None]
-                # Of the second time; what the processors were busy for hardly depends on what else they do.
-                seconds[name] = (time.perf_counter() - begin, time.process_time() - processor)
-                found[name] = [nll.numpy() for nll in nlls]
-    results.put((seconds, found))
+        nlls(1, ArrayStore(Path(temporary) / "warm-up"))
+        cache = ArrayStore(Path(temporary) / "measured")
+        for name in ("plain",) if way == "plain" else ("ours", "ours, codes kept"):
+            begin, busy = time.perf_counter(), time.process_time()
+            scores = [nll.numpy() for nll in nlls(options.pairs, cache)]
+            found[name] = Timed(time.perf_counter() - begin, time.process_time() - busy, scores)
+    return found
 
 
 def main(options: Options) -> None:
     """Run the ways in turn and print the best speeds and their ratios as JSON."""
     from torchtitan.eval.suites import SALMON
 
-    context = multiprocessing.get_context("spawn")
-    seconds: dict[str, list[tuple[float, float]]] = {}
-    scores: dict[str, list[Any]] = {}
+    def progress(found: dict[str, Timed]) -> str:
+        return "; ".join(
+            f"{name} {options.pairs / timed.seconds:.2f} pairs/s, {timed.busy:.1f} s of processors"
+            for name, timed in found.items()
+        )
+
     with tempfile.TemporaryDirectory() as temporary:
-        made = Path(temporary) / SALMON.tasks[0]
-        folder = options.dataset or make_task(made, options.pairs, options.shared)
-        for _ in range(options.turns):
-            for way in ("plain", "ours"):
-                results = context.Queue()
-                process = context.Process(target=measure, args=(way, options, str(folder), results))
-                process.start()
-                times, found = results.get()
-                process.join()
-                scores |= found
-                for name, took in times.items():
-                    seconds.setdefault(name, []).append(took)
-                    print(
-                        f"{name}: {options.pairs / took[0]:.2f} pairs/s, {took[1]:.1f} s of processors",
-                        file=sys.stderr,
-                        flush=True,
-                    )
-    speed = {name: options.pairs / min(took for took, _ in times) for name, times in seconds.items()}
-    busy = {name: min(took for _, took in times) for name, times in seconds.items()}
-    others = [name for name in speed if name != "plain"]
-    report = {
-        "pairs_per_second": speed,
-        "ratios": {name: speed[name] / speed["plain"] for name in others},
+        folder = options.dataset or make_task(Path(temporary) / SALMON.tasks[0], options.pairs, options.shared)
+        ways = {
+            way: lambda way=way: harness.in_processes(measure, (way, options, str(folder)))[0]
+            for way in ("plain", "ours")
+        }
+        turns = harness.in_turns(ways, options.turns, progress)
+    times = {name: [found[name] for found in all_found] for all_found in turns.values() for name in all_found[0]}
+    speeds = {name: options.pairs / min(timed.seconds for timed in found) for name, found in times.items()}
+    busy = {name: min(timed.busy for timed in found) for name, found in times.items()}
+    others = [name for name in times if name != "plain"]
+    distances = [
+        float(abs(one - other).max())
+        for name in others
+        for one, other in zip(times["plain"][-1].nlls, times[name][-1].nlls, strict=True)
+    ]
+    figures = {
+        "pairs_per_second": speeds,
+        "ratios": harness.over(speeds, "plain"),
         "processor_seconds": busy,
         "processor_ratios": {name: busy["plain"] / busy[name] for name in others},
-        "furthest_scores": max(
-            float(abs(one - other).max())
-            for name in others
-            for one, other in zip(scores["plain"], scores[name], strict=True)
-        ),
-        "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "torch": torch.__version__,
-        "options": vars(options),
+        "furthest_scores": max(distances),
     }
-    print(json.dumps(report, indent=1))
+    harness.report(figures, options)
 
 
 if __name__ == "__main__":
-    command.run(main, Options, __doc__)
+    harness.run(main, Options, __doc__)

@@ -1,9 +1,9 @@
 """Speech continuations here, side by side with the plain way: ``uv run python benchmarks/generation.py``.
 
 Plain: transformers' generate as the original inference calls it (growing cache, all 136,450 columns, a stop check in
-Python, units parsed from the ids' strings) and one MimiModel.decode at the end. Ours: the engine, and the streaming
-decode of what it makes. Both continue the same prompts by the same number of frames; weights are random, and so is what
-is said. The codec has kyutai/mimi's size. The ways run in turn in one process, each warmed up once, and each figure is
+Python, units parsed from the ids' strings) and one MimiModel.decode at the end. Ours: the engine, and the codec's
+decode of its codes. Both continue the same prompts by the same number of frames; weights are random, so the speech is
+noise. The codec has kyutai/mimi's size. The ways run in turn in one process, each warmed up once, and each figure is
 the median of its turns.
 
 Also printed: the bound that memory sets, which is the bytes that a step must read (weights, the part of the head that
@@ -19,24 +19,26 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
-import command
+import harness
 import torch
-from models import QUANTIZERS, make_model
+from models import QUANTIZERS, VOCABULARY, make_speech_model
 
 from torchtitan.audio.codec import FRAME_RATE
+from torchtitan.audio.streaming import StreamingDecoder
 from torchtitan.generation import Engine, Request, Sampling, stream_speech
 
 
 @dataclass
 class Options:
-    """What is measured."""
+    """What to measure."""
 
     size: Literal["small", "mid", "1.3B"] = "small"
-    """Of the language model."""
-    vocabulary: int = 136_450
-    """Its ids; the last 8,194 are those of audio."""
+    """Size of the language model."""
+    vocabulary: int = VOCABULARY
+    """Number of its ids; the last 8,194 are those of audio."""
     rows: tuple[int, ...] = (1, 8)
     """Continuations at once."""
     prompt_seconds: float = 3.0
@@ -44,15 +46,25 @@ class Options:
     new_seconds: float = 5.0
     """Length of each continuation."""
     dtype: Literal["float32", "bfloat16", "int8"] = "float32"
-    """Of the language model; plain runs in bfloat16 for int8."""
+    """Number format of the language model; for int8, plain runs in bfloat16."""
     compile: bool = False
     """Ours: compile the blocks."""
     turns: int = 3
-    """How often the ways are run in turn."""
+    """Times that the ways run in turn."""
     device: str | None = None
     """Default: cuda if there is one."""
     ours_only: bool = False
     """Leave the plain way out."""
+
+
+def make_prompts(rows: int, frames: int) -> list[torch.Tensor]:
+    """Random codes [Q, frames] of each row."""
+    return [torch.randint(2048, (QUANTIZERS, frames)) for _ in range(rows)]
+
+
+def make_requests(prompts: list[torch.Tensor], frames: int, **more: Any) -> list[Request]:
+    """A request of this many new frames for each prompt."""
+    return [Request(prompt, frames, sample=i, **more) for i, prompt in enumerate(prompts)]
 
 
 def plain(lm: Any, prompts: list[torch.Tensor], frames: int, decode: bool) -> list[torch.Tensor]:
@@ -81,7 +93,7 @@ def plain(lm: Any, prompts: list[torch.Tensor], frames: int, decode: bool) -> li
     for row in found.tolist() if decode else []:
         text = "".join(strings[i - stream.base_size] for i in row if i >= stream.base_size)
         units = re.findall(r"<(\d+)_(\d+)>", text)
-        # A random model says no whole frames; as many are decoded as were made.
+        # A random model does not speak in whole frames, so the first units are repeated to the full length.
         codes = torch.tensor([int(code) for code, _ in units[:QUANTIZERS]] or [0] * QUANTIZERS)[:, None]
         codes = codes.expand(-1, frames + prompts[0].shape[1])
         waveforms.append(lm.codec.model.decode(codes[None].to(lm.device)).audio_values[0, 0].float().cpu())
@@ -90,34 +102,19 @@ def plain(lm: Any, prompts: list[torch.Tensor], frames: int, decode: bool) -> li
 
 def ours(engine: Engine, prompts: list[torch.Tensor], frames: int) -> list[torch.Tensor]:
     """The waveforms of the engine's way."""
-    sampling = Sampling(temperature=0.8, top_k=30)
-    requests = [Request(prompt, frames, sampling=sampling, sample=i) for i, prompt in enumerate(prompts)]
-    results = engine.generate(requests)
-    codec = engine.lm.codec
-    return [
-        codec.decode(torch.cat([prompt, result.codes], dim=1)) for prompt, result in zip(prompts, results, strict=True)
-    ]
-
-
-def seconds_of(way: Callable[[], Any], device: torch.device) -> float:
-    """How long a way takes."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    way()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+    results = engine.generate(make_requests(prompts, frames, sampling=Sampling(temperature=0.8, top_k=30)))
+    pairs = zip(prompts, results, strict=True)
+    return [engine.lm.codec.decode(torch.cat([prompt, result.codes], dim=1)) for prompt, result in pairs]
 
 
 def bandwidth(device: torch.device) -> float:
-    """Bytes a second that a sum over a large tensor reads, the best of 5."""
+    """Bytes a second that a sum over a large tensor reads, the best of 6."""
     data = torch.ones((1 << 28 if device.type == "cpu" else 1 << 31) // 4, device=device)
-    return data.numel() * 4 / min(seconds_of(data.sum, device) for _ in range(6))
+    return data.numel() * 4 / min(harness.seconds_of(data.sum, device) for _ in range(6))
 
 
-def bytes_of_step(engine: Engine, rows: int, positions: float) -> float:
-    """What one step of all rows must read: the blocks, a quantizer's part of the head, keys and values."""
+def memory_bound(engine: Engine, rows: int, prompt_frames: int, frames: int, bandwidth: float) -> float:
+    """Ids a second if a step only read what it must: the blocks, a quantizer's part of the head, keys and values."""
 
     def size(part: torch.nn.Module) -> int:
         tensors = [*part.parameters(), *part.buffers()]
@@ -126,87 +123,89 @@ def bytes_of_step(engine: Engine, rows: int, positions: float) -> float:
 
     llama = engine.llama
     keys = llama.keys[:, 0, :, 0].numel() * llama.keys.element_size()
-    return size(llama.layers) + size(engine.heads[1]) + 2 * keys * positions * rows
+    positions = 2 + QUANTIZERS * (prompt_frames + frames / 2)
+    return rows * bandwidth / (size(llama.layers) + size(engine.heads[1]) + 2 * keys * positions * rows)
+
+
+def first_audio_seconds(engine: Engine, prompt_frames: int, turns: int) -> float:
+    """Time from a request to its first new audio: the median of some, after one that is not counted."""
+    waits = []
+    for _ in range(turns + 1):
+        request = Request(torch.randint(2048, (QUANTIZERS, prompt_frames)), 10)
+        begin = time.perf_counter()
+        stream = stream_speech(engine, request, prompt=False)
+        next(stream)
+        waits.append(time.perf_counter() - begin)
+        stream.close()  # which waits for the frame at work
+    return statistics.median(waits[1:])
+
+
+def decode_in_chunks(codec: Any, codes: torch.Tensor, chunk: int) -> torch.Tensor:
+    """The waveform [n] of codes [Q, T] that come some frames at a time."""
+    decoder = StreamingDecoder(codec)
+    return torch.cat([decoder.decode(part) for part in codes.split(chunk, dim=1)])
 
 
 @torch.inference_mode()
 def main(options: Options) -> None:
     """Measure and print."""
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = harness.find_device(options.device)
     dtype = torch.float32 if options.dtype == "float32" else torch.bfloat16
-    lm = make_model(options.size, options.vocabulary, dtype, device)
+    lm = make_speech_model(options.size, options.vocabulary, dtype, device)
     prompt_frames, frames = round(options.prompt_seconds * FRAME_RATE), round(options.new_seconds * FRAME_RATE)
     context = lm.stream.sample_length(prompt_frames + frames)
     speed = bandwidth(device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(f"{name}, torch {torch.__version__}, {options.size}, {options.dtype}; memory read at {speed / 1e9:.1f} GB/s")
+
+    def make_engine(rows: int) -> Engine:
+        return Engine(lm, rows, context, int8=options.dtype == "int8", compile_layers=options.compile)
+
     for rows in options.rows:
-        prompts = [torch.randint(2048, (QUANTIZERS, prompt_frames)) for _ in range(rows)]
-        engine = Engine(lm, rows, context, int8=options.dtype == "int8", compile_layers=options.compile)
-        ways: dict[str, Callable[[], Any]] = {
-            "ours": lambda engine=engine, prompts=prompts: ours(engine, prompts, frames),
-            "ours, units alone": lambda engine=engine, prompts=prompts: engine.generate(
-                [Request(prompt, frames, sample=i) for i, prompt in enumerate(prompts)]
-            ),
-        }
-        if not options.ours_only:
-            ways["plain"] = lambda prompts=prompts: plain(lm, prompts, frames, True)
-            ways["plain, units alone"] = lambda prompts=prompts: plain(lm, prompts, frames, False)
-        times: dict[str, list[float]] = {way: [] for way in ways}
-        for turn in range(options.turns + 1):
-            for way, function in ways.items():
-                elapsed = seconds_of(function, device)
-                if turn:
-                    times[way].append(elapsed)
-        median = {way: statistics.median(values) for way, values in times.items()}
-        tokens = rows * frames * QUANTIZERS
-        for way, elapsed in median.items():
-            print(
-                f"{rows} rows, {way}: {tokens / elapsed:.1f} tokens/s, "
-                f"{rows * options.new_seconds / elapsed:.2f} times real time"
-            )
-        if "plain" in median:
-            units = median["plain, units alone"] / median["ours, units alone"]
-            print(f"{rows} rows, ratios: {median['plain'] / median['ours']:.2f}, of the units alone {units:.2f}")
-        if rows > 1:
-            requests = [Request(prompt, frames, sample=i) for i, prompt in enumerate(prompts)]
-            together = engine.generate(requests)
-            differing = sum(
-                not torch.equal(engine.generate([request])[0].codes, result.codes)
-                for request, result in zip(requests[:8], together, strict=False)
-            )
-            print(f"{rows} rows, other codes than alone: {differing} of {min(rows, 8)}")
-        positions = 2 + QUANTIZERS * (prompt_frames + frames / 2)
-        bound = rows * speed / bytes_of_step(engine, rows, positions)
-        share = tokens / median["ours, units alone"] / bound
-        print(f"{rows} rows, bound of memory: {bound:.0f} tokens/s, reached {100 * share:.0f} %")
+        compare(options, make_engine(rows), rows, prompt_frames, frames, speed)
 
-    engine = Engine(lm, 1, context, int8=options.dtype == "int8", compile_layers=options.compile)
-    request = Request(torch.randint(2048, (QUANTIZERS, prompt_frames)), 10)
-    waits = []
-    for _ in range(options.turns + 1):
-        start = time.perf_counter()
-        stream = stream_speech(engine, request, prompt=False)
-        next(stream)
-        waits.append(time.perf_counter() - start)
-        stream.close()  # which waits for the frame at work
-    print(
-        f"first new audio after {1000 * statistics.median(waits[1:]):.0f} ms (prompt of {options.prompt_seconds:g} s)"
-    )
-    from torchtitan.audio.streaming import StreamingDecoder
-
+    first = first_audio_seconds(make_engine(1), prompt_frames, options.turns)
+    print(f"first new audio after {1000 * first:.0f} ms (prompt of {options.prompt_seconds:g} s)")
     codes = torch.randint(2048, (QUANTIZERS, 48))
-    whole = [
-        seconds_of(lambda: lm.codec.model.decode(codes[None].to(device)), device) for _ in range(options.turns + 1)
-    ]
-    print(f"decode at once: {1000 * statistics.median(whole[1:]) / 48:.1f} ms a frame")
+    ways: dict[str, Callable[[], Any]] = {"decode at once": lambda: lm.codec.model.decode(codes[None].to(device))}
     for chunk in (1, 2, 4, 12):
-        taken = []
-        for _ in range(options.turns + 1):
-            decoder = StreamingDecoder(lm.codec)
-            taken.append(seconds_of(lambda: [decoder.decode(part) for part in codes.split(chunk, dim=1)], device))  # noqa: B023
-        print(f"streaming decode, {chunk} frames at a time: {1000 * statistics.median(taken[1:]) / 48:.1f} ms a frame")
+        ways[f"streaming decode, {chunk} frames at a time"] = partial(decode_in_chunks, lm.codec, codes, chunk)
+    for name, way in ways.items():
+        print(f"{name}: {1000 * harness.median_seconds(way, device, options.turns) / 48:.1f} ms a frame")
+
+
+def compare(options: Options, engine: Engine, rows: int, prompt_frames: int, frames: int, bandwidth: float) -> None:
+    """Print the speeds and ratios of all ways with so many rows at once."""
+    lm = engine.lm
+    prompts = make_prompts(rows, prompt_frames)
+    requests = make_requests(prompts, frames)
+    ways: dict[str, Callable[[], Any]] = {
+        "ours": lambda: ours(engine, prompts, frames),
+        "ours, units alone": lambda: engine.generate(requests),
+    }
+    if not options.ours_only:
+        ways["plain"] = lambda: plain(lm, prompts, frames, True)
+        ways["plain, units alone"] = lambda: plain(lm, prompts, frames, False)
+    timed = {way: partial(harness.seconds_of, function, lm.device) for way, function in ways.items()}
+    harness.in_turns(timed, 1)
+    seconds = harness.medians(harness.in_turns(timed, options.turns))
+    tokens = rows * frames * QUANTIZERS
+    for way, taken in seconds.items():
+        times = rows * options.new_seconds / taken
+        print(f"{rows} rows, {way}: {tokens / taken:.1f} tokens/s, {times:.2f} times real time")
+    if "plain" in seconds:
+        units = seconds["plain, units alone"] / seconds["ours, units alone"]
+        print(f"{rows} rows, ratios: {seconds['plain'] / seconds['ours']:.2f}, of the units alone {units:.2f}")
+    if rows > 1:
+        differing = sum(
+            not torch.equal(engine.generate([request])[0].codes, result.codes)
+            for request, result in zip(requests[:8], engine.generate(requests), strict=False)
+        )
+        print(f"{rows} rows, other codes than alone: {differing} of {min(rows, 8)}")
+    bound = memory_bound(engine, rows, prompt_frames, frames, bandwidth)
+    share = tokens / seconds["ours, units alone"] / bound
+    print(f"{rows} rows, bound of memory: {bound:.0f} tokens/s, reached {100 * share:.0f} %")
 
 
 if __name__ == "__main__":
-    command.run(main, Options, __doc__)
+    harness.run(main, Options, __doc__)

@@ -1,31 +1,33 @@
-"""All that has to be known about a GPU, right and fast, in one command: ``python benchmarks/gpu.py``.
+"""Whether this project works right and fast on a GPU, in one command: ``python benchmarks/gpu.py``.
 
-Each case below runs in a process of its own, with a time limit, in the order of what it tells. One that fails, hangs or
-is killed ends itself alone: what the others found, and what it had found so far, is in ``<output>/<part>.json``, which
-is written after each case. The parts:
+Each case below runs in a process of its own, with a time limit; the most telling cases come first. A case that fails,
+hangs or is killed does not end the others. ``<output>/<part>.json``, written after each case, holds what the cases have
+found so far, and log.txt what they printed. The parts:
 
     paths        every CUDA path against the CPU in fp32: model, loss, optimizer, FSDP2, engine, codec
-    training     the training step at the 1.3B, and at the 8B what fits, beside transformers under FSDP2
+    training     the training step at the 1.3B, beside transformers under FSDP2, and at the 8B as far as it fits
     generation   continuations at the 1.3B, beside transformers' generate and the bound of memory; first audio, streams
     codec        encoding by batch, and the training step while the codec works beside it
     evaluation   pairs of clips, beside a plain loop
     run          ``python -m torchtitan.train``, killed and resumed in the three ways to save, beside the CPU
 
-Nothing but torch and transformers is needed (``run`` reads stored codes with pyarrow): weights are random, made where
-they are used, and so are codes and waveforms. Without a GPU, ``--smoke`` runs every case on small sizes on the CPU, to
-show that the suite itself works. On a machine that has a card for a short time:
+torch, transformers and pyarrow are enough; weights, codes and waveforms are random and made where they are used.
+Without a GPU, ``--smoke`` runs every case on small sizes on the CPU, to show that the suite itself works. On a machine
+that is lent for a short time:
 
-    python benchmarks/gpu.py --minutes 9 --output results                  # what is most telling first
-    python benchmarks/gpu.py --minutes 9 --output results --parts ...      # the rest, as the first call's end names it
+    python benchmarks/gpu.py --minutes 9 --output results                  # the most telling cases
+    python benchmarks/gpu.py --minutes 9 --output results --parts ...      # the others, which the first call names
 
 The exit code is 1 if a case failed. ``scripts/draw_figures.py --only gpu`` draws a chart of the results.
 """
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import os
 import platform
+import shlex
 import signal
 import subprocess
 import sys
@@ -33,14 +35,15 @@ import tempfile
 import time
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from importlib import import_module
+from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-LOG = "log.txt"
+from torchtitan.tools.errors import UserError, run_command  # noqa: E402
+
 # A case that could only get less than this is left for the next call.
 LEAST_SECONDS = 25
 
@@ -50,11 +53,10 @@ class Case:
     """What one process does.
 
     Attributes:
-        name: part and what is measured.
-        function: with what it is given beside a Bench.
-        seconds: that it may take on a GPU.
+        name: part and measurement.
+        function: module and name; it is called with a Bench and the arguments.
+        seconds: time limit on a GPU.
         needs_gpu: it means nothing on a CPU.
-        module: of the function; by default gpu_timings for what is timed, else gpu_cases.
     """
 
     name: str
@@ -62,7 +64,6 @@ class Case:
     seconds: int
     arguments: tuple[Any, ...] = ()
     needs_gpu: bool = False
-    module: str = ""
 
     @property
     def part(self) -> str:
@@ -70,53 +71,48 @@ class Case:
 
 
 CASES = (
-    Case("paths/model", "check_model", 90),
-    Case("paths/attention", "check_attention", 60, needs_gpu=True),
-    Case("paths/codec", "check_codec", 60),
-    Case("paths/engine", "check_engine", 90),
-    Case("training/ours packed compiled", "time_training", 150, ("ours", True, True)),
-    Case("training/plain compiled", "time_training", 180, ("plain", False, True)),
-    Case("generation/1 row", "time_generation", 100, (1,)),
-    Case("run/saved and resumed", "check_run", 240),
-    Case("paths/compiled", "check_compiled", 120),
-    Case("generation/64 rows", "time_generation", 100, (64,)),
-    Case("training/ours compiled", "time_training", 100, ("ours", False, True)),
-    Case("training/ours packed", "time_training", 80, ("ours", True, False)),
-    Case("training/plain", "time_training", 80, ("plain", False, False)),
-    Case("codec/encoding", "time_encoding", 80),
-    Case("codec/online", "time_online", 100),
-    Case("evaluation/pairs", "time_evaluation", 90),
-    Case("generation/speech", "time_speech", 90),
-    Case("generation/8 rows", "time_generation", 100, (8,)),
-    Case("generation/int8", "time_int8", 100),
-    Case("training/ours", "time_training", 80, ("ours", False, False)),
-    Case("generation/1 row compiled", "time_generation", 150, (1, True)),
-    Case("training/8B", "time_8b", 200, needs_gpu=True),
+    Case("paths/model", "gpu_cases.check_model", 90),
+    Case("paths/attention", "gpu_cases.check_attention", 60, needs_gpu=True),
+    Case("paths/codec", "gpu_cases.check_codec", 60),
+    Case("paths/engine", "gpu_cases.check_engine", 90),
+    Case("training/ours packed compiled", "gpu_timings.time_training", 150, ("ours", True, True)),
+    Case("training/plain compiled", "gpu_timings.time_training", 180, ("plain", False, True)),
+    Case("generation/1 row", "gpu_timings.time_generation", 100, (1,)),
+    Case("run/saved and resumed", "gpu_cases.check_run", 240),
+    Case("paths/compiled", "gpu_cases.check_compiled", 120),
+    Case("generation/64 rows", "gpu_timings.time_generation", 100, (64,)),
+    Case("training/ours compiled", "gpu_timings.time_training", 100, ("ours", False, True)),
+    Case("training/ours packed", "gpu_timings.time_training", 80, ("ours", True, False)),
+    Case("training/plain", "gpu_timings.time_training", 80, ("plain", False, False)),
+    Case("codec/encoding", "gpu_timings.time_encoding", 80),
+    Case("codec/online", "gpu_timings.time_online", 100),
+    Case("evaluation/pairs", "gpu_timings.time_evaluation", 90),
+    Case("generation/speech", "gpu_timings.time_speech", 90),
+    Case("generation/8 rows", "gpu_timings.time_generation", 100, (8,)),
+    Case("generation/int8", "gpu_timings.time_int8", 100),
+    Case("training/ours", "gpu_timings.time_training", 80, ("ours", False, False)),
+    Case("generation/1 row compiled", "gpu_timings.time_generation", 150, (1, True)),
+    Case("training/8B", "gpu_timings.time_8b", 200, needs_gpu=True),
 )
 
 
 def chosen_cases(parts: list[str] | None) -> list[Case]:
-    """The cases of parts, or single ones, by name; all without names. Raises ValueError for an unknown name."""
+    """The cases of parts, or single ones, by name; all without names. Raises UserError for an unknown name."""
     known = dict.fromkeys([*(case.part for case in CASES), *(case.name for case in CASES)])
     if unknown := [name for name in parts or () if name not in known]:
-        raise ValueError(f"--parts {unknown[0]}: no such part or case; there are {', '.join(known)}.")
+        raise UserError(f"--parts {unknown[0]}: no such part or case; there are {', '.join(known)}.")
     return [case for case in CASES if not parts or case.part in parts or case.name in parts]
 
 
 def commit() -> str | None:
-    """What was measured; None where there is no repository."""
-    command = ["git", "describe", "--always", "--dirty"]
-    try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    except OSError:
-        return None
-    return done.stdout.strip() or None
+    """The version that is measured; None where there is no repository or no git."""
+    code, said = subprocess.getstatusoutput(f"git -C {shlex.quote(str(ROOT))} describe --always --dirty")
+    return said if code == 0 else None
 
 
 def environment(smoke: bool) -> dict[str, Any]:
     """What the figures were measured on."""
     import torch
-    import transformers
 
     cuda = torch.cuda.is_available()
     return {
@@ -124,7 +120,7 @@ def environment(smoke: bool) -> dict[str, Any]:
         "memory_gib": round(torch.cuda.get_device_properties(0).total_memory / 2**30, 1) if cuda else None,
         "torch": torch.__version__,
         "cuda": torch.version.cuda if cuda else None,
-        "transformers": transformers.__version__,
+        "transformers": metadata.version("transformers"),
         "python": platform.python_version(),
         "commit": commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -132,13 +128,13 @@ def environment(smoke: bool) -> dict[str, Any]:
     }
 
 
-def read_part(path: Path) -> dict[str, Any] | None:
-    """What an earlier call wrote about a part; None without it, or if it is something else."""
-    try:
+def read_part(path: Path) -> dict[str, Any]:
+    """What earlier calls wrote about a part; no cases without such a file."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         content = json.loads(path.read_text())
-        return content if isinstance(content["cases"], dict) else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+        if isinstance(content["cases"], dict):
+            return content
+    return {"part": path.stem, "cases": {}}
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -152,10 +148,10 @@ def run_case(case: Case, smoke: bool, result: str, log: str) -> None:
     """The process of a case: what it finds goes to ``result`` as it comes, all that is printed to ``log``."""
     os.setsid()  # so that what it starts can be ended with it
     file = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-    for stream in (1, 2):
-        os.dup2(file, stream)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
     sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-    import gpu_cases
+    from gpu_cases import Bench
 
     found: dict[str, Any] = {}
 
@@ -163,36 +159,36 @@ def run_case(case: Case, smoke: bool, result: str, log: str) -> None:
         found.update(more)
         write_json(Path(result), found)
 
-    module = case.module or ("gpu_timings" if case.function.startswith("time_") else "gpu_cases")
-    getattr(import_module(module), case.function)(gpu_cases.Bench(smoke, save), *case.arguments)
+    module, name = case.function.split(".")
+    getattr(import_module(module), name)(Bench(smoke, save), *case.arguments)
 
 
-def touches_gpu(result: str) -> None:
-    """Write a file if this process can use its GPU."""
+def use_gpu() -> None:
+    """Fail in a process that cannot use its GPU."""
     import torch
 
     torch.cuda.init()
-    Path(result).touch()
 
 
 def start_context(gpu: bool) -> Any:
-    """How the processes of cases are started: forked from one that has imported what takes long, which saves each some
-    ten seconds, but must not have touched the GPU; else each from nothing."""
-    # Otherwise a package that asks at its import whether there is a GPU spoils that.
+    """How the processes of cases are started.
+
+    They are forked from a process that has imported the packages, which saves each some ten seconds. That process must
+    not have used the GPU; where an import does, each case starts from nothing.
+    """
+    # Lets imports ask whether there is a GPU without using it.
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     context: Any = multiprocessing.get_context("forkserver")
-    # The compiler's import asks for a GPU in any case.
-    context.set_forkserver_preload(["gpu_timings"] if gpu else ["gpu_timings", "torch._dynamo.backends.common"])
+    # The second brings the compiler, which asks for a GPU in any case.
+    context.set_forkserver_preload(["gpu_timings"] if gpu else ["gpu_timings", "torch.distributed.pipelining"])
     if gpu:
-        with tempfile.TemporaryDirectory() as folder:
-            result = Path(folder) / "works"
-            process = context.Process(target=touches_gpu, args=(str(result),))
-            process.start()
-            process.join(120)
-            if not result.is_file():
-                process.kill()
-                print("processes cannot be forked here: each imports its packages by itself", flush=True)
-                return multiprocessing.get_context("spawn")
+        process = context.Process(target=use_gpu)
+        process.start()
+        process.join(120)
+        if process.exitcode != 0:
+            process.kill()
+            print("processes cannot be forked here: each case imports the packages itself", flush=True)
+            return multiprocessing.get_context("spawn")
     return context
 
 
@@ -220,19 +216,19 @@ def run(case: Case, context: Any, smoke: bool, seconds: float, log: Path) -> dic
         finally:
             end(process)
         found = json.loads(result.read_text()) if result.is_file() else {}
-    reason = None
     if hangs:
-        reason = f"it was ended after {seconds:.0f} s"
+        error = f"it was ended after {seconds:.0f} s"
     elif process.exitcode:
         with log.open("rb") as file:
             file.seek(start)
-            said = file.read().decode(errors="replace").strip().splitlines()
+            said = file.read().decode(errors="replace").strip().splitlines() or ["it said nothing"]
         how = f"signal {-process.exitcode}" if process.exitcode < 0 else f"exit code {process.exitcode}"
-        reason = f"it ended with {how}: {said[-1][:300] if said else 'it said nothing'}"
-    elif failed := [name for name, check in found.get("checks", {}).items() if not check["ok"]]:
-        reason = f"not as on the CPU: {', '.join(failed)}"
-    taken = round(time.monotonic() - begin, 1)
-    return {"ok": reason is None, **({"error": reason} if reason else {}), "seconds": taken, **found}
+        error = f"it ended with {how}: {said[-1][:300]}"
+    else:
+        failed = [name for name, check in found.get("checks", {}).items() if not check["ok"]]
+        error = f"not as on the CPU: {', '.join(failed)}" if failed else None
+    ended = {"ok": False, "error": error} if error else {"ok": True}
+    return {**ended, "seconds": round(time.monotonic() - begin, 1), **found}
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -243,17 +239,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--smoke", action="store_true", help="small sizes, on any machine")
     parser.add_argument("--list", action="store_true", help="name the cases, and do nothing")
     options = parser.parse_args(argv)
-    try:
-        options.cases = chosen_cases(options.parts)
-    except ValueError as error:
-        parser.error(str(error))
+    options.cases = chosen_cases(options.parts)
     if not 0 < options.minutes < 24 * 60:
-        parser.error(f"--minutes must be over 0 and less than a day, not {options.minutes:g}.")
+        raise UserError(f"--minutes must be over 0 and less than a day, not {options.minutes:g}.")
     return options
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the cases; returns the exit code."""
+    """Run the cases; returns the exit code.
+
+    Raises:
+        UserError: an option is wrong, or there is no GPU.
+    """
     options = parse(argv)
     if options.list:
         print("\n".join(f"{case.name} (up to {case.seconds} s)" for case in options.cases))
@@ -262,15 +259,13 @@ def main(argv: list[str] | None = None) -> int:
     about = environment(options.smoke)
     gpu = about["cuda"] is not None
     if not gpu and not options.smoke:
-        print("error: there is no GPU here; --smoke shows on a CPU that the suite works.", file=sys.stderr)
-        return 2
+        raise UserError("there is no GPU here; --smoke shows on a CPU that the suite works.")
     try:
         options.output.mkdir(parents=True, exist_ok=True)
-        log = options.output / LOG
+        log = options.output / "log.txt"
         log.touch()
     except OSError as error:
-        print(f"error: --output {options.output}: it cannot be written ({error.strerror}).", file=sys.stderr)
-        return 2
+        raise UserError(f"--output {options.output}: it cannot be written ({error.strerror}).") from None
     print(f"{about['device']}, torch {about['torch']}, transformers {about['transformers']}", flush=True)
     os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
     for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):  # one machine: no name has to be looked up
@@ -295,7 +290,7 @@ def main(argv: list[str] | None = None) -> int:
             if not found["ok"]:
                 failed.append(case.name)
         file = options.output / f"{case.part}.json"
-        content = read_part(file) or {"part": case.part, "cases": {}}
+        content = read_part(file)
         content["cases"][case.name.split("/")[1]] = {**found, "on": about}
         write_json(file, content)
         state = found.get("skipped") or ("ok" if found["ok"] else f"FAILED: {found['error']}")
@@ -309,7 +304,4 @@ def main(argv: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_command(main)

@@ -1,7 +1,7 @@
 """What the cases of gpu.py do, each in a process of its own: checks against the CPU, and measurements.
 
-A case says what it finds by ``bench.save`` as soon as it knows it. A check has a value, its limit and whether it is
-kept; figures have their unit in their name.
+A case hands what it finds to ``bench.save`` as soon as it knows it. A check has values, their limits, and whether all
+are kept; figures have their unit in their name.
 """
 
 import gc
@@ -16,19 +16,22 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from itertools import pairwise, takewhile
+from functools import cache, partial
+from importlib.util import find_spec
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-import generation
+import harness
 import torch
 import torch.distributed as dist
 import training_step
-from models import QUANTIZERS, make_codec, make_model
-from transformers import LlamaForCausalLM, MimiModel  # noqa: F401 - take long to import, before cases are forked
+from generation import decode_in_chunks
+from models import QUANTIZERS, fill_rows, make_codec, make_speech_model
 
+from torchtitan import train
 from torchtitan.audio.codec import SAMPLE_RATE
-from torchtitan.audio.streaming import StreamingDecoder
+from torchtitan.components.dataloader import Batch
 from torchtitan.config.job_config import Comm, JobConfig
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.utils import init_distributed
@@ -38,10 +41,10 @@ from torchtitan.models.llama3.args import Llama3Args
 from torchtitan.models.llama3.parallel_model import ParallelModel
 from torchtitan.models.llama3.parallelize import compile_blocks
 from torchtitan.models.loss import IGNORE_INDEX
+from torchtitan.tools.torch_private import compile_counters
 
-ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
-VOCABULARY, TINY_VOCABULARY = 136_450, 9_000
+TINY_VOCABULARY = 9_000
 
 # How far results may be from those of the CPU in fp32, relative to their norm. In bf16 a product's inputs have 8 bits.
 FP32_LIMIT, BF16_LIMIT, BF16_GRADIENT_LIMIT = 1e-4, 0.02, 0.08
@@ -52,9 +55,12 @@ TF32_LIMIT = 0.02
 CODES_LIMIT, DIVERGING_ROWS_LIMIT = 0.002, 0.2
 
 
+Values = dict[str, tuple[float, float]]  # each with its limit
+
+
 @dataclass
 class Bench:
-    """Where a case runs, how large, and where it says what it finds.
+    """What a case is given: device, size, and a place for its results.
 
     Attributes:
         smoke: small sizes.
@@ -73,16 +79,16 @@ class Bench:
     def __post_init__(self) -> None:
         if self.device.type == "cpu":
             torch.set_num_threads(1)  # all is small, and other things may run
-            # What a GPU compiles, without the compiler of C++, which takes most of the time and is another one's.
+            # The graphs that a GPU gets, but not compiled to C++, which would take most of the time.
             torch.compiler.set_stance("default", force_backend="aot_eager")
 
-    def check(self, name: str, function: Callable[[], dict[str, tuple[float, float]]]) -> None:
-        """Run a check, which gives values with their limits; an error of its is a failed check."""
+    def check(self, name: str, function: Callable[[], Values]) -> None:
+        """Run a check, which gives values with their limits; an error in it is a failed check."""
         begin = time.perf_counter()
         try:
             values = function()
-            found: dict[str, Any] = {key: value for key, (value, _) in values.items()}
-            found = {"ok": all(value <= limit for value, limit in values.values()), **found}
+            found: dict[str, Any] = {"ok": all(value <= limit for value, limit in values.values())}
+            found |= {key: value for key, (value, _) in values.items()}
             found["limits"] = {key: limit for key, (_, limit) in values.items() if limit < math.inf}
         except Exception as error:
             traceback.print_exc()
@@ -108,7 +114,7 @@ def free_memory() -> None:
 
 
 def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """The norm of the difference over that of what is expected."""
+    """The norm of the difference, relative to the norm of the expected tensor."""
     a, b = (x.detach().double().cpu() for x in (found, expected))
     return float((a - b).norm() / b.norm().clamp(min=1e-30))
 
@@ -137,34 +143,45 @@ def fill(model: Any) -> None:
 
 
 def make_ids(packed: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Six rows of ids, targets and, packed, positions of three documents a row."""
-    tokens = torch.randint(ARGS.vocab_size, (6, ROW), generator=torch.Generator().manual_seed(1))
-    targets, positions = tokens.roll(-1, 1), torch.zeros_like(tokens)
-    targets[:, -1] = IGNORE_INDEX
-    for row in range(len(tokens)):
-        bounds = [0, 60 + 9 * row, 130 + 3 * row, ROW]
-        for begin, end in pairwise(bounds):
-            positions[row, begin:end] = torch.arange(end - begin)
-            targets[row, end - 1] = IGNORE_INDEX
+    """Six rows of three documents each: ids, targets and, packed, positions."""
+    ids = torch.randint(ARGS.vocab_size, (6, ROW), generator=torch.Generator().manual_seed(1))
+    rows = [list(row.split([60 + 9 * r, 70 - 6 * r, ROW - 130 - 3 * r])) for r, row in enumerate(ids)]
+    tokens, targets, positions = fill_rows(rows, ROW)
     return tokens, targets, positions if packed else None
 
 
-def make_parallel(device: torch.device, dtype: str, change: Callable[[JobConfig], None] | None = None) -> ParallelModel:
-    """The trainer's model on one rank; with ``dtype`` bfloat16 under FSDP2, which on a GPU is nccl's."""
+def make_parallel(device: torch.device, dtype: str, **sections: dict[str, Any]) -> ParallelModel:
+    """The trainer's model on one rank; with ``dtype`` bfloat16 under FSDP2, which on a GPU is nccl's.
+
+    Args:
+        sections: changed keys of the config, by section.
+    """
     config = JobConfig()
     config.training.seq_len, config.training.mixed_precision_param = ROW, dtype  # type: ignore[assignment]
-    if change is not None:
-        change(config)
+    for section, changes in sections.items():
+        for key, value in changes.items():
+            setattr(getattr(config, section), key, value)
     model = ParallelModel(config, ARGS, ParallelDims(), device)
     fill(model)
     return model
 
 
-def gradients(model: ParallelModel, packed: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The loss of :func:`make_ids`, and the gradients by name."""
+Gradients = tuple[torch.Tensor, dict[str, torch.Tensor]]  # the loss, and the gradients by name
+
+
+def gradients(model: ParallelModel, packed: bool) -> Gradients:
+    """The loss of :func:`make_ids`, and its gradients."""
     tokens, targets, positions = make_ids(packed)
     loss = model.backward(tokens, targets, positions, float((targets != IGNORE_INDEX).sum()))
     return loss, {name: whole(parameter.grad) for name, parameter in model.weights() if parameter.grad is not None}
+
+
+def compare_gradients(found: Gradients, expected: Gradients, limit: float, gradient_limit: float) -> Values:
+    """How far loss and gradients are from what they should be; of the gradients, the worst."""
+    if set(found[1]) != set(expected[1]):
+        raise AssertionError(f"gradients of {sorted(found[1])}, not of {sorted(expected[1])}")
+    worst = max(distance(found[1][name], wanted) for name, wanted in expected[1].items())
+    return {"loss": (distance(found[0], expected[0]), limit), "gradients": (worst, gradient_limit)}
 
 
 def check_model(bench: Bench) -> None:
@@ -173,59 +190,43 @@ def check_model(bench: Bench) -> None:
     device = bench.device
     expected = {packed: gradients(make_parallel(CPU, "float32"), packed) for packed in (False, True)}
 
-    def compare(model: ParallelModel, packed: bool, limit: float, gradient_limit: float) -> dict:
-        loss, found = gradients(model, packed)
-        wanted_loss, wanted = expected[packed]
-        if set(found) != set(wanted):
-            raise AssertionError(f"gradients of {sorted(found)}, not of {sorted(wanted)}")
-        worst = max(distance(found[name], wanted[name]) for name in wanted)
-        return {"loss": (distance(loss, wanted_loss), limit), "gradients": (worst, gradient_limit)}
-
-    def checkpointing(mode: str, option: str = "2") -> Callable[[JobConfig], None]:
-        def change(config: JobConfig) -> None:
-            config.activation_checkpoint.mode, config.activation_checkpoint.selective_ac_option = mode, option  # type: ignore
-
-        return change
-
-    def use_float8(config: JobConfig) -> None:
-        config.model.converters = ["float8"]
-        config.float8.emulate = device.type == "cpu" or torch.cuda.get_device_capability() < (8, 9)
+    def compare(packed: bool, dtype: str, limits: tuple[float, float], **sections: dict[str, Any]) -> Values:
+        found = gradients(make_parallel(device, dtype, **sections), packed)
+        return compare_gradients(found, expected[packed], *limits)
 
     exact, rough = (FP32_LIMIT, FP32_LIMIT), (BF16_LIMIT, BF16_GRADIENT_LIMIT)
-    ways: dict[str, tuple[str, bool, tuple[float, float], Callable[[JobConfig], None] | None]] = {}
-    for packed in (False, True):
-        more = ", packed" if packed else ""
-        ways[f"fp32{more}"] = ("float32", packed, exact, None)
-        ways[f"FSDP2 in bf16{more}"] = ("bfloat16", packed, rough, None)
-        ways[f"activation checkpointing, full{more}"] = ("bfloat16", packed, rough, checkpointing("full"))
-        ways[f"activation checkpointing, op{more}"] = ("bfloat16", packed, rough, checkpointing("selective", "op"))
-    if _has("torchao"):
-        ways["float8"] = ("bfloat16", False, (FLOAT8_LIMIT, FLOAT8_GRADIENT_LIMIT), use_float8)
-    for name, (dtype, packed, limits, change) in ways.items():
-        bench.check(name, lambda d=dtype, p=packed, c=change, two=limits: compare(make_parallel(device, d, c), p, *two))
+    full, by_op = {"mode": "full"}, {"mode": "selective", "selective_ac_option": "op"}
+    for packed, more in ((False, ""), (True, ", packed")):
+        bench.check(f"fp32{more}", partial(compare, packed, "float32", exact))
+        bench.check(f"FSDP2 in bf16{more}", partial(compare, packed, "bfloat16", rough))
+        for mode, section in (("full", full), ("op", by_op)):
+            way = partial(compare, packed, "bfloat16", rough, activation_checkpoint=section)
+            bench.check(f"activation checkpointing, {mode}{more}", way)
+    if find_spec("torchao"):
+        emulate = device.type == "cpu" or torch.cuda.get_device_capability() < (8, 9)
+        float8 = {"model": {"converters": ["float8"]}, "float8": {"emulate": emulate}}
+        limits = (FLOAT8_LIMIT, FLOAT8_GRADIENT_LIMIT)
+        bench.check("float8", partial(compare, False, "bfloat16", limits, **float8))
 
-    def losses() -> dict[str, tuple[float, float]]:
+    def losses() -> Values:
         tokens, targets, _ = make_ids(False)
         wanted = make_parallel(CPU, "float32").losses(tokens, targets)
-        return {
-            dtype: (distance(make_parallel(device, dtype).losses(tokens, targets), wanted), limit)
-            for dtype, limit in (("float32", FP32_LIMIT), ("bfloat16", BF16_LIMIT))
-        }
+        limits = {"float32": FP32_LIMIT, "bfloat16": BF16_LIMIT}
+        found = {dtype: make_parallel(device, dtype).losses(tokens, targets) for dtype in limits}
+        return {dtype: (distance(found[dtype], wanted), limit) for dtype, limit in limits.items()}
 
     bench.check("losses by target, as validation has them", losses)
+    on_cpu = updates(CPU, "float32")
     for dtype, limit in (("float32", 1e-3), ("bfloat16", BF16_LIMIT)):
         bench.check(
             f"four updates in {dtype}",
-            lambda d=dtype, m=limit: {"losses": (distance(updates(device, d), updates(CPU, "float32")), m)},
+            lambda d=dtype, m=limit: {"losses": (distance(updates(device, d), on_cpu), m)},
         )
     dist.destroy_process_group()
 
 
 def updates(device: torch.device, dtype: str) -> torch.Tensor:
     """The losses of four of the trainer's steps, clipping and fused AdamW included."""
-    from torchtitan import train
-    from torchtitan.components.dataloader import Batch
-
     options = training_step.Options(size="tiny", vocabulary=ARGS.vocab_size, seq_len=ROW, dtype=dtype, batch=6)  # type: ignore[arg-type]
     run = training_step.make_run(options, 0, device, Path("unused"))
     fill(run.model)
@@ -236,12 +237,6 @@ def updates(device: torch.device, dtype: str) -> torch.Tensor:
         found.append(loss.cpu())
     run.guard.settle()
     return torch.stack(found)
-
-
-def _has(package: str) -> bool:
-    from importlib.util import find_spec
-
-    return find_spec(package) is not None
 
 
 def check_attention(bench: Bench) -> None:
@@ -263,11 +258,9 @@ def check_attention(bench: Bench) -> None:
         return [out, *torch.autograd.grad(out, (q, k, v), torch.ones_like(out))]
 
     def timed() -> tuple[float, float]:
-        run()
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        seconds = statistics.median(generation.seconds_of(run, device) for _ in range(10))
+        torch.cuda.reset_peak_memory_stats()
+        seconds = harness.median_seconds(run, device, 10)
         return 1000 * seconds, (torch.cuda.max_memory_allocated() - before) / 2**30
 
     chosen = attention._grouping
@@ -305,22 +298,20 @@ def check_codec(bench: Bench) -> None:
     waveform = codec.decode(wanted[0])
     codec.to(device)
 
-    def differing(found: list[torch.Tensor], expected: list[torch.Tensor]) -> tuple[float, float]:
-        pairs = list(zip(found, expected, strict=True))
-        return sum(int((a != b).sum()) for a, b in pairs) / sum(b.numel() for b in expected), CODES_LIMIT
+    def encoded(given: list[torch.Tensor], expected: list[torch.Tensor]) -> Values:
+        found, expected_codes = torch.cat(codec.encode(given), 1), torch.cat(expected, 1)
+        return {"codes that differ": (float((found != expected_codes).double().mean()), CODES_LIMIT)}
 
-    bench.check("a lone clip", lambda: {"codes that differ": differing(codec.encode(clips[:1]), wanted[:1])})
-    bench.check("a batch", lambda: {"codes that differ": differing(codec.encode(clips), wanted)})
-    bench.check("in chunks", lambda: {"codes that differ": differing(codec.encode([long]), [wanted_long])})
-    bench.check("a batch twice", lambda: {"codes that differ": differing(codec.encode(clips), codec.encode(clips))})
+    bench.check("a lone clip", lambda: encoded(clips[:1], wanted[:1]))
+    bench.check("a batch", lambda: encoded(clips, wanted))
+    bench.check("in chunks", lambda: encoded([long], [wanted_long]))
+    bench.check("a batch twice", lambda: encoded(clips, codec.encode(clips)))
     bench.check("decoding", lambda: {"waveform": (distance(codec.decode(wanted[0]), waveform), TF32_LIMIT)})
 
-    def streamed() -> dict[str, tuple[float, float]]:
-        decoder = StreamingDecoder(codec)
-        pieces = torch.cat([decoder.decode(part) for part in wanted[0].split(5, dim=1)])
+    def streamed() -> Values:
+        pieces = decode_in_chunks(codec, wanted[0], 5)
         torch.backends.cudnn.allow_tf32 = False
-        decoder = StreamingDecoder(codec)
-        exact = torch.cat([decoder.decode(part) for part in wanted[0].split(5, dim=1)])
+        exact = decode_in_chunks(codec, wanted[0], 5)
         torch.backends.cudnn.allow_tf32 = True
         return {"waveform": (distance(pieces, waveform), TF32_LIMIT), "in fp32": (distance(exact, waveform), 1e-3)}
 
@@ -365,38 +356,36 @@ def draw(engine: Engine, requests: list[Request]) -> Drawn:
     return [each.frames for each in generations]
 
 
-def compare_rows(found: Drawn, expected: Drawn) -> tuple[float, float]:
+def compare_rows(found: Drawn, expected: Drawn, limit: float) -> Values:
     """The share of rows with other ids, and the share of a row's frames before its first other one, on average."""
     before, pairs = [], list(zip(found, expected, strict=True))
     for one, other in pairs:
         equal = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
         before.append(1.0 if one == other else equal / max(1, len(one), len(other)))
-    return sum(one != other for one, other in pairs) / len(pairs), statistics.mean(before)
+    share = sum(one != other for one, other in pairs) / len(pairs)
+    return {"rows that diverge": (share, limit), "frames before that": (statistics.mean(before), math.inf)}
 
 
 def check_engine(bench: Bench) -> None:
-    """What is drawn on the device against the CPU, in every way to compute it, and alone against in a batch.
+    """Ids drawn on the device against the CPU, in every way to compute them, and alone against in a batch.
 
-    In 16 bits a near-tie that falls otherwise sends a row another way for good, so there the share of such rows is told
-    and no limit set.
+    In 16 bits a near-tie that falls the other way changes the rest of its row. The share of such rows is then reported
+    without a limit.
     """
     device, codec = bench.device, make_codec(CPU, tiny=True)
-    models: dict[tuple[str, torch.dtype], Any] = {}
 
+    @cache
     def model(where: torch.device, dtype: torch.dtype) -> Any:
-        if (where.type, dtype) not in models:
-            made = make_model("tiny", TINY_VOCABULARY, dtype, CPU, codec)
-            made.model.to(where)
-            models[where.type, dtype] = replace(made, codec=make_codec(where, tiny=True))
-        return models[where.type, dtype]
+        made = make_speech_model("tiny", TINY_VOCABULARY, dtype, CPU, codec)
+        made.model.to(where)
+        return replace(made, codec=make_codec(where, tiny=True))
 
     def run(where: torch.device, dtype: torch.dtype, requests: list[Request], context: int = 512, **more: Any) -> Drawn:
         return draw(Engine(model(where, dtype), 4, context, **more), requests)
 
-    def against_the_cpu(dtype: torch.dtype, requests: list[Request], **more: Any) -> dict[str, tuple[float, float]]:
-        rows, before = compare_rows(run(device, dtype, requests, **more), run(CPU, dtype, requests, **more))
+    def against_the_cpu(dtype: torch.dtype, requests: list[Request], **more: Any) -> Values:
         limit = DIVERGING_ROWS_LIMIT if dtype == torch.float32 else math.inf
-        return {"rows that diverge": (rows, limit), "frames before that": (before, math.inf)}
+        return compare_rows(run(device, dtype, requests, **more), run(CPU, dtype, requests, **more), limit)
 
     fp32, bf16 = torch.float32, torch.bfloat16
     few, many = make_requests(4, 12), make_requests(6 if bench.smoke else 20, 4)
@@ -407,26 +396,25 @@ def check_engine(bench: Bench) -> None:
     bench.check("rows that come and go", lambda: against_the_cpu(fp32, many))
     bench.check("a context that slides", lambda: against_the_cpu(fp32, make_requests(3, 40), context=140))
 
-    def alone(dtype: torch.dtype, limit: float) -> dict[str, tuple[float, float]]:
+    def alone(dtype: torch.dtype, limit: float) -> Values:
         one_by_one = [frames for request in many for frames in run(device, dtype, [request])]
-        rows, before = compare_rows(run(device, dtype, many), one_by_one)
-        return {"rows that diverge": (rows, limit), "frames before that": (before, math.inf)}
+        return compare_rows(run(device, dtype, many), one_by_one, limit)
 
     bench.check("alone and in a batch, fp32", lambda: alone(fp32, DIVERGING_ROWS_LIMIT))
     bench.check("alone and in a batch, bf16", lambda: alone(bf16, math.inf))
     if device.type == "cuda":
-        bench.check("captured and not", lambda: _captured(run(device, fp32, few), model(device, fp32), few))
-        bench.check("one-byte products", lambda: _int8(device))
+        bench.check("captured and not", lambda: without_graphs(run(device, fp32, few), model(device, fp32), few))
+        bench.check("one-byte products", lambda: one_byte_products(device))
 
 
-def _captured(expected: Drawn, lm: Any, requests: list[Request]) -> dict[str, tuple[float, float]]:
+def without_graphs(expected: Drawn, lm: Any, requests: list[Request]) -> Values:
     """CUDA graphs against the same operations one by one."""
     engine = Engine(lm, 4, 512)
     engine._replay = engine._frame  # type: ignore[method-assign]
-    return {"rows that diverge": (compare_rows(draw(engine, requests), expected)[0], 0.0)}
+    return compare_rows(draw(engine, requests), expected, 0.0)
 
 
-def _int8(device: torch.device) -> dict[str, tuple[float, float]]:
+def one_byte_products(device: torch.device) -> Values:
     """The product that int8 weights get, against the one by way of 16 bits."""
     found = {}
     for rows in (1, 5, 64):
@@ -439,33 +427,29 @@ def _int8(device: torch.device) -> dict[str, tuple[float, float]]:
 
 def check_compiled(bench: Bench) -> None:
     """Compiled blocks, loss and engine against the same without a compiler."""
-    from torch._dynamo.utils import counters
-
     init_distributed(Comm())
     device = bench.device
 
-    def train(packed: bool) -> dict[str, tuple[float, float]]:
+    def trained(packed: bool) -> Values:
         plain, compiled = (make_parallel(device, "bfloat16") for _ in range(2))
         for part in compiled.parts:
             compile_blocks(part)
             part.output.compiled = True
-        (loss, found), (wanted_loss, wanted) = gradients(compiled, packed), gradients(plain, packed)
-        worst = max(distance(found[name], wanted[name]) for name in wanted)
-        return {"loss": (distance(loss, wanted_loss), BF16_LIMIT), "gradients": (worst, BF16_GRADIENT_LIMIT)}
+        pair = (gradients(compiled, packed), gradients(plain, packed))
+        return compare_gradients(*pair, BF16_LIMIT, BF16_GRADIENT_LIMIT)
 
-    bench.check("model", lambda: train(False))
-    bench.check("model, packed", lambda: train(True))
+    bench.check("model", lambda: trained(False))
+    bench.check("model, packed", lambda: trained(True))
 
-    def generate() -> dict[str, tuple[float, float]]:
+    def generate() -> Values:
         requests = make_requests(4, 8)
-        lm = make_model("tiny", TINY_VOCABULARY, torch.float32, device, make_codec(device, tiny=True))
+        lm = make_speech_model("tiny", TINY_VOCABULARY, torch.float32, device, make_codec(device, tiny=True))
         found, expected = (draw(Engine(lm, 4, 256, compile_layers=how), requests) for how in (True, False))
-        rows, before = compare_rows(found, expected)
-        return {"rows that diverge": (rows, DIVERGING_ROWS_LIMIT), "frames before that": (before, math.inf)}
+        return compare_rows(found, expected, DIVERGING_ROWS_LIMIT)
 
     bench.check("engine", generate)
-    bench.check("graph breaks", lambda: {"breaks": (float(sum(counters["graph_break"].values())), 0.0)})
-    bench.save({"graphs": counters["stats"]["unique_graphs"]})
+    bench.check("graph breaks", lambda: {"breaks": (float(sum(compile_counters()["graph_break"].values())), 0.0)})
+    bench.save({"graphs": compile_counters()["stats"]["unique_graphs"]})
     dist.destroy_process_group()
 
 
@@ -485,10 +469,10 @@ def check_run(bench: Bench) -> None:
         codes.mkdir()
         write_shards(codes, 400, 1.0, 6.0)
         runs = Runs(Path(folder), codes, *((6, 3) if bench.smoke else (12, 4)), bench.smoke)
-        cpu = runs.losses("cpu", "--metrics.log_freq", "1", cuda=False)
+        cpu = runs.losses("cpu", cuda=False)
         whole_run = runs.losses("whole") if bench.device.type == "cuda" else cpu
 
-        def beside(found: dict[int, float], expected: dict[int, float], limit: float) -> dict[str, tuple[float, float]]:
+        def beside(found: dict[int, float], expected: dict[int, float], limit: float) -> Values:
             if not expected or not set(found) >= set(expected):
                 raise AssertionError(f"losses of the steps {sorted(found)}, not of {sorted(expected)}")
             return {"losses": (max(abs(found[step] / value - 1) for step, value in expected.items()), limit)}
@@ -516,12 +500,12 @@ class Runs:
     interval: int
     smoke: bool
 
-    def command(self, name: str, *more: str) -> list[str]:
+    def start(self, name: str, *more: str, cuda: bool = True) -> subprocess.Popen:
         settings = {
-            "job.config_file": ROOT / "config" / "debug.toml",
+            "job.config_file": harness.ROOT / "config" / "debug.toml",
             "job.dump_folder": self.folder,
             "job.wandb_run_name": name,
-            "model.name": ROOT / "assets" / "llama-small",
+            "model.name": harness.ROOT / "assets" / "llama-small",
             "model.audio_tokenizer": "random/codes",  # that of write_shards: nothing is encoded
             "training.dataset_path": self.codes,
             "training.steps": self.steps,
@@ -531,14 +515,12 @@ class Runs:
             **({"training.local_batch_size": 2, "training.seq_len": 128} if self.smoke else {}),
         }
         options = [part for key, value in settings.items() for part in (f"--{key}", str(value))]
-        return [sys.executable, "-m", "torchtitan.train", *options, "--validation.no-enabled", *more]
-
-    def start(self, name: str, *more: str, cuda: bool = True) -> subprocess.Popen:
+        command = [sys.executable, "-m", "torchtitan.train", *options, "--validation.no-enabled", *more]
         environment = dict(os.environ) if cuda else {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-        return subprocess.Popen(self.command(name, *more), cwd=ROOT, env=environment)
+        return subprocess.Popen(command, cwd=harness.ROOT, env=environment)
 
     def losses(self, name: str, *more: str, cuda: bool = True) -> dict[int, float]:
-        """The losses of a run by step, which is made."""
+        """Make a run; its losses by step."""
         if code := self.start(name, *more, cuda=cuda).wait():
             raise RuntimeError(f"the run {name} ended with {code}")
         lines = (self.folder / name / "metrics.jsonl").read_text().splitlines()

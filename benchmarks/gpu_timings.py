@@ -4,50 +4,55 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import evaluation
 import generation
+import harness
 import torch
 import torch.distributed as dist
 import training_step
-from gpu_cases import BF16_LIMIT, TINY_VOCABULARY, VOCABULARY, Bench, distance, free_memory, noise
-from models import QUANTIZERS, make_codec, make_model
-from transformers import LlamaForCausalLM, MimiModel  # noqa: F401 - take long to import, before cases are forked
+from gpu_cases import BF16_LIMIT, TINY_VOCABULARY, Bench, distance, free_memory, noise
+from models import QUANTIZERS, VOCABULARY, make_codec, make_speech_model
+from transformers import LlamaForCausalLM, MimiModel  # noqa: F401 - imported before cases are forked, as it takes long
 
+from torchtitan import train
 from torchtitan.audio.codec import FRAME_RATE, no_tf32
-from torchtitan.audio.streaming import StreamingDecoder
 from torchtitan.config.job_config import Comm
 from torchtitan.distributed.utils import init_distributed
-from torchtitan.generation import Engine, Request, stream_speech
+from torchtitan.eval.scoring import score
+from torchtitan.generation import Engine
 from torchtitan.generation.linear import Int8, widened
 from torchtitan.tools.prefetch import prefetch
+from torchtitan.tools.torch_private import torch_int8_product
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Training
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def small_if_smoke(bench: Bench, options: training_step.Options, **more: Any) -> training_step.Options:
+    """The options, or those of small sizes."""
+    return replace(options, size="tiny", vocabulary=TINY_VOCABULARY, seq_len=128, **more) if bench.smoke else options
+
+
 def fitting(options: training_step.Options, name: str, rows: tuple[int, ...]) -> dict[str, Any]:
     """What was measured with the first number of rows that the memory holds."""
     tried = []
     for batch in rows:
-        found = None
         with tempfile.TemporaryDirectory() as folder:
             try:
                 found = training_step.measure(name, replace(options, batch=batch), 0, folder)
+                return {"rows": batch, "rows_that_did_not_fit": tried, **found._asdict()}
             except RuntimeError as error:
                 # Libraries have errors of their own for it.
                 if not any(text in str(error) for text in ("out of memory", "ALLOC_FAILED")):
                     raise
-                tried.append(batch)
-        if found is not None:
-            return {"rows": batch, "rows_that_did_not_fit": tried, **found._asdict()}
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        tried.append(batch)
         torch.compiler.reset()
         free_memory()
     return {"rows_that_did_not_fit": tried}
@@ -63,12 +68,10 @@ def time_training(bench: Bench, name: str, packing: bool, compiled: bool) -> Non
     options = training_step.Options(
         size="1.3B", dtype="bfloat16", packing=packing, compile=compiled, steps=10, profile=True
     )
-    rows = (32, 16, 8)
-    if name == "plain" and bench.device.type == "cuda" and memory_of(bench.device) < 100e9:
+    options = small_if_smoke(bench, options, steps=2)
+    rows: tuple[int, ...] = (4,) if bench.smoke else (32, 16, 8)
+    if not bench.smoke and name == "plain" and memory_of(bench.device) < 100e9:
         rows = (16, 8)  # whole logits of 32 rows need some 92 GiB
-    if bench.smoke:
-        options = replace(options, size="tiny", vocabulary=TINY_VOCABULARY, seq_len=256, steps=2)
-        rows = (4,)
     figures = fitting(options, name, rows)
     bench.save({"options": vars(options), "figures": figures})
     if "real_tokens_per_second" not in figures:
@@ -78,13 +81,11 @@ def time_training(bench: Bench, name: str, packing: bool, compiled: bool) -> Non
 def time_8b(bench: Bench) -> None:
     """The step at the 8B with what saves memory: blocks recomputed, weights updated in the backward pass.
 
-    Where not even that fits, with half or a quarter of the layers, which is said.
+    Where not even that fits, half or a quarter of the layers are measured; the results have their number.
     """
+    saving: dict[str, Any] = {"activation_checkpoint": "full", "step_in_backward": True}
     for layers in (32, 16, 8):
-        options = training_step.Options(
-            size="8B", layers=layers, dtype="bfloat16", compile=True, steps=5, activation_checkpoint="full"
-        )
-        options.step_in_backward = True
+        options = training_step.Options(size="8B", layers=layers, dtype="bfloat16", compile=True, steps=5, **saving)
         if 12.5 * options.args().num_params > memory_of(bench.device):  # weights and AdamW's states
             continue
         figures = fitting(options, "ours", (16, 4, 1))
@@ -99,58 +100,52 @@ def time_8b(bench: Bench) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _generation_model(bench: Bench, codec: Any = None) -> Any:
+def generation_model(bench: Bench, codec: Any = None) -> Any:
     size, vocabulary = ("tiny", TINY_VOCABULARY) if bench.smoke else ("1.3B", VOCABULARY)
-    return make_model(size, vocabulary, torch.bfloat16, bench.device, codec or make_codec(bench.device, tiny=True))
+    codec = codec or make_codec(bench.device, tiny=True)
+    return make_speech_model(size, vocabulary, torch.bfloat16, bench.device, codec)
 
 
 @torch.inference_mode()
 def time_generation(bench: Bench, rows: int, compiled: bool = False) -> None:
     """Ids a second of ``rows`` rows at once, beside transformers' generate, and as a share of memory's bound."""
-    lm, device = _generation_model(bench), bench.device
+    lm, device = generation_model(bench), bench.device
     prompt_frames, frames = (5, 4) if bench.smoke else (38, 50)
-    if bench.smoke:
-        rows = min(rows, 3)
-    prompts = [torch.randint(2048, (QUANTIZERS, prompt_frames)) for _ in range(rows)]
+    rows = min(rows, 3) if bench.smoke else rows
+    prompts = generation.make_prompts(rows, prompt_frames)
+    requests = generation.make_requests(prompts, frames)
     engine = Engine(lm, rows, lm.stream.sample_length(prompt_frames + frames), compile_layers=compiled)
-    requests = [Request(prompt, frames, sample=i) for i, prompt in enumerate(prompts)]
-    positions = 2 + QUANTIZERS * (prompt_frames + frames / 2)
-    bound = rows * generation.bandwidth(device) / generation.bytes_of_step(engine, rows, positions)
-
-    def timed(way: Callable[[], Any], turns: int, tokens: int) -> float:
-        way()
-        return tokens / statistics.median(generation.seconds_of(way, device) for _ in range(turns))
+    bound = generation.memory_bound(engine, rows, prompt_frames, frames, generation.bandwidth(device))
 
     # A row may draw </audio> before its bound.
     drawn = sum(result.codes.numel() for result in engine.generate(requests))
-    ours = timed(lambda: engine.generate(requests), 3, drawn)
+    ours = drawn / harness.median_seconds(lambda: engine.generate(requests), device, 3)
     figures = {"rows": rows, "ids_per_second": ours, "ids_per_second_of_the_bound": bound, "share": ours / bound}
     bench.save({"figures": figures})
-    plain = timed(lambda: generation.plain(lm, prompts, frames, False), 1, rows * frames * QUANTIZERS)
+    seconds = harness.median_seconds(lambda: generation.plain(lm, prompts, frames, False), device, 1)
+    plain = rows * frames * QUANTIZERS / seconds
     bench.save({"figures": {**figures, "ids_per_second_of_transformers": plain, "ratio": ours / plain}})
 
 
 @torch.inference_mode()
 def time_int8(bench: Bench) -> None:
     """Ids a second with weights in 8 bits, and each of the products that they can get at the sizes of the 1.3B."""
-    lm, device = _generation_model(bench), bench.device
+    lm, device = generation_model(bench), bench.device
     frames = 4 if bench.smoke else 50
     figures: dict[str, Any] = {}
     for rows in (1, 2) if bench.smoke else (1, 8, 64):
-        requests = [Request(torch.randint(2048, (QUANTIZERS, 5)), frames, sample=i) for i in range(rows)]
+        requests = generation.make_requests(generation.make_prompts(rows, 5), frames)
         for name, int8 in (("int8", True), ("bf16", False)):
             engine = Engine(lm, rows, 512, int8=int8)
-            way = partial(engine.generate, requests)
-            way()
-            seconds = statistics.median(generation.seconds_of(way, device) for _ in range(3))
+            seconds = harness.median_seconds(partial(engine.generate, requests), device, 3)
             figures[f"{name}, {rows} rows, ids_per_second"] = rows * frames * QUANTIZERS / seconds
             bench.save({"figures": figures})
             free_memory()
-    bench.save({"microseconds_of_a_product": _time_products(bench)})
+    bench.save({"microseconds_of_a_product": product_microseconds(bench)})
 
 
-def _time_products(bench: Bench) -> dict[str, float]:
-    """Of x [rows, inputs] and weights of the 1.3B's projections, in microseconds.
+def product_microseconds(bench: Bench) -> dict[str, float]:
+    """Time of each product of x [rows, inputs] with weights of the 1.3B's projections, in microseconds.
 
     As in a step of the engine: many weights in turn, more than a GPU's caches hold, and launched as one graph.
     """
@@ -164,22 +159,21 @@ def _time_products(bench: Bench) -> dict[str, float]:
             "bf16": lambda x, i, w=dense: torch.nn.functional.linear(x, w[i]),
             "int8, as chosen": lambda x, i, p=layers: p[i].product(x, p[i].weight, p[i].scale),
             "int8, widened": lambda x, i, p=layers: widened(x, p[i].weight, p[i].scale),
-            "int8, torch's": lambda x, i, p=layers: torch._weight_int8pack_mm(x, p[i].weight, p[i].scale),
+            "int8, torch's": lambda x, i, p=layers: torch_int8_product()(x, p[i].weight, p[i].scale),
         }
         for rows in (1, 64):
             x = torch.randn(rows, inputs, device=device, dtype=torch.bfloat16)
             for name, product in products.items():
                 try:
-                    way = _captured_ways(partial(product, x), count, device)
-                    way()
-                    seconds = statistics.median(generation.seconds_of(way, device) for _ in range(5))
+                    way = captured(partial(product, x), count, device)
+                    seconds = harness.median_seconds(way, device, 5)
                     found[f"{name}, {rows} x {inputs} x {outputs}"] = 1e6 * seconds / count
                 except RuntimeError as error:  # an operator that this version does not have here
                     print(name, rows, error)
     return found
 
 
-def _captured_ways(function: Callable[[int], Any], count: int, device: torch.device) -> Callable[[], Any]:
+def captured(function: Callable[[int], Any], count: int, device: torch.device) -> Callable[[], Any]:
     """Calls of a function with 0 to ``count`` - 1, on CUDA as one graph."""
 
     def run() -> None:
@@ -199,35 +193,17 @@ def _captured_ways(function: Callable[[int], Any], count: int, device: torch.dev
 def time_speech(bench: Bench) -> None:
     """The time to the first new audio, and what decoding costs: at once, streamed, and of many streams in turn."""
     codec = make_codec(bench.device, bench.smoke)
-    lm, device = _generation_model(bench, codec), bench.device
     prompt_frames, turns = (5, 2) if bench.smoke else (38, 5)
-    engine = Engine(lm, 1, 512)
-    waits = []
-    for _ in range(turns + 1):
-        request = Request(torch.randint(2048, (QUANTIZERS, prompt_frames)), 10)
-        begin = time.perf_counter()
-        stream = stream_speech(engine, request, prompt=False)
-        next(stream)
-        waits.append(1000 * (time.perf_counter() - begin))
-        stream.close()  # which waits for the frame at work
-    figures: dict[str, Any] = {"first_audio_ms": statistics.median(waits[1:])}
+    engine = Engine(generation_model(bench, codec), 1, 512)
+    figures = {"first_audio_ms": 1000 * generation.first_audio_seconds(engine, prompt_frames, turns)}
     bench.save({"figures": figures})
-    frames = 8 if bench.smoke else 96
-    codes = torch.randint(2048, (QUANTIZERS, frames))
-
-    def timed(way: Callable[[], Any]) -> float:
-        way()
-        return 1000 * statistics.median(generation.seconds_of(way, device) for _ in range(turns)) / frames
-
-    figures["decoded_at_once_ms_a_frame"] = timed(lambda: codec.decode(codes))
+    codes = torch.randint(2048, (QUANTIZERS, 8 if bench.smoke else 96))
+    ways: dict[str, Callable[[], Any]] = {"decoded_at_once": partial(codec.decode, codes)}
     for chunk in (1, 4):
-
-        def stream(chunk: int = chunk) -> None:
-            decoder = StreamingDecoder(codec)
-            for part in codes.split(chunk, dim=1):
-                decoder.decode(part)
-
-        figures[f"streamed_{chunk}_frames_ms_a_frame"] = timed(stream)
+        ways[f"streamed_{chunk}_frames"] = partial(generation.decode_in_chunks, codec, codes, chunk)
+    for name, way in ways.items():
+        seconds = harness.median_seconds(way, bench.device, turns)
+        figures[f"{name}_ms_a_frame"] = 1000 * seconds / codes.shape[1]
         bench.save({"figures": figures})
     # A frame lasts 80 ms, in which each of so many listeners must get one.
     figures["listeners_in_real_time_at_4_frames"] = 1000 / FRAME_RATE / figures["streamed_4_frames_ms_a_frame"]
@@ -247,10 +223,9 @@ def time_encoding(bench: Bench) -> None:
     peaks: dict[str, float] = {}
     for count in counts:
         clips = [noise(seconds, i) for i in range(count)]
-        codec.encode(clips)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        taken = statistics.median(generation.seconds_of(lambda clips=clips: codec.encode(clips), device) for _ in "123")
+        taken = harness.median_seconds(partial(codec.encode, clips), device, 3)
         figures[f"{count} clips"] = count * seconds / taken
         if device.type == "cuda":
             peaks[f"{count} clips"] = torch.cuda.max_memory_allocated() / 2**30
@@ -262,10 +237,7 @@ def time_encoding(bench: Bench) -> None:
         with no_tf32(device):  # as codes need it
             codec.model.encode(clip, num_quantizers=QUANTIZERS).audio_codes.cpu()
 
-    plain()
-    figures["transformers, one by one"] = seconds / statistics.median(
-        generation.seconds_of(plain, device) for _ in "123"
-    )
+    figures["transformers, one by one"] = seconds / harness.median_seconds(plain, device, 3)
     figures["ratio"] = figures[f"{counts[-1]} clips"] / figures["transformers, one by one"]
     bench.save({"audio_seconds_per_second": figures})
 
@@ -275,25 +247,21 @@ def time_online(bench: Bench) -> None:
 
     Recordings are waveforms already: decoding files is the work of other threads, on the CPU.
     """
-    from torchtitan import train
-
     codec = make_codec(bench.device, bench.smoke)
+    steps, seconds = (2, 2.0) if bench.smoke else (12, 13.0)
     options = training_step.Options(size="1.3B", dtype="bfloat16", compile=True, batch=32)
-    steps, seconds = 12, 13.0
-    if bench.smoke:
-        options = replace(options, size="tiny", vocabulary=TINY_VOCABULARY, seq_len=256, batch=2, compile=False)
-        steps, seconds = 2, 2.0
+    options = small_if_smoke(bench, options, batch=2, compile=False)
     init_distributed(Comm())
     run = training_step.make_run(options, 0, bench.device, Path("unused"))
-    rows = training_step.make_rows(options, 0, False)
-    ready = training_step.make_batch(rows, options)
+    ready = training_step.make_batch(training_step.make_rows(options, 0, False), options)
     clips = [noise(seconds, i) for i in range(options.batch)]
 
-    def encode() -> Any:
+    def encode() -> Iterator[list[int]]:
         while True:
             yield [len(codes) for codes in codec.encode(clips)]
 
-    def time_steps(recordings: Any) -> float:
+    def time_steps(recordings: Iterator[list[int]] | None) -> float:
+        """Seconds of a step, after three that are not counted."""
         for number in range(steps + 3):
             if number == 3:
                 bench.synchronize()
@@ -312,7 +280,7 @@ def time_online(bench: Bench) -> None:
     recordings.close()
     figures["ratio"] = figures["seconds_per_step_online"] / figures["seconds_per_step_ready"]
     figures["audio_seconds_per_step"] = seconds * options.batch
-    figures["seconds_of_encoding_alone"] = generation.seconds_of(lambda: codec.encode(clips), bench.device)
+    figures["seconds_of_encoding_alone"] = harness.seconds_of(partial(codec.encode, clips), bench.device)
     bench.save({"figures": figures})
     dist.destroy_process_group()
 
@@ -320,36 +288,25 @@ def time_online(bench: Bench) -> None:
 @torch.inference_mode()
 def time_evaluation(bench: Bench) -> None:
     """Pairs of clips to scores: batches of codes and of scores, beside one clip at a time with whole logits."""
-    from torchtitan.eval.scoring import score
-
     codec = make_codec(bench.device, bench.smoke)
-    lm, device = _generation_model(bench, codec), bench.device
-    lengths = random.Random(0)
-    pairs = 2 if bench.smoke else 32
-    clips = [noise(lengths.uniform(1, 2) if bench.smoke else lengths.uniform(2, 12), i) for i in range(2 * pairs)]
-
-    def plain() -> list[torch.Tensor]:
-        found = []
-        for clip in clips:
-            with no_tf32(device):  # as codes need it
-                encoded: Any = codec.model.encode(clip[None, None].to(device), num_quantizers=QUANTIZERS)
-            ids = lm.stream.sample(encoded.audio_codes[0].cpu()).to(device)
-            logits = lm.model(input_ids=ids[None]).logits[0].float()
-            found.append(-torch.log_softmax(logits[:-1], dim=-1).gather(1, ids[1:, None])[:, 0].cpu())
-        return found
+    lm, lengths = generation_model(bench, codec), random.Random(0)
+    pairs, longest = (2, 2) if bench.smoke else (32, 12)
+    clips = [noise(lengths.uniform(longest / 6, longest), i) for i in range(2 * pairs)]
+    kept = codec.encode(clips)
 
     def scored(codes: list[torch.Tensor]) -> list[torch.Tensor]:
         return score(lm.model, [lm.stream.sample(each) for each in codes], 16)
 
-    def ours() -> list[torch.Tensor]:
-        return scored(codec.encode(clips))
-
-    kept = codec.encode(clips)
+    ways = {
+        "plain": lambda: evaluation.plain_nlls(lm, clips),
+        "ours": lambda: scored(codec.encode(clips)),
+        "ours, codes kept": lambda: scored(kept),
+    }
+    nlls: dict[str, list[torch.Tensor]] = {}
     figures: dict[str, Any] = {}
-    nlls = {}
-    for name, way in (("plain", plain), ("ours", ours), ("ours, codes kept", lambda: scored(kept))):
+    for name, way in ways.items():
         nlls[name] = way()
-        figures[f"pairs_per_second, {name}"] = pairs / generation.seconds_of(way, device)
+        figures[f"pairs_per_second, {name}"] = pairs / harness.seconds_of(way, bench.device)
         bench.save({"figures": figures})
     for name in ("ours", "ours, codes kept"):
         figures[f"ratio, {name}"] = figures[f"pairs_per_second, {name}"] / figures["pairs_per_second, plain"]

@@ -1,27 +1,27 @@
 """The data path: ``uv run python benchmarks/loader.py``. Three measurements, each side by side in one run.
 
-1. Real tokens a second that a loader makes ready for the step from stored codes: the plain way (a ``datasets`` table of
-   the same codes, shuffled by its own indices, ids by arithmetic, a torch DataLoader without workers, rows padded to
-   the row length) and ours, padded and packed.
-2. Real tokens per position computed, padded and packed, beside best fit, decreasing over all samples at once.
-3. A training step with speech that is tokenized meanwhile over the same step with rows that lie ready, with the
-   full-size Mimi (random weights, filled codebooks). On a GPU if there is one, else on the CPU, where codec and model
-   share the same cores.
+1. Real tokens a second of a loader, from stored codes to batches: the plain way (a ``datasets`` table of the same
+   codes, shuffled by its own indices, ids by arithmetic, a torch DataLoader without workers, rows padded to the row
+   length) and ours, padded and packed.
+2. Real tokens per computed position, padded and packed, beside best fit decreasing over all samples at once.
+3. A training step while Mimi tokenizes the next rows, over the same step with ready rows. The codec has kyutai/mimi's
+   size and random weights. It runs on a GPU if there is one, else on the CPU, where codec and model share the cores.
 """
 
-import io
-import json
 import statistics
+import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import command
+import harness
 import numpy as np
 import torch
+from models import fill_rows, make_codec, make_train_step
 
 from torchtitan.audio.codec import Codec
 from torchtitan.audio.token_stream import TokenStream
@@ -30,6 +30,7 @@ from torchtitan.datasets.hf_dataset import Source
 from torchtitan.datasets.packing import best_fit_decreasing
 from torchtitan.datasets.shards import Recording, merge_parts, shard_name, write_part
 from torchtitan.datasets.streams import find_data, open_streams
+from torchtitan.models.llama3.args import Llama3Args
 from torchtitan.models.loss import IGNORE_INDEX
 
 # Llama 3 with Q = 4.
@@ -38,14 +39,14 @@ STREAM = TokenStream(base_size=128_256, num_quantizers=4, bos_id=128_000)
 
 @dataclass
 class Options:
-    """Sizes."""
+    """Sizes and times."""
 
     recordings: int = 20_000
     """Recordings of 13 to 15 s, as those of The People's Speech, in the stored codes."""
     seconds: float = 4.0
     """How long each loader is timed."""
     turns: int = 3
-    """How often they are timed in turn."""
+    """Times that the loaders run in turn."""
     batch: int = 0
     """Rows of a training step; 0 takes 32 on a GPU and 2 on a CPU."""
     steps: int = 0
@@ -62,13 +63,8 @@ def write_shards(folder: Path, count: int, low: float, high: float) -> list[int]
         Recording(f"r{i}", random.integers(0, 2048, (n, 8), dtype=np.uint16), n / 12.5, None, "random")
         for i, n in enumerate(frames)
     ]
-    codec = {
-        "audio_tokenizer": "random/codes",
-        "codec_fingerprint": "",
-        "codec_padding": "exact",
-        "codec_window": "codec",
-    }
-    header = {"format": 1, "num_quantizers": 8, **codec, "source": {"name": "random"}}
+    codec = {"audio_tokenizer": "random/codes", "codec_fingerprint": "", "num_quantizers": 8}
+    header = {"format": 1, **codec, "codec_padding": "exact", "codec_window": "codec", "source": {"name": "random"}}
     shards = [recordings[i : i + 4096] for i in range(0, count, 4096)]
     for number, some in enumerate(shards):
         write_part(folder / "part", some, {"failed": [], "left_out": 0})
@@ -88,7 +84,7 @@ def our_loader(path: Path, seq_len: int, batch: int, packing: bool, codec: Codec
 
 
 def plain_loader(path: Path, seq_len: int, batch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Rows padded to ``seq_len``, made the usual way from the same files."""
+    """Rows padded to ``seq_len``, made from the same files by a ``datasets`` table and torch's DataLoader."""
     import pyarrow as pa
     from datasets import Dataset
     from torch.utils.data import DataLoader
@@ -97,52 +93,45 @@ def plain_loader(path: Path, seq_len: int, batch: int) -> Iterator[tuple[torch.T
     shards = [pa.ipc.open_file(pa.memory_map(file)).read_all().select(["codes"]) for file in files]
     table: Any = Dataset(pa.concat_tables(shards).replace_schema_metadata(None)).shuffle(seed=0)
 
-    def to_ids(row: dict[str, Any]) -> torch.Tensor:
-        codes = torch.tensor(row["codes"]).view(-1, 8)[:, : STREAM.num_quantizers]
-        return STREAM.sample(codes.T)
-
     def collate(rows: list[dict[str, Any]]) -> tuple[torch.Tensor, torch.Tensor]:
-        tokens = torch.zeros(len(rows), seq_len, dtype=torch.int64)
-        targets = torch.full((len(rows), seq_len), IGNORE_INDEX)
-        for i, ids in enumerate(map(to_ids, rows)):
-            tokens[i, : ids.numel()] = ids
-            targets[i, : ids.numel() - 1] = ids[1:]
+        codes = [torch.tensor(row["codes"]).view(-1, 8)[:, : STREAM.num_quantizers] for row in rows]
+        tokens, targets, _ = fill_rows([[STREAM.sample(each.T)] for each in codes], seq_len)
         return tokens, targets
 
     while True:
         yield from DataLoader(table, batch, collate_fn=collate)
 
 
+def loader_speed(make: Callable[[], Any], seconds: float) -> float:
+    """Real tokens a second of a loader's batches, after the first one."""
+    batches = iter(make())
+    next(batches)
+    tokens, begin = 0, time.perf_counter()
+    while (taken := time.perf_counter() - begin) < seconds:
+        batch = next(batches)
+        targets = batch.targets if isinstance(batch, Batch) else batch[1]
+        tokens += int((targets != IGNORE_INDEX).sum()) + len(targets)
+    batches.close()
+    return tokens / taken
+
+
 def time_loaders(options: Options, folder: Path) -> dict[str, Any]:
-    """Real tokens a second of each way, and their ratios to the plain one."""
+    """Real tokens a second of each loader, and their ratios to the first one."""
     write_shards(folder, options.recordings, 13, 15)
-    ways: dict[str, Any] = {}
+    loaders: dict[str, Callable[[], Any]] = {}
     try:
         import datasets
 
         datasets.disable_progress_bars()
-        ways["plain, padded to 1,024"] = lambda: plain_loader(folder, 1024, 32)
+        loaders["plain, padded to 1,024"] = partial(plain_loader, folder, 1024, 32)
     except ModuleNotFoundError:
-        print("the plain loader is left out: the package datasets is not installed", flush=True)
-    ways["ours, one sample a row"] = lambda: iter(our_loader(folder, 1024, 32, packing=False))
-    ways["ours, packed to 1,024"] = lambda: iter(our_loader(folder, 1024, 32, packing=True))
-    ways["ours, packed to 8,192"] = lambda: iter(our_loader(folder, 8192, 4, packing=True))
-    speeds: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(options.turns):
-        for name, make in ways.items():
-            batches = make()
-            next(batches)
-            tokens, begin = 0, time.perf_counter()
-            while time.perf_counter() - begin < options.seconds:
-                targets = next(batches)
-                targets = targets.targets if isinstance(targets, Batch) else targets[1]
-                tokens += int((targets != IGNORE_INDEX).sum()) + len(targets)
-            speeds[name].append(tokens / (time.perf_counter() - begin))
-            batches.close()
-            print(f"{name}: {speeds[name][-1]:,.0f} real tokens/s", flush=True)
-    medians = {name: statistics.median(values) for name, values in speeds.items()}
-    first = next(iter(medians.values()))
-    return {"real_tokens_per_second": medians, "over_first": {name: m / first for name, m in medians.items()}}
+        print("the plain loader is left out: the package datasets is not installed", file=sys.stderr, flush=True)
+    loaders["ours, one sample a row"] = partial(our_loader, folder, 1024, 32, packing=False)
+    loaders["ours, packed to 1,024"] = partial(our_loader, folder, 1024, 32, packing=True)
+    loaders["ours, packed to 8,192"] = partial(our_loader, folder, 8192, 4, packing=True)
+    ways = {name: partial(loader_speed, make, options.seconds) for name, make in loaders.items()}
+    speeds = harness.medians(harness.in_turns(ways, options.turns, lambda speed: f"{speed:,.0f} real tokens/s"))
+    return {"real_tokens_per_second": speeds, "over_first": harness.over(speeds, next(iter(speeds)))}
 
 
 def fill_of_rows(folder: Path) -> dict[str, Any]:
@@ -152,13 +141,12 @@ def fill_of_rows(folder: Path) -> dict[str, Any]:
         data = folder / name.replace(" ", "")
         data.mkdir()
         lengths = write_shards(data, 8192, low, high)
-        for seq_len in (1024, 8192):
+        for seq_len, batch in ((1024, 32), (8192, 4)):
             rows = best_fit_decreasing(lengths[:2048], seq_len)
             found = {"best fit, decreasing, over 2,048": sum(lengths[:2048]) / (len(rows) * seq_len)}
             found["padded to the row length"] = statistics.mean(lengths) / seq_len
             for way, packing in (("ours, one sample a row", False), ("ours, packed", True)):
                 real = positions = 0
-                batch = 32 if seq_len == 1024 else 4
                 for taken in iter(our_loader(data, seq_len, batch, packing)):
                     real, positions = real + taken.num_tokens, positions + taken.tokens.numel()
                     if taken.state["draw"] >= 8192:
@@ -170,103 +158,49 @@ def fill_of_rows(folder: Path) -> dict[str, Any]:
 
 def write_speech(path: Path, count: int) -> None:
     """A parquet file of synthetic sounds of 13 to 15 s, FLAC at 16 kHz."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-    import soundfile
-
     random = np.random.default_rng(0)
-    rows = []
-    for number in range(count):
-        t = np.arange(round(random.uniform(13, 15) * 16_000)) / 16_000
-        tone = 0.3 * np.sin(2 * np.pi * random.uniform(100, 300) * t * (1 + 0.1 * np.sin(t)))
-        sound = tone + 0.02 * random.standard_normal(len(t))
-        file = io.BytesIO()
-        soundfile.write(file, sound, 16_000, format="FLAC", subtype="PCM_16")
-        rows.append({"id": str(number), "audio": {"bytes": file.getvalue(), "path": None}})
-    pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=100)
 
+    def sounds() -> Iterator[torch.Tensor]:
+        for _ in range(count):
+            t = np.arange(round(random.uniform(13, 15) * 16_000)) / 16_000
+            tone = 0.3 * np.sin(2 * np.pi * random.uniform(100, 300) * t * (1 + 0.1 * np.sin(t)))
+            yield torch.from_numpy(tone + 0.02 * random.standard_normal(len(t)))
 
-def full_size_mimi() -> Codec:
-    """The codec's architecture with random weights and codebooks."""
-    from transformers import MimiConfig, MimiModel
-
-    torch.manual_seed(0)
-    model = MimiModel(MimiConfig()).eval()
-    for module in model.modules():
-        if hasattr(module, "embed_sum"):
-            module.embed_sum.normal_()
-            module._embed = None
-    return Codec(model, 4)
+    harness.write_audio_table(path, {"audio": sounds()}, 16_000)
 
 
 def time_steps(options: Options, folder: Path) -> dict[str, Any]:
     """Seconds of a training step with ready rows and with speech that is tokenized meanwhile."""
-    from torchtitan.models.llama3.args import Llama3Args
-    from torchtitan.models.llama3.model import Llama3
-    from torchtitan.models.llama3.weights import init_random, materialize
-
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda" if cuda else "cpu")
+    device = harness.find_device()
+    cuda = device.type == "cuda"
     batch, steps = options.batch or (32 if cuda else 2), options.steps or (30 if cuda else 4)
     dim = options.dim or (2048 if cuda else 512)
-    args = Llama3Args(
-        vocab_size=STREAM.vocab_size,
-        dim=dim,
-        n_layers=16 if cuda else 8,
-        n_heads=dim // 64,
-        n_kv_heads=dim // 256,
-        head_dim=64,
-        hidden_dim=4 * dim,
-    )
-    with torch.device("meta"):
-        model = Llama3(args)
-    materialize(model, device, 1024)
-    init_random(model, 0)
-    model.train().to(torch.bfloat16 if cuda else torch.float32)
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    args = Llama3Args(STREAM.vocab_size, dim, 16 if cuda else 8, dim // 64, dim // 256, 64, 4 * dim)
+    step = make_train_step(args, device, 1024)
 
-    def step(taken: Batch) -> None:
-        tokens, targets = taken.tokens.to(device, non_blocking=True), taken.targets.to(device, non_blocking=True)
-        loss = model(tokens, targets)
-        (loss / taken.num_tokens).backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    def timed(batches: Iterator[Batch], waits: list[float]) -> list[float]:
-        seconds = []
-        for number in range(steps + 3):
+    def timed(batches: Iterator[Batch]) -> tuple[list[float], list[float], list[Batch]]:
+        """Seconds of each step but the first three, those of them spent on waiting, and all batches."""
+        seconds, waits, kept = [], [], []
+        for _ in range(steps + 3):
             begin = time.perf_counter()
-            taken = next(batches)
+            kept.append(next(batches))
             waits.append(time.perf_counter() - begin)
-            step(taken)
-            if cuda:
-                torch.cuda.synchronize()
-            if number >= 3:
-                seconds.append(time.perf_counter() - begin)
-        return seconds
+            step(kept[-1].tokens, kept[-1].targets)
+            seconds.append(time.perf_counter() - begin)
+        return seconds[3:], waits[3:], kept
 
-    speech = folder / "train-0.parquet"
-    write_speech(speech, batch * (steps + 3) + 64)
-    online = iter(our_loader(speech, 1024, batch, False, full_size_mimi().to(device)))
-    waits: list[float] = []
-    kept: list[Batch] = []
-
-    def keep() -> Iterator[Batch]:
-        for taken in online:
-            kept.append(taken)
-            yield taken
-
-    tokenized = timed(keep(), waits)
-    online.close()
-    ready = timed(iter(kept), [])
-    report = {name: statistics.mean(values) for name, values in (("ready", ready), ("online", tokenized))}
+    write_speech(folder / "train-0.parquet", batch * (steps + 3) + 64)
+    batches = iter(our_loader(folder / "train-0.parquet", 1024, batch, False, make_codec(device)))
+    online, waits, kept = timed(batches)
+    batches.close()
+    ready, _, _ = timed(iter(kept))
+    seconds = {"ready": statistics.mean(ready), "online": statistics.mean(online)}
     return {
-        "device": torch.cuda.get_device_name() if cuda else "cpu",
         "rows": batch,
         "parameters": args.num_params,
-        "seconds_a_step": report,
-        "online_over_ready": report["online"] / report["ready"],
-        "share_of_time_waited_for_data": sum(waits[3:]) / sum(tokenized),
+        "seconds_a_step": seconds,
+        "online_over_ready": seconds["online"] / seconds["ready"],
+        "share_of_time_waited_for_data": sum(waits) / sum(online),
     }
 
 
@@ -275,16 +209,13 @@ def main(options: Options) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "codes").mkdir()
-        (folder / "speech").mkdir()
-        report = {
+        figures = {
             "loader": time_loaders(options, folder / "codes"),
             "real_tokens_per_position": fill_of_rows(folder),
             "step": time_steps(options, folder / "speech"),
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
         }
-    print(json.dumps(report, indent=1))
+    harness.report(figures, options)
 
 
 if __name__ == "__main__":
-    command.run(main, Options, __doc__)
+    harness.run(main, Options, __doc__)

@@ -3,7 +3,7 @@
 Each recording is brought to each rate by an ideal filter (in the spectrum; from a lower rate this adds nothing above
 its half), then to 24 kHz by each resampler, and encoded. Printed for each rate are the codes of each level that differ
 from those of torchaudio, and how fast each resampler is. With a model, the same is done to the clips of pairs, and the
-pairs that are decided otherwise are counted. ffmpeg is left out where torchcodec or FFmpeg's libraries are missing.
+pairs whose decision changes are counted. ffmpeg is left out where torchcodec or FFmpeg's libraries are missing.
 """
 
 import io
@@ -14,30 +14,30 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import command
+import harness
 import torch
 
 from torchtitan.audio.codec import Codec
 from torchtitan.audio.waveform import RESAMPLERS, require_resampler, resample
 from torchtitan.tools.errors import UserError
 
-ASSETS = Path(__file__).resolve().parent.parent / "assets"
+ASSETS = harness.ROOT / "assets"
 
 
 @dataclass
 class Options:
-    """What is measured."""
+    """What to measure."""
 
     recordings: str = str(ASSETS / "speech" / "librispeech_asr" / "clean" / "test")
     """A folder, file or hub name with recordings."""
     limit: int = 40
-    """So many of them."""
+    """Number of recordings."""
     audio_tokenizer: str = str(ASSETS / "mimi-small")
     """The codec."""
     rates: tuple[int, ...] = (8_000, 16_000, 22_050, 44_100, 48_000)
     """Rates in Hz."""
     model_name: str | None = None
-    """A model, which brings its own codec and judges pairs."""
+    """A model that judges pairs, with its own codec."""
     pairs: str = str(ASSETS / "speech")
     """The parent of the folders of sLM21's and StoryCloze's tasks and of SALMon/."""
     pair_limit: int = 12
@@ -95,10 +95,6 @@ def measure_codes(options: Options, codec: Codec, resamplers: list[str]) -> dict
 
 def measure_pairs(options: Options, model_name: str, resamplers: list[str]) -> dict[str, dict]:
     """By rate: for each resampler the accuracy over all pairs, and how many it decides unlike torchaudio."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-    import soundfile
-
     from torchtitan.checkpoint.speech_lm import SpeechLM
     from torchtitan.eval.benchmark import score_task
     from torchtitan.eval.data import open_tasks
@@ -107,7 +103,6 @@ def measure_pairs(options: Options, model_name: str, resamplers: list[str]) -> d
     from torchtitan.eval.suites import SALMON, SLM21, STORY_CLOZE
 
     lm = SpeechLM.load(model_name, device="cpu")
-    audio = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     found: dict[str, dict] = {}
     for rate in options.rates:
         points: dict[str, list[float]] = {name: [] for name in resamplers}
@@ -116,15 +111,13 @@ def measure_pairs(options: Options, model_name: str, resamplers: list[str]) -> d
             tasks, _ = open_tasks(str(parent), benchmark.tasks, benchmark.columns, benchmark.as_configurations)
             for task in tasks:
                 with tempfile.TemporaryDirectory() as folder:
-                    table: dict[str, list] = {column: [] for column in task.columns}
-                    for row, column in itertools.product(task.pairs(options.pair_limit), task.columns):
-                        file = io.BytesIO()
-                        samples = at_rate(*read(task.audio(row, column)), rate)  # type: ignore[arg-type, misc]
-                        soundfile.write(file, samples.numpy(), rate, format="WAV", subtype="FLOAT")
-                        table[column].append({"bytes": file.getvalue(), "path": None})
-                    own = Path(folder) / task.name
-                    own.mkdir()
-                    pq.write_table(pa.table({k: pa.array(v, audio) for k, v in table.items()}), own / "train.parquet")
+                    rows = list(task.pairs(options.pair_limit))
+                    columns = {
+                        column: [at_rate(*read(task.audio(row, column)), rate) for row in rows]  # type: ignore
+                        for column in task.columns
+                    }
+                    path = Path(folder) / task.name / "train.parquet"
+                    harness.write_audio_table(path, columns, rate, format="WAV", subtype="FLOAT")
                     (copy,), _ = open_tasks(folder, [task.name], task.columns, benchmark.as_configurations)
                     for name in resamplers:
                         lm.codec.resampler = name
@@ -166,4 +159,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    command.run(main, Options, __doc__)
+    harness.run(main, Options, __doc__)

@@ -4,134 +4,105 @@ Plain: one clip at a time through transformers' MimiModel.encode, the codes as s
 given to the extended tokenizer. Ours: the worker of scripts/tokenize_dataset.py, with ids by arithmetic; on a CPU
 pieces of a few seconds and an allocator that keeps its memory, on a GPU batches. Both read the same files in fp32, with
 one thread for the codec, into Q = 4 codes a frame. The ways run in turn, each in processes of their own; loading models
-is not counted. By default the codec has kyutai/mimi's size and random weights, and the clips (3 to 20 s, 16 kHz FLAC)
-are the repository's prompt, repeated.
+is not counted. By default the codec has kyutai/mimi's size and random weights, and the clips (3 to 20 s) are the
+repository's prompt, repeated, as FLAC.
 """
 
-import argparse
-import json
 import multiprocessing
 import random
-import statistics
 import tempfile
 import time
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import harness
 import torch
+from models import QUANTIZERS, make_mimi
 
-ROOT = Path(__file__).resolve().parent.parent
-QUANTIZERS = 4
-
-
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", help="folder of audio files or parquet files, or hub id")
-    parser.add_argument("--audio_tokenizer", help="hub name or folder of a codec, instead of random weights")
-    parser.add_argument("--clips", type=int, default=None, help="how many (default: 8 a CPU process, 128 a GPU)")
-    parser.add_argument("--turns", type=int, default=2, help="how often the ways are run in turn")
-    parser.add_argument("--processes", type=int, help="of the third way (default: one a CPU core, or one a GPU)")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    return parser.parse_args()
+from torchtitan import tokenization
+from torchtitan.audio.token_stream import TokenStream, extend_tokenizer
+from torchtitan.audio.waveform import SAMPLE_RATE, load_audio
+from torchtitan.datasets.decoding import num_threads
+from torchtitan.datasets.readers import AudioDataset
+from torchtitan.tokenization import worker
+from torchtitan.tokenization.plan import Plan, prepare
+from torchtitan.tokenization.processes import settle
+from torchtitan.tokenization.run import choose_devices
 
 
-def make_codec(folder: Path) -> Path:
-    """A codec of kyutai/mimi's size with random weights."""
-    from transformers import MimiConfig, MimiModel
+@dataclass
+class Options:
+    """What to measure."""
 
-    torch.manual_seed(0)
-    model = MimiModel(MimiConfig())
-    for module in model.modules():
-        if hasattr(module, "embed_sum"):
-            module.embed_sum.normal_()  # type: ignore[operator]
-    model.save_pretrained(folder)
-    return folder
-
-
-def make_clips(folder: Path, number: int) -> Path:
-    """Files of 3 to 20 s, in total the same for each run."""
-    import soundfile
-
-    folder.mkdir()
-    speech, rate = soundfile.read(ROOT / "assets" / "prompt.flac", dtype="float32")
-    lengths = random.Random(0)
-    for i in range(number):
-        samples = round(lengths.uniform(3, 20) * rate)
-        repeated = torch.from_numpy(speech).repeat(samples // len(speech) + 1)[:samples].numpy()
-        soundfile.write(folder / f"clip-{i:05d}.flac", repeated, rate)
-    return folder
+    dataset: str | None = None
+    """Folder of audio files or parquet files, or hub id."""
+    audio_tokenizer: str | None = None
+    """Hub name or folder of a codec, instead of random weights."""
+    clips: int | None = None
+    """Number of clips; by default 8 for a CPU process, 128 for a GPU."""
+    turns: int = 2
+    """Times that the ways run in turn."""
+    processes: int | None = None
+    """Processes of the third way; by default one for each CPU core or GPU."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
 
 
-def find_rows(dataset: str, number: int) -> Any:
-    """The data set, and the first rows of it as it is read."""
-    from torchtitan.datasets.hf_dataset import Source
-    from torchtitan.datasets.readers import AudioDataset, index_files
-    from torchtitan.datasets.sources import find_files
+@dataclass
+class Work:
+    """The share of one process, of ``of`` in all, that begins when all are ready."""
 
-    source = Source(name=dataset, path=dataset)
-    index = index_files(source, find_files(source))
-    return source, index, range(min(number, len(AudioDataset(source, index))))
+    dataset: str
+    audio_tokenizer: str
+    output: str
+    clips: int
+    device: torch.device
+    share: int
+    of: int
+    barrier: Any
+
+    def plan(self) -> Plan:
+        """The tokenization of the clips, a shard for each process."""
+        output = f"{self.output}/{self.of}-{self.share}"
+        options = tokenization.plan.Options(self.dataset, output, audio_tokenizer=self.audio_tokenizer)
+        plan = prepare(replace(options, num_quantizers=QUANTIZERS, max_bad_share=1.0))
+        rows = min(self.clips, plan.num_rows)
+        return replace(plan, num_rows=rows, rows_per_shard=-(-rows // self.of))
 
 
-def plain(options: argparse.Namespace, device: torch.device, share: int, barrier: Any) -> tuple[float, float]:
+def plain(work: Work) -> tuple[float, float]:
     """(seconds of audio, seconds it took) of the plain way."""
     from transformers import AutoTokenizer, MimiModel
 
-    from torchtitan.audio.token_stream import extend_tokenizer
-    from torchtitan.audio.waveform import SAMPLE_RATE, load_audio
-    from torchtitan.datasets.readers import AudioDataset
-
     torch.set_num_threads(1)
-    tokenizer = AutoTokenizer.from_pretrained(ROOT / "assets" / "llama-small")
+    tokenizer = AutoTokenizer.from_pretrained(harness.ROOT / "assets" / "llama-small")
     extend_tokenizer(tokenizer, QUANTIZERS)
-    model = MimiModel.from_pretrained(options.audio_tokenizer, dtype=torch.float32).eval().to(device)
-    source, index, numbers = find_rows(options.dataset, options.clips)
+    model = MimiModel.from_pretrained(work.audio_tokenizer, dtype=torch.float32).eval().to(work.device)
+    plan = work.plan()
 
     @torch.no_grad()
     def ids_of(waveform: torch.Tensor) -> list[int]:
-        encoded: Any = model.encode(waveform[None, None].to(device), num_quantizers=QUANTIZERS)
+        encoded: Any = model.encode(waveform[None, None].to(work.device), num_quantizers=QUANTIZERS)
         frames = encoded.audio_codes[0].T.cpu().tolist()
         text = "".join(f"<{code}_{q}>" for frame in frames for q, code in enumerate(frame))
         return tokenizer(f"<audio>{text}</audio>")["input_ids"]
 
     ids_of(torch.zeros(5 * SAMPLE_RATE))
-    barrier.wait()
+    work.barrier.wait()
     begin, seconds = time.perf_counter(), 0.0
-    for _, row in AudioDataset(source, index).read(numbers):
+    for _, row in AudioDataset(plan.source, plan.index).read(range(plan.num_rows)):
         waveform = load_audio(row.audio)  # type: ignore[arg-type]
         ids_of(waveform)
         seconds += waveform.numel() / SAMPLE_RATE
     return seconds, time.perf_counter() - begin
 
 
-def ours(options: argparse.Namespace, device: torch.device, share: int, barrier: Any) -> tuple[float, float]:
+def ours(work: Work) -> tuple[float, float]:
     """(seconds of audio, seconds it took) of one process of ours, which does its share of the rows."""
-    from torchtitan.audio.token_stream import TokenStream
-    from torchtitan.audio.waveform import SAMPLE_RATE
-    from torchtitan.datasets import tokenization
-
-    tokenization._settle(device)
-    source, index, numbers = find_rows(options.dataset, options.clips)
-    each = -(-len(numbers) // options.shares)
-    plan = tokenization.Plan(
-        source=source,
-        index=index,
-        output=Path(options.output),
-        audio_tokenizer=options.audio_tokenizer,
-        num_quantizers=QUANTIZERS,
-        padding="exact",
-        window="codec",
-        max_seconds=None,
-        rows_per_shard=each,
-        max_bad_share=1.0,
-        num_rows=len(numbers),
-        header={},
-        rows_per_part=tokenization.PART_ROWS,
-    )
-    done = []
-    worker = tokenization.ShardTokenizer(
-        plan, device, tokenization._decoding_threads(device, options.shares), lambda kind, counts: done.append(counts)
-    )
+    settle(work.device)
+    plan, seconds = work.plan(), []
     stream = TokenStream(128_256, QUANTIZERS, 128_000)
 
     def to_ids(path: Path, recordings: list, header: dict) -> None:
@@ -139,65 +110,50 @@ def ours(options: argparse.Namespace, device: torch.device, share: int, barrier:
         for recording in recordings:
             stream.encode(torch.from_numpy(recording.codes.astype("int64")).T)
 
-    tokenization.write_part = to_ids
-    worker.codec.encode([torch.zeros(5 * SAMPLE_RATE)] * (1 if device.type == "cpu" else 16))
-    barrier.wait()
+    def report(kind: str, counts: Any) -> None:
+        if kind == "part":
+            seconds.append(counts.seconds)
+
+    worker.write_part = to_ids  # type: ignore[assignment]
+    tokenizer = worker.ShardTokenizer(plan, work.device, num_threads(work.device, work.of), report)
+    tokenizer.codec.encode([torch.zeros(5 * SAMPLE_RATE)] * (1 if work.device.type == "cpu" else 16))
+    work.barrier.wait()
     begin = time.perf_counter()
-    if share < plan.num_shards:
-        worker.make_parts(share, range(plan.num_parts(share)))
-    return sum(counts.seconds for counts in done) / 2, time.perf_counter() - begin  # told by rows, then by parts
+    if work.share < plan.num_shards:
+        tokenizer.make_parts(work.share, range(plan.num_parts(work.share)))
+    return sum(seconds), time.perf_counter() - begin
 
 
-WAYS = {"plain": plain, "ours": ours}
+def main(options: Options) -> None:
+    """Run the ways in turn and print the medians and their ratios as JSON."""
+    devices = choose_devices(options.device, options.processes)
+    clips = options.clips or (8 if devices[0].type == "cpu" else 128) * len(devices)
+    with tempfile.TemporaryDirectory() as folder, multiprocessing.get_context("spawn").Manager() as manager:
+        codec, dataset = options.audio_tokenizer, options.dataset
+        if codec is None:
+            codec = f"{folder}/codec"
+            make_mimi().save_pretrained(codec)
+        if dataset is None:
+            dataset, lengths = f"{folder}/clips", random.Random(0)
+            waveforms = (harness.speech(0, lengths.uniform(3, 20)) for _ in range(clips))
+            harness.write_audio_table(Path(dataset, "clips.parquet"), {"audio": waveforms}, harness.SPEECH_RATE)
 
+        def speed(way: Any, used: list[torch.device]) -> float:
+            """Seconds of audio a second, of one process for each of the devices."""
+            barrier = manager.Barrier(len(used))
+            work = Work(dataset, codec, f"{folder}/shards", clips, used[0], 0, len(used), barrier)
+            shares = [(replace(work, device=device, share=share),) for share, device in enumerate(used)]
+            found = harness.in_processes(way, *shares)
+            return sum(seconds for seconds, _ in found) / max(took for _, took in found)
 
-def measure(way: str, options: argparse.Namespace, device: str, share: int, barrier: Any, results: Any) -> None:
-    results.put(WAYS[way](options, torch.device(device), share, barrier))
-
-
-def run(way: str, options: argparse.Namespace, devices: list[str]) -> float:
-    """Seconds of audio a second, of one process for each of the devices."""
-    context = multiprocessing.get_context("spawn")
-    barrier, results = context.Barrier(len(devices)), context.Queue()
-    options = argparse.Namespace(**{**vars(options), "shares": len(devices)})
-    processes = [
-        context.Process(target=measure, args=(way, options, device, share, barrier, results))
-        for share, device in enumerate(devices)
-    ]
-    for process in processes:
-        process.start()
-    figures = [results.get() for _ in processes]
-    for process in processes:
-        process.join()
-    return sum(seconds for seconds, _ in figures) / max(took for _, took in figures)
-
-
-def main() -> None:
-    options = parse()
-    from torchtitan.tokenization.run import choose_devices
-
-    many = [str(device) for device in choose_devices(options.device, options.processes)]
-    options.clips = options.clips or (8 if many[0] == "cpu" else 128) * len(many)
-    ways = {"plain": ("plain", many[:1]), "ours": ("ours", many[:1]), f"ours, {len(many)} processes": ("ours", many)}
-    figures: dict[str, list[float]] = {name: [] for name in ways if len(many) > 1 or "processes" not in name}
-    with tempfile.TemporaryDirectory() as folder:
-        options.output = folder
-        options.audio_tokenizer = options.audio_tokenizer or str(make_codec(Path(folder) / "codec"))
-        options.dataset = options.dataset or str(make_clips(Path(folder) / "clips", options.clips))
-        for _ in range(options.turns):
-            for name, measured in figures.items():
-                measured.append(run(ways[name][0], options, ways[name][1]))
-                print(f"{name}: {measured[-1]:.1f} s of audio a second", flush=True)
-    speed = {name: statistics.median(measured) for name, measured in figures.items()}
-    report = {
-        "audio_seconds_per_second": speed,
-        "ratio": {name: speed[name] / speed["plain"] for name in speed if name != "plain"},
-        "device": torch.cuda.get_device_name() if many[0].startswith("cuda") else "cpu",
-        "clips": options.clips,
-        "torch": torch.__version__,
-    }
-    print(json.dumps(report, indent=1))
+        ways = {"plain": partial(speed, plain, devices[:1]), "ours": partial(speed, ours, devices[:1])}
+        if len(devices) > 1:
+            ways[f"ours, {len(devices)} processes"] = partial(speed, ours, devices)
+        turns = harness.in_turns(ways, options.turns, lambda speed: f"{speed:.1f} s of audio a second")
+    speeds = harness.medians(turns)
+    figures = {"audio_seconds_per_second": speeds, "ratio": harness.over(speeds, "plain"), "clips": clips}
+    harness.report(figures, options, devices[0])
 
 
 if __name__ == "__main__":
-    main()
+    harness.run(main, Options, __doc__)

@@ -5,15 +5,13 @@ its own, padded to the row length, labels = input ids (padding among them), logi
 Ours: the trainer's own step (torchtitan.train.train_step), under the same FSDP2 with the same precision: rows cut to
 the longest or, with ``--packing``, of several samples; padding is no target; the loss in chunks.
 
-Both compute ``--batch`` rows a step, of ids that are random and samples as long as clips of 3 to 20 s. Packed rows hold
-as many samples as go into exactly that many rows. The two run in turn, in processes of their own, so that each has its
-own peak of memory; batches are made beforehand. On one H200, for the 1.3B:
+Both compute ``--batch`` rows a step, of random ids, with samples as long as clips of 3 to 20 s. With ``--packing``, as
+many samples are drawn as fit into that many rows. The two run in turn, in processes of their own, so that each has its
+own peak memory; batches are made beforehand. On one H200, for the 1.3B:
 
     python benchmarks/training_step.py --size 1.3B --batch 32 --dtype bfloat16 --compile --packing --steps 10
 """
 
-import json
-import multiprocessing
 import os
 import resource
 import statistics
@@ -21,24 +19,21 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple
 
-import command
+import harness
 import torch
 import torch.distributed as dist
+from models import AUDIO_IDS, VOCABULARY, Rows, fill_rows, llama_args, num_ids
 
-SIZES: dict[str, dict[str, Any]] = {
-    "tiny": {"dim": 128, "n_layers": 2, "n_heads": 2, "n_kv_heads": 1, "head_dim": 64, "hidden_dim": 256},
-    "mid": {"dim": 768, "n_layers": 12, "n_heads": 12, "n_kv_heads": 3, "head_dim": 64, "hidden_dim": 2048},
-    "1.3B": {"dim": 2048, "n_layers": 16, "n_heads": 32, "n_kv_heads": 8, "head_dim": 64, "hidden_dim": 8192},
-    "8B": {
-        **{"dim": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 8, "head_dim": 128, "hidden_dim": 14336},
-        "tied": False,
-    },
-}
+from torchtitan.components.dataloader import LENGTH_MULTIPLE, Batch
+from torchtitan.datasets.packing import best_fit_decreasing
+from torchtitan.models.llama3.args import Llama3Args
+from torchtitan.tools.utils import peak_flops
 
 
 @dataclass
@@ -46,25 +41,25 @@ class Options:
     """Sizes of the model and of a step."""
 
     size: Literal["tiny", "mid", "1.3B", "8B"] = "mid"
-    """Of the model: 768 x 12 layers, or that of Llama-Mimi-1.3B or -8B."""
+    """Size of the model: 768 x 12 layers, or that of Llama-Mimi-1.3B or -8B."""
     layers: int | None = None
-    """Blocks, instead of those of the size."""
-    vocabulary: int = 136_450
-    """Ids; the last 8,194 are those of audio."""
+    """Number of blocks, if not that of the size."""
+    vocabulary: int = VOCABULARY
+    """Number of ids; the last 8,194 are those of audio."""
     ranks: int = 1
     """Processes (GPUs, if there are any) that share the work."""
     batch: int = 2
-    """Rows a step of each rank."""
+    """Rows of each rank in a step."""
     seq_len: int = 1024
-    """Longest row in ids."""
+    """Length of the longest row in ids."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of forward and backward passes."""
+    """Number format of forward and backward passes."""
     packing: bool = False
     """Ours: pack samples into rows."""
     compile: bool = False
     """Compile the blocks, on both sides."""
     activation_checkpoint: Literal["none", "full"] = "none"
-    """On both sides."""
+    """Activation checkpointing, on both sides."""
     audio_head: bool = False
     """Ours: logits of audio ids alone (training.audio_head). The samples then hold only these."""
     step_in_backward: bool = False
@@ -72,22 +67,16 @@ class Options:
     steps: int = 3
     """Measured steps of each turn, after at least two that are not measured."""
     turns: int = 2
-    """How often the two are run in turn."""
+    """Times that the two run in turn."""
     ways: list[str] = field(default_factory=lambda: ["plain", "ours"])
-    """Which ones are run."""
+    """The ways to run."""
     profile: bool = False
-    """Also trace two more steps on a GPU, and say how long the kernels of each kind took."""
+    """Also trace two more steps on a GPU, and report the time of each kind of kernel."""
 
-    def args(self) -> Any:
+    def args(self) -> Llama3Args:
         """The sizes of the model."""
-        from torchtitan.models.llama3.args import Llama3Args
-
-        sizes = {"tied": True, **SIZES[self.size]}
-        sizes["n_layers"] = self.layers or sizes["n_layers"]
-        return Llama3Args(vocab_size=self.vocabulary, **sizes)
-
-
-Rows = list[list[torch.Tensor]]  # the samples of each row
+        args = llama_args(self.size, self.vocabulary)
+        return replace(args, n_layers=self.layers or args.n_layers)
 
 
 class Way(NamedTuple):
@@ -101,9 +90,9 @@ class Figures(NamedTuple):
     """What was measured of one way, over all ranks but for the memory.
 
     Attributes:
-        mfu: share of the GPUs' peak that the FLOPs of the samples are, and that those of all computed positions are;
-            None where the peak is not known.
-        graphs: that were compiled before the timed steps, and during them.
+        mfu: FLOPs of the samples, and of all computed positions, as a share of the GPUs' peak; None where the peak is
+            not known.
+        graphs: number of graphs compiled before the timed steps, and during them.
         kernels: see :func:`profile`.
     """
 
@@ -122,8 +111,6 @@ def make_rows(options: Options, seed: int, packed: bool) -> Rows:
 
     Packed, samples are drawn until they no longer go into so many rows.
     """
-    from torchtitan.datasets.packing import best_fit_decreasing
-
     generator = torch.Generator().manual_seed(seed)
     count, lengths = options.batch * options.ranks, []
     rows: list[list[int]] = []
@@ -136,7 +123,7 @@ def make_rows(options: Options, seed: int, packed: bool) -> Rows:
             break
         lengths.append(drawn)
         rows = found
-    first = options.vocabulary - 8194
+    first = options.vocabulary - AUDIO_IDS
     return [[torch.randint(first, options.vocabulary, (lengths[i],), generator=generator) for i in row] for row in rows]
 
 
@@ -179,27 +166,15 @@ def plain(options: Options, rank: int, device: torch.device) -> Way:
     return Way(batch, step)
 
 
-def make_batch(rows: Rows, options: Options) -> Any:
+def make_batch(rows: Rows, options: Options) -> Batch:
     """Rows of samples, as the trainer's loader makes them."""
-    from torchtitan.components.dataloader import LENGTH_MULTIPLE, Batch
-    from torchtitan.models.loss import IGNORE_INDEX
-
     longest = max(1, *(sum(sample.numel() for sample in row) for row in rows))
     length = options.seq_len if options.compile else -(-longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
-    tokens = torch.zeros(len(rows), length, dtype=torch.int64)
-    targets = torch.full((len(rows), length), IGNORE_INDEX)
-    positions = torch.zeros(len(rows), length, dtype=torch.int64)
-    for i, row in enumerate(rows):
-        place = 0
-        for sample in row:
-            stop = place + sample.numel()
-            tokens[i, place:stop], targets[i, place : stop - 1] = sample, sample[1:]
-            positions[i, place:stop] = torch.arange(stop - place)
-            place = stop
-        positions[i, place:] = torch.arange(length - place)
-    real = sum(sample.numel() for row in rows for sample in row)
-    tensors = [t.pin_memory() if torch.cuda.is_available() else t for t in (tokens, targets, positions)]
-    return Batch(tensors[0], tensors[1], real, {}, positions=tensors[2] if options.packing else None)
+    tensors = fill_rows(rows, length)
+    if torch.cuda.is_available():
+        tensors = tuple(tensor.pin_memory() for tensor in tensors)
+    tokens, targets, positions = tensors
+    return Batch(tokens, targets, num_ids(rows), {}, positions=positions if options.packing else None)
 
 
 def make_run(options: Options, rank: int, device: torch.device, folder: Path) -> Any:
@@ -220,7 +195,7 @@ def make_run(options: Options, rank: int, device: torch.device, folder: Path) ->
     config.activation_checkpoint.mode = options.activation_checkpoint
     config.optimizer.early_step_in_backward = options.step_in_backward
     dims = ParallelDims(shard=options.ranks, rank=rank)
-    first_id = options.vocabulary - 8194 if options.audio_head else 0
+    first_id = options.vocabulary - AUDIO_IDS if options.audio_head else 0
     model = ParallelModel(config, options.args(), dims, device, first_id)
     init_random(model, 0)
     optimizer = build_optimizer(model, config.optimizer)
@@ -255,8 +230,6 @@ def ours(options: Options, rank: int, device: torch.device) -> Way:
 
 def measure(name: str, options: Options, rank: int, folder: str) -> Figures:
     """Time the steps of one way on one rank, as one of the processes that work together."""
-    from torch._dynamo.utils import counters
-
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", rank) if cuda else torch.device("cpu")
     if cuda:
@@ -268,36 +241,43 @@ def measure(name: str, options: Options, rank: int, folder: str) -> Figures:
         rank=rank,
         world_size=options.ranks,
     )
+    try:
+        return time_steps(name, options, rank, device)
+    finally:
+        dist.destroy_process_group()
+
+
+def time_steps(name: str, options: Options, rank: int, device: torch.device) -> Figures:
+    """The figures of one way, once the ranks are connected."""
+    from torchtitan.tools.torch_private import compile_counters
+
     way = {"plain": plain, "ours": ours}[name](options, rank, device)
     packed = name == "ours" and options.packing
     rows = [make_rows(options, seed, packed) for seed in range(options.steps + 2)]
     batches = [way.batch(each) for each in rows]
 
     def finish() -> None:
-        if cuda:
-            torch.cuda.synchronize()
+        harness.synchronize(device)
         dist.barrier()
 
-    # Every shape is met before the clock runs, since compilers and libraries prepare for each: the length of rows and,
-    # of packed ones, the size of their documents' offsets, which are rounded up to a power of two.
+    # Compilers and libraries prepare for each shape, so all are met before the clock runs: the length of rows and, if
+    # they are packed, the number of their documents, which is rounded up to a power of two.
     shapes: dict[Any, Any] = {0: batches[0], 1: batches[1]}
     if name == "ours":
         shapes |= {(batch.tokens.shape, _num_offsets(batch) if packed else 0): batch for batch in batches}
     for batch in shapes.values():
         way.step(batch)
     finish()
-    compiled, begin = counters["stats"]["unique_graphs"], time.perf_counter()
+    compiled, begin = compile_counters()["stats"]["unique_graphs"], time.perf_counter()
     for batch in batches[2:]:
         way.step(batch)
     finish()
     seconds = time.perf_counter() - begin
-    compiled_later = counters["stats"]["unique_graphs"] - compiled
-    if cuda:
+    compiled_later = compile_counters()["stats"]["unique_graphs"] - compiled
+    if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated() / 2**30
     else:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
-    kernels = profile(way.step, batches[:2]) if options.profile and cuda else None
-    dist.destroy_process_group()
     lengths = [sample.numel() for each in rows[2:] for row in each for sample in row]
     spans = [span for batch in batches[2:] for span in _spans(batch)]
     return Figures(
@@ -308,7 +288,7 @@ def measure(name: str, options: Options, rank: int, folder: str) -> Figures:
         mfu_positions=mfu(options, spans, seconds, 1),
         peak_gib=peak,
         graphs=(compiled, compiled_later),
-        kernels=kernels,
+        kernels=profile(way.step, batches[:2]) if options.profile and device.type == "cuda" else None,
     )
 
 
@@ -318,7 +298,7 @@ def _num_offsets(batch: Any) -> int:
 
 
 def _spans(batch: Any) -> list[int]:
-    """The lengths that attention spans in a batch of either way: rows or, packed, documents, padding included."""
+    """The lengths that attention spans in a batch of either way: of rows or, packed, of documents, with padding."""
     ids = batch if isinstance(batch, torch.Tensor) else batch.tokens
     if ids is batch or batch.positions is None:
         return [ids.shape[1]] * ids.shape[0]
@@ -326,7 +306,7 @@ def _spans(batch: Any) -> list[int]:
     return starts.diff(append=starts.new_tensor([ids.numel()])).tolist()
 
 
-# What kernels do, by parts of their names; the first that fits counts.
+# Kinds of kernels, and the parts of names that tell them; the first kind that fits counts.
 KINDS = {
     "fused by the compiler": ("triton",),  # whose names tell what was fused
     "attention": ("flash", "fmha", "attention"),
@@ -339,13 +319,13 @@ KINDS = {
 
 
 def kind_of(kernel: str) -> str:
-    """What a kernel does, by its name."""
+    """The kind of a kernel with this name."""
     name = kernel.lower()
     return next((kind for kind, parts in KINDS.items() if any(part in name for part in parts)), "other")
 
 
 def profile(step: Callable[[Any], None], batches: list[Any]) -> dict[str, Any]:
-    """Seconds a step by kind of kernel, those in which the GPU did nothing, and the ten kernels that took longest."""
+    """Seconds a step by kind of kernel, seconds in which the GPU was idle, and the ten kernels that took longest."""
     from torch.profiler import ProfilerActivity
 
     torch.cuda.synchronize()
@@ -357,7 +337,7 @@ def profile(step: Callable[[Any], None], batches: list[Any]) -> dict[str, Any]:
         wall = time.perf_counter() - begin
     taken: dict[str, float] = {}
     for event in profiler.key_averages():
-        # Ranges that FSDP and optimizers name are no kernels, but lie over them.
+        # Ranges named by FSDP and the optimizers are not kernels.
         named = getattr(event, "is_user_annotation", False)
         if event.device_type != torch.autograd.DeviceType.CPU and not named and event.self_device_time_total:
             taken[event.key] = taken.get(event.key, 0.0) + event.self_device_time_total / 1e6 / len(batches)
@@ -373,10 +353,8 @@ def profile(step: Callable[[Any], None], batches: list[Any]) -> dict[str, Any]:
 
 
 def mfu(options: Options, spans: list[int], seconds: float, gpus: int) -> float | None:
-    """Share of some GPUs' peak that training on documents of these lengths is, each of which attention spans:
-    6 N + 12 L H T FLOPs a token (PaLM, arXiv 2204.02311, appendix B)."""
-    from torchtitan.tools.utils import peak_flops
-
+    """FLOPs of training on documents of these lengths, as a share of the GPUs' peak: 6 N + 12 L H T a token (PaLM,
+    arXiv 2204.02311, appendix B)."""
     if not torch.cuda.is_available() or (peak := peak_flops(torch.device("cuda", 0))) is None:
         return None
     args = options.args()
@@ -384,56 +362,37 @@ def mfu(options: Options, spans: list[int], seconds: float, gpus: int) -> float 
     return flops / (seconds * peak * gpus)
 
 
-def _process(name: str, options: Options, rank: int, folder: str, results: Any) -> None:
-    """One rank in a process of its own; rank 0 puts what it measured into ``results``."""
+def measure_alone(name: str, options: Options, rank: int, folder: str) -> Figures:
+    """:func:`measure` in a process of its own, with this rank's share of the cores."""
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // options.ranks))
-    figures = measure(name, options, rank, folder)
-    if rank == 0:
-        results.put(figures)
+    return measure(name, options, rank, folder)
 
 
 def run_once(name: str, options: Options) -> Figures:
-    """One turn of one way."""
-    context = multiprocessing.get_context("spawn")
-    results = context.Queue()
+    """One turn of one way; the figures of rank 0."""
     with tempfile.TemporaryDirectory() as folder:
-        ranks = [
-            context.Process(target=_process, args=(name, options, rank, folder, results))
-            for rank in range(options.ranks)
-        ]
-        for process in ranks:
-            process.start()
-        for process in ranks:
-            process.join()
-        if any(process.exitcode for process in ranks):
-            raise SystemExit(f"{name}: a process failed, see above.")
-        return results.get()
+        calls = [(name, options, rank, folder) for rank in range(options.ranks)]
+        return harness.in_processes(measure_alone, *calls)[0]
 
 
 def main(options: Options) -> None:
     """Run both ways in turn and print the medians and their ratio as JSON."""
-    measured: dict[str, list[Figures]] = {name: [] for name in options.ways}
-    for _ in range(options.turns):
-        for name, turns in measured.items():
-            turns.append(run_once(name, options))
-            speed, peak = turns[-1].real_tokens_per_second, turns[-1].peak_gib
-            print(f"{name}: {speed:.1f} real tokens/s, peak {peak:.2f} GiB a rank", flush=True)
+
+    def progress(figures: Figures) -> str:
+        return f"{figures.real_tokens_per_second:.1f} real tokens/s, peak {figures.peak_gib:.2f} GiB a rank"
+
+    ways = {name: partial(run_once, name, options) for name in options.ways}
+    measured = harness.in_turns(ways, options.turns, progress)
     report: dict[str, Any] = {
         name: sorted(turns, key=lambda turn: turn.seconds_per_step)[len(turns) // 2]._asdict()
         for name, turns in measured.items()
     }
-    speed = {name: statistics.median(turn.real_tokens_per_second for turn in turns) for name, turns in measured.items()}
     if len(measured) == 2:
+        speed = {name: statistics.median(turn.real_tokens_per_second for turn in measured[name]) for name in measured}
         report["speed_ratio"] = speed["ours"] / speed["plain"]
         report["memory_ratio"] = report["ours"]["peak_gib"] / report["plain"]["peak_gib"]
-    report |= {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "options": vars(options),
-    }
-    print(json.dumps(report, indent=1))
+    harness.report(report, options)
 
 
 if __name__ == "__main__":
-    command.run(main, Options, __doc__)
+    harness.run(main, Options, __doc__)

@@ -1,7 +1,7 @@
-"""Build the embedded default assets but for the codec: synthetic speech, and a small base model folder without weights.
+"""Build the assets that ship with the repository, except the codec: synthetic speech, and a small base model.
 
-With what this writes and the codec of scripts/train_codec.py, training, inference and the evaluations run in minutes
-on a CPU, without a network. Three parts:
+With these and the codec of scripts/train_codec.py, training, inference and the evaluations run in minutes on a CPU,
+without a network. Three parts:
 
 - `speech` speaks made-up texts with espeak-ng in six voices and packs them in the layouts of the public data sets
   (MLCommons/peoples_speech, openslr/librispeech_asr, slprl/SALMon, speed/sWUGGY and its siblings), as Opus at 16 kHz.
@@ -9,9 +9,8 @@ on a CPU, without a network. Three parts:
 - `tokenizer` trains a byte-level BPE on the training texts and writes the config of a small Llama beside it. 1 s.
 - `corpus` speaks more texts in more voices, for training the codec; it does not ship. Half a minute.
 
-`all` does the first two. espeak-ng (Debian package espeak-ng) is needed only here: nothing in training, inference or
-evaluation calls it. Everything is seeded; the same seed, machine and library versions give the same texts, waveforms
-and tokenizer.
+`all` does the first two. espeak-ng (Debian package espeak-ng) is needed only here, not for training, inference or
+evaluation. The same seed, machine and library versions give the same texts, waveforms and tokenizer.
 """
 
 import argparse

@@ -2,8 +2,8 @@
 
     python scripts/convert_dcp_to_hf.py --checkpoint outputs/RUN/checkpoint/step-5000 [--output DIR]
 
-The checkpoint says by itself what it is, so nothing else is needed: no base model, no network. A run's folder may be
-given instead of one step; its latest step is taken then. The result is a folder that ``AutoModelForCausalLM`` and
+The checkpoint describes itself: neither base model nor network is needed. A run's folder may be given instead of a
+step's; its latest step is taken then. The result is a folder that ``AutoModelForCausalLM`` and
 ``AutoTokenizer`` load, in transformers 4.53 and later: safetensors, config.json (with the codec and its conventions),
 generation_config.json, the tokenizer and a model card. The whole model passes through memory once, in fp32. Without
 ``--checkpoint`` it is the last step of config/llama3_2_1b_peoples_speech.toml, written below models/.
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+import tyro
 
 from torchtitan.checkpoint.hf_export import export_checkpoint
 from torchtitan.checkpoint.manager import find_checkpoint
@@ -44,8 +45,6 @@ def main(
 
 
 def command() -> None:
-    import tyro
-
     tyro.cli(main, description=__doc__, use_underscores=True)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import tyro
 
 from torchtitan.audio.conventions import conventions_of
 from torchtitan.checkpoint.hf_export import write_hf_files
@@ -73,11 +74,5 @@ def main(model: str, output: str, num_quantizers: int | None = None) -> None:
     print(convert(model, Path(output).expanduser(), num_quantizers))
 
 
-def command() -> None:
-    import tyro
-
-    tyro.cli(main, description=__doc__, use_underscores=True)
-
-
 if __name__ == "__main__":
-    run_command(command)
+    run_command(lambda: tyro.cli(main, description=__doc__, use_underscores=True))

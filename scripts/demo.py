@@ -7,7 +7,7 @@ waveform and spectrogram. Nothing is needed from the network, and nothing that i
 
 import os
 import signal
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -35,6 +35,8 @@ class Options:
     """Of the language model; the codec is always in float32. Default: bfloat16 on cuda, float32 elsewhere."""
     host: str = "127.0.0.1"
     """The address to listen on; the default is reached from this machine only."""
+    allowed_hosts: list[str] = field(default_factory=list)
+    """Further names under which the page is opened, such as a proxy's. The server knows its address and its machine."""
     port: int = 7860
     """The port to listen on; 0 takes a free one."""
     max_seconds: float | None = None
@@ -57,7 +59,9 @@ def run(options: Options) -> None:
     init_logger()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     lm = SpeechLM.load(model_name, options.audio_tokenizer, device, options.dtype)
-    server = DemoServer(lm, options.host, options.port, options.max_seconds, options.max_requests, example=EXAMPLE)
+    bounds = (options.max_seconds, options.max_requests)
+    hosts = options.allowed_hosts
+    server = DemoServer(lm, options.host, options.port, *bounds, example=EXAMPLE, allowed_hosts=hosts)
     with server:
         print(f"{lm.name} on {device}: open {server.address} in a browser; Ctrl-C ends it", flush=True)
         server.serve_forever()

@@ -1,16 +1,16 @@
 """Draw the figures that the README shows: ``uv run python scripts/draw_figures.py``, from the repository's root.
 
-Each is drawn twice, ``NAME-light`` and ``NAME-dark``, for the two kinds of page:
+Each is drawn twice, ``NAME-light`` and ``NAME-dark``, for light and dark pages:
 
 - ``architecture`` (SVG): from a waveform to codes, to one stream of tokens, to Llama 3, and back. The waveform is the
-  prompt, its second half stands for what follows; the codes are examples.
+  prompt, whose second half stands for the continuation; the codes are examples.
 - ``training-curve`` (SVG): the losses of a run, from its metrics.jsonl.
-- ``continuation`` (PNG): waveform and spectrogram of a prompt and what a model made follow it.
+- ``continuation`` (PNG): waveform and spectrogram of a prompt and its continuation by a model.
 - ``benchmarks`` (SVG): how many times as fast as the plain way, from benchmarks/results.json.
-- ``gpu`` (SVG, only when asked for): the same on a GPU, from what benchmarks/gpu.py wrote.
+- ``gpu`` (SVG, only when asked for): the same on a GPU, from the results of benchmarks/gpu.py.
 
-The same input gives the same bytes. A figure whose input is missing is named, the others are drawn all the same, and
-the exit code is 2.
+The same input gives the same bytes. If the input of a figure is missing, the script names it, draws the others and
+exits with code 2.
 """
 
 import sys
@@ -33,7 +33,7 @@ Name = Literal["architecture", "training-curve", "continuation", "benchmarks", "
 
 @dataclass
 class Options:
-    """What to draw, and from what."""
+    """The figures to draw, and their inputs."""
 
     output: Path = Path("assets/figures")
     """Folder for the figures."""
@@ -44,15 +44,15 @@ class Options:
     continuation: Path = Path("outputs/quickstart/output.wav")
     """Audio file that begins with the prompt, as inference.py writes it."""
     prompt: Path = Path("assets/prompt.flac")
-    """Audio file of the prompt: the waveform of the first figure, and how long the prompt is in the continuation."""
+    """Audio file of the prompt: the waveform of the first figure, and the length of the prompt in the continuation."""
     results: Path = Path("benchmarks/results.json")
-    """Ratios that were measured by benchmarks/*.py."""
+    """Ratios measured by benchmarks/*.py."""
     gpu: Path = Path("benchmarks/gpu")
     """Folder of the results of benchmarks/gpu.py."""
 
 
 def main(options: Options) -> int:
-    """Draw what can be drawn, and say what cannot and why; returns the exit code.
+    """Draw all figures whose input is there, and name the others; returns the exit code.
 
     Raises:
         UserError: the folder for the figures cannot be made.

@@ -1,4 +1,4 @@
-"""What a run will need, before anyone pays for it: memory of a GPU, speed, days and storage.
+"""Estimate what a run will need: memory of a GPU, speed, days and storage.
 
     python scripts/estimate.py config/llama3_2_1b_peoples_speech.toml --gpus 8 --gpu H200 [--section.key value ...]
 

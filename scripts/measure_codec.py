@@ -3,20 +3,20 @@
     python scripts/measure_codec.py --codec assets/mimi-small --output outputs/measures
     python scripts/measure_codec.py --model outputs/quickstart/hf/quickstart --real MY_SPEECH MORE_SPEECH
 
-All but the use of the codebooks is measured on clips that neither codec nor classifiers have seen, and has its standard
-error beside it:
+All measures but the use of the codebooks are taken on clips that neither codec nor classifiers have seen, and have a
+standard error:
 
 1. Round trips, at 8 and at 4 quantizers: short-time objective intelligibility (STOI) against the input, and the
    distance of log-mel spectra; also on speech of other people (`--real`).
 2. The use of each codebook: entries used, entropy, perplexity.
-3. What each codebook says: how well a clip's histogram of codes tells the voice, and how many nats a code says about
-   the voice and about the sound. A good semantic codebook says much about the sound and little about the voice.
+3. What each codebook holds: how well a clip's histogram of codes tells the voice, and how many nats a code tells about
+   the voice and about the sound. A good semantic codebook tells much about the sound and little about the voice.
 4. Words: a classifier that learned clean spoken words hears their round trips.
 5. Voices: a classifier that learned clean voices hears round trips and, with `--model`, continuations of prompts.
 
 <output>/measures.json holds all figures; the tables are printed. The same command on the same machine gives the same
-figures, apart from `timing`. espeak-ng speaks the words; without it that measure is left out. The voices and the
-layout of `--speech` are those of scripts/build_assets.py.
+figures, apart from `timing`. espeak-ng speaks the words; without it, measure 4 is left out. `--speech` has the voices
+and the layout of scripts/build_assets.py.
 """
 
 import tyro

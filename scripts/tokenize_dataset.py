@@ -7,19 +7,11 @@ under torchrun, each rank is one process and does its share of the shards. A run
 same command is given again. Rows that cannot be used are listed in bad_rows.tsv.
 """
 
+import tyro
+
+from torchtitan.tokenization.plan import Options
+from torchtitan.tokenization.run import tokenize
 from torchtitan.tools.errors import run_command
 
-
-def main() -> None:
-    """Parse the command line and run."""
-    import tyro
-
-    from torchtitan.tokenization.plan import Options
-    from torchtitan.tokenization.run import tokenize
-
-    options = tyro.cli(Options, description=__doc__, use_underscores=True)
-    print(tokenize(options))
-
-
 if __name__ == "__main__":
-    run_command(main)
+    run_command(lambda: print(tokenize(tyro.cli(Options, description=__doc__, use_underscores=True))))

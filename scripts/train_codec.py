@@ -3,19 +3,19 @@
     python scripts/train_codec.py --data MY_SPEECH --output codecs/mine
 
 The result is a folder that ``MimiModel.from_pretrained`` loads: 24 kHz, 12.5 frames a second, 8 codebooks of 2,048
-entries of which the first is semantic. `--data` are data sets as training reads them: folders of parquet, audio files,
+entries, the first of them semantic. `--data` takes data sets as training reads them: folders of parquet, audio files,
 manifests or tars, local or on the hub. A run that was stopped continues when the same command is given again. Figures
 of the result: scripts/measure_codec.py.
 
 How it is trained (docs/codec.md says why, and what else was tried):
 
 1. Continuous. Encoder and decoder learn as an autoencoder whose latents carry noise instead of being quantized. The
-   loss is the distance of log-mel spectra at five resolutions. The part of the latents that the first codebook will
-   hold also predicts clusters of speaker-normalised MFCCs, four for each frame: what is spoken, not who speaks.
-2. Quantized. Residual k-means of the latents seen so far gives the codebooks; gradients pass straight through them.
-   They are fitted again and again, starting from the previous ones, and entries that no latent chose start anew.
-3. Decoder. Encoder and codebooks are final (rounded to the float16 that they are stored in). The decoder learns on,
-   and from `adversarial_from` on discriminators of spectra at three resolutions judge it.
+   loss is the distance of log-mel spectra at five resolutions. The semantic latents, which the first codebook will
+   quantize, also predict clusters of speaker-normalised MFCCs, four for each frame: what is spoken, not who speaks.
+2. Quantized. Residual k-means of the latents of the last steps gives the codebooks; gradients pass straight through
+   them. They are refitted from time to time, starting from the previous ones; unused entries start anew.
+3. Decoder. Encoder and codebooks are final, rounded to float16, in which they are stored. The decoder learns on, and
+   from `adversarial_from` on discriminators of spectra at three resolutions judge it.
 
 `--start_from` fits the codebooks of a trained codec to other speech, keeps its encoder and repeats stage 3.
 """

@@ -171,7 +171,7 @@ def make_llama(dtype: torch.dtype = torch.float32, tied: bool = False, n_layers:
     """A model on the GPU of :func:`gpu`, in training mode, with rotary tables in fp32."""
     with torch.device("meta"):
         model = Llama3(make_args(tied, n_layers))
-    on_cuda(model, dtype).reset_buffers(LENGTH, CUDA)
+    on_cuda(model, dtype).rotary.reset(LENGTH, CUDA)
     return model.train()
 
 

@@ -207,26 +207,25 @@ def test_a_client_that_goes_away_makes_room(lm, sound):
         wait_for(lambda: ask(server, "POST", "/continue?max_seconds=2", sound)[0] == 200)
 
 
-def test_an_upload_that_breaks_off_makes_room(lm):
-    with running(lm, max_requests=1) as server:
-        with socket.create_connection(server.server_address, timeout=30) as connection:
-            connection.sendall(b"POST /continue HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\nabcde")
-            wait_for(lambda: ask(server, "POST", "/continue?max_seconds=1")[0] == 503)
-        wait_for(lambda: ask(server, "POST", "/continue?max_seconds=1")[0] == 200)
+def test_an_upload_takes_no_place_before_it_is_there(lm):
+    with running(lm, max_requests=1) as server, socket.create_connection(server.server_address, timeout=30) as client:
+        client.sendall(b"POST /continue HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\nabcde")
+        wait_for(lambda: any(connection.cycle for connection in server.server_state.connections))
+        assert ask(server, "POST", "/continue?max_seconds=1")[0] == 200
 
 
 def test_clients_that_stall_are_closed(lm, sound, monkeypatch):
     monkeypatch.setattr(demo_server, "STALL_SECONDS", 0.5)
     with running(lm, max_seconds=400.0) as server:
         # Nothing, a part of a request's head, and a part of one after a whole request.
-        for sent in (b"", b"GET / HT", b"GET /info HTTP/1.1\r\nHost: x\r\n\r\nGET / HT"):
+        for sent in (b"", b"GET / HT", b"GET /info HTTP/1.1\r\nHost: localhost\r\n\r\nGET / HT"):
             assert (b" 200 OK" in send_raw(server, sent)) == (b"info" in sent)
         # A client that takes nothing of what is sent.
         server.listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         with socket.socket() as connection:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             connection.connect(server.server_address)
-            head = f"POST /continue?temperature=2 HTTP/1.1\r\nHost: x\r\nContent-Length: {len(sound)}\r\n\r\n"
+            head = f"POST /continue?temperature=2 HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(sound)}\r\n\r\n"
             connection.sendall(head.encode() + sound)
             wait_for(lambda: not server.service.engine.idle)
             wait_for(lambda: server.service.engine.idle)
@@ -234,13 +233,31 @@ def test_clients_that_stall_are_closed(lm, sound, monkeypatch):
 
 def test_connections_are_bounded(lm, monkeypatch):
     monkeypatch.setattr(demo_server, "MAX_CONNECTIONS", 2)
+    """The one that is waited for the longest makes room, so that silent ones lock nobody out."""
     with running(lm) as server, contextlib.ExitStack() as stack:
-        for _ in range(2):
-            stack.enter_context(socket.create_connection(server.server_address, timeout=30))
-        assert send_raw(server, b"") == b""
-        stack.close()
-        wait_for(lambda: not server.server_state.connections)
+        silent = []
+        for number in range(2):
+            silent.append(stack.enter_context(socket.create_connection(server.server_address, timeout=30)))
+            silent[number].sendall(b"GET / HT")
+            wait_for(lambda number=number: len(server.server_state.connections) == number + 1)
         assert ask(server, "GET", "/info")[0] == 200
+        with contextlib.suppress(ConnectionResetError):
+            assert silent[0].recv(1) == b""
+        silent[1].sendall(b"TP/1.1\r\nHost: localhost\r\n\r\n")
+        assert silent[1].recv(12) == b"HTTP/1.1 200"
+
+
+def test_a_client_that_sends_a_byte_now_and_then_is_closed(lm, monkeypatch):
+    monkeypatch.setattr(demo_server, "STALL_SECONDS", 0.5)
+    with running(lm) as server, socket.create_connection(server.server_address, timeout=30) as connection:
+        begin, closed = time.monotonic(), False
+        while not closed and time.monotonic() - begin < 20:
+            time.sleep(0.1)
+            try:
+                connection.sendall(b"G")
+            except ConnectionError:
+                closed = True
+        assert closed
 
 
 def test_more_than_the_places_are_turned_away(server, sound):
@@ -254,7 +271,7 @@ def test_more_than_the_places_are_turned_away(server, sound):
 
 def test_a_large_file_is_refused_before_it_is_read(server):
     with socket.create_connection(server.server_address, timeout=30) as connection:
-        connection.sendall(b"POST /continue HTTP/1.1\r\nHost: x\r\nContent-Length: 30000000\r\n\r\n")
+        connection.sendall(b"POST /continue HTTP/1.1\r\nHost: localhost\r\nContent-Length: 30000000\r\n\r\n")
         answer = b"".join(iter(lambda: connection.recv(1 << 16), b""))
     assert b" 413 " in answer
     assert b"30.0 MB, and at most 0.2 MB" in answer
@@ -266,7 +283,7 @@ def test_a_large_file_is_refused_before_it_is_read(server):
 
 def test_an_upload_has_a_length_and_keeps_it(server, monkeypatch):
     def send(head: str, body: bytes = b"") -> bytes:
-        return send_raw(server, f"POST /continue HTTP/1.1\r\nHost: x\r\n{head}\r\n\r\n".encode() + body)
+        return send_raw(server, f"POST /continue HTTP/1.1\r\nHost: localhost\r\n{head}\r\n\r\n".encode() + body)
 
     monkeypatch.setattr(demo_server, "STALL_SECONDS", 0.2)
     assert b" 411 " in send("Transfer-Encoding: chunked", b"5\r\nabcde\r\n0\r\n\r\n")
@@ -320,6 +337,7 @@ def test_bad_files(server, sound):
         sentence = error_of(server, f"name={name}", b"not audio")
         assert sentence.startswith(f"{said}: not a readable audio file") and "\n" not in sentence
     assert "a.flac: " in error_of(server, "name=a.flac", sound[: len(sound) // 2])
+    assert error_of(server, "name=a.flac", b"") == "a.flac: the file is empty."
 
 
 # Addresses
@@ -333,7 +351,7 @@ def test_page_info_and_example(server, lm):
     assert (headers["X-Content-Type-Options"], headers["Referrer-Policy"]) == ("nosniff", "no-referrer")
     assert b"http://" not in content.replace(b"http://www.w3.org/", b"") and b"https://" not in content
     info = json.loads(ask(server, "GET", "/info")[2])
-    assert info["model"] == lm.name
+    assert Path(lm.name).is_absolute() and info["model"] == "model"
     assert (info["max_seconds"], info["max_requests"], info["max_bytes"]) == (2.96, 2, 200_000)
     assert load_audio(ask(server, "GET", "/example")[2]).numel() == 12_000
 
@@ -359,10 +377,10 @@ def test_other_methods_are_refused(server, method):
 @pytest.mark.parametrize(
     ("request_line", "status"),
     [
-        (b"GET //[x HTTP/1.1\r\nHost: x\r\n\r\n", b"404"),
-        (b"POST http://[::1 HTTP/1.1\r\nHost: x\r\n\r\n", b"404"),
-        (b"POST /continue?\xff\xfe HTTP/1.1\r\nHost: x\r\n\r\n", b"400"),
-        (b"POST /continue HTTP/1.1\r\nHost: x\r\nOrigin: http://[::1\r\n\r\n", b"403"),
+        (b"GET //[x HTTP/1.1\r\nHost: localhost\r\n\r\n", b"404"),
+        (b"POST http://[::1 HTTP/1.1\r\nHost: localhost\r\n\r\n", b"404"),
+        (b"POST /continue?\xff\xfe HTTP/1.1\r\nHost: localhost\r\n\r\n", b"400"),
+        (b"POST /continue HTTP/1.1\r\nHost: localhost\r\nOrigin: http://[::1\r\n\r\n", b"403"),
         (b"GET /" + b"a" * 70_000, b"400"),
         (b"GET / HTTP/1.1" + b"\r\nA: b" * 20_000, b"400"),
     ],
@@ -376,6 +394,30 @@ def test_malformed_requests_are_answered(server, request_line, status):
 def test_pages_of_other_addresses_are_refused(server, sound):
     assert ask(server, "POST", "/continue", sound, {"Origin": "http://elsewhere.example"})[0] == 403
     assert ask(server, "POST", "/continue", sound, {"Origin": server.address})[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("evil.example", 421),
+        ("evil.example:7860", 421),
+        ("localhost.evil.example", 421),
+        ("127.0.0.1.evil.example", 421),
+        ("[::1", 421),
+        ("localhost:1", 200),
+        ("LOCALHOST", 200),
+        ("192.168.0.7:7860", 200),
+        ("[::1]:7860", 200),
+        ("box.example:80", 200),
+    ],
+)
+def test_a_name_that_is_not_the_servers_is_refused(lm, host, status):
+    """Its page could have been loaded from elsewhere, and be of the same origin for the browser."""
+    with running(lm, allowed_hosts=["box.example"]) as server:
+        for method, path in (("GET", "/info"), ("POST", "/continue?max_seconds=1")):
+            found, _, content = ask(server, method, path, headers={"Host": host, "Origin": f"http://{host}"})
+            assert found == status
+        assert (status == 200) == (b"error" not in content)
 
 
 # What goes wrong later

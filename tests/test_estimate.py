@@ -19,7 +19,6 @@ from torchtitan.config.job_config import ActivationCheckpoint, JobConfig
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.estimate import (
     MODEL_SIZES,
-    Precision,
     block_activations,
     built_in_size,
     checkpoint_bytes,
@@ -104,7 +103,7 @@ def saved_bytes(block: TransformerBlock, rows: int, length: int, dtype: torch.dt
 )
 def test_activations_of_a_block(args, rows, length, dtype):
     block = TransformerBlock(args).to(dtype)
-    expected = sum(block_activations(args, rows, length, Precision(dtype.itemsize, cuda=False)).values())
+    expected = block_activations(args, rows, length, dtype.itemsize, cuda=False)
     assert saved_bytes(block, rows, length, dtype) == pytest.approx(expected, rel=0.05)
 
 
@@ -114,7 +113,7 @@ def test_activations_under_checkpointing():
     kept = {}
     for mode in (ActivationCheckpoint("none"), ActivationCheckpoint("full"), ActivationCheckpoint("selective", "2")):
         config.activation_checkpoint = mode
-        kept[mode.mode] = kept_activations(SMALL, config, 2, 32, Precision(4, cuda=False), 4)[0]
+        kept[mode.mode] = kept_activations(SMALL, config, 2, 32, 4, 4, cuda=False)[0]
     assert kept["full"] == 4 * 2 * 32 * 64 * 4
     assert kept["selective"] == (kept["none"] + kept["full"]) / 2
 

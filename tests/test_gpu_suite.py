@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from torchtitan.tools.errors import UserError, run_command
+
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "benchmarks" / "gpu.py"
 PARTS = {"paths", "training", "generation", "codec", "evaluation", "run"}
@@ -88,10 +90,10 @@ def test_a_case_that_ends_badly_ends_alone(gpu, tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("CHILD", str(tmp_path / "child"))
     cases = [
-        gpu.Case(f"some/{name}", name, 3 if name == "hangs" else 60, module="stand_ins")
+        gpu.Case(f"some/{name}", f"stand_ins.{name}", 3 if name == "hangs" else 60)
         for name in ("fails", "killed", "hangs", "differs", "works")
     ]
-    monkeypatch.setattr(gpu, "CASES", (*cases, gpu.Case("other/works", "works", 60, module="stand_ins")))
+    monkeypatch.setattr(gpu, "CASES", (*cases, gpu.Case("other/works", "stand_ins.works", 60)))
     assert gpu.main(["--smoke", "--output", str(tmp_path / "out")]) == 1
     found = json.loads((tmp_path / "out" / "some.json").read_text())["cases"]
     assert found["works"]["ok"] and (found["works"]["first"], found["works"]["second"]) == (1, 2)
@@ -121,8 +123,8 @@ def test_what_the_time_does_not_suffice_for_is_named(gpu, tmp_path, monkeypatch,
     (tmp_path / "stand_ins.py").write_text(CASES)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("CHILD", str(tmp_path / "child"))
-    hanging = gpu.Case("some/hangs", "hangs", 60, module="stand_ins")
-    monkeypatch.setattr(gpu, "CASES", (hanging, gpu.Case("some/works", "works", 60, module="stand_ins")))
+    hanging = gpu.Case("some/hangs", "stand_ins.hangs", 60)
+    monkeypatch.setattr(gpu, "CASES", (hanging, gpu.Case("some/works", "stand_ins.works", 60)))
     out = tmp_path / "out"
     out.mkdir()
     (out / "some.json").write_text('{"part": "some", "cases": {"hangs": {"ok": true}}}')
@@ -183,18 +185,16 @@ def children(process: int) -> str:
     ],
 )
 def test_wrong_options_are_one_sentence(gpu, options, sentence, capsys):
-    try:
-        code = gpu.main(list(options))
-    except SystemExit as ended:
-        code = ended.code
-    assert code == 2
+    with pytest.raises(SystemExit) as ended:
+        run_command(lambda: gpu.main(list(options)))
+    assert ended.value.code == 2
     assert sentence in capsys.readouterr().err
 
 
-def test_without_a_gpu_full_sizes_are_refused(gpu, tmp_path, capsys, monkeypatch):
+def test_without_a_gpu_full_sizes_are_refused(gpu, tmp_path, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert gpu.main(["--output", str(tmp_path / "new")]) == 2
-    assert "there is no GPU here; --smoke shows" in capsys.readouterr().err
+    with pytest.raises(UserError, match="there is no GPU here; --smoke shows"):
+        gpu.main(["--output", str(tmp_path / "new")])
     assert not (tmp_path / "new").exists()
 
 

@@ -1,5 +1,6 @@
 """Continuing a prompt: whole frames by construction, bounds, seeds, and the command line around them."""
 
+import contextlib
 import functools
 import http.server
 import importlib.util
@@ -7,9 +8,11 @@ import json
 import math
 import os
 import re
+import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -361,3 +364,41 @@ def test_prompt_from_an_address(server, prompt_file, monkeypatch):
     monkeypatch.setattr(inference, "DOWNLOAD_MAX_BYTES", 10_000)
     with pytest.raises(UserError, match="larger than"):
         inference.download(f"{address}/prompt.wav")
+
+
+@pytest.mark.parametrize("target", ["ftp://127.0.0.1/x.wav", "file:///etc/passwd", "data:,x"])
+def test_an_address_leads_to_http_only(tmp_path, monkeypatch, target):
+    class Redirecting(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(302)
+            self.send_header("Location", target)
+            self.end_headers()
+
+        def log_message(self, *args):
+            pass
+
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Redirecting) as httpd:
+        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        with pytest.raises(UserError, match=r"redirects to ftp, and only|Redirection to url .* is not allowed"):
+            inference.download(f"http://127.0.0.1:{httpd.server_port}/x.wav")
+        httpd.shutdown()
+
+
+def test_the_time_limit_of_a_download_covers_its_headers(monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr(inference, "DOWNLOAD_MAX_SECONDS", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def trickle():
+            connection = listener.accept()[0]
+            with contextlib.suppress(OSError), connection:
+                for _ in range(200):
+                    connection.sendall(b"H")
+                    time.sleep(0.1)
+
+        threading.Thread(target=trickle, daemon=True).start()
+        begin = time.monotonic()
+        with pytest.raises(UserError, match="the download took more than"):
+            inference.download(f"http://127.0.0.1:{listener.getsockname()[1]}/x.wav")
+        assert time.monotonic() - begin < 10

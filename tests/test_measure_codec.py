@@ -14,7 +14,14 @@ import torch
 
 from scripts.measure_codec import command
 from torchtitan.audio.codec import Codec
-from torchtitan.codec_training.judging.clips import Clip, Word, held_out_clips, pair_clips, spoken_words, training_clips
+from torchtitan.codec_training.judging.clips import (
+    VoicedClip,
+    Word,
+    held_out_clips,
+    pair_clips,
+    spoken_words,
+    training_clips,
+)
 from torchtitan.codec_training.judging.codes import Labelled, code_use, count_pairs, entropy, information
 from torchtitan.codec_training.judging.hearing import (
     Classifier,
@@ -26,7 +33,7 @@ from torchtitan.codec_training.judging.hearing import (
     score,
     speaks,
 )
-from torchtitan.codec_training.judging.judge import Judge
+from torchtitan.codec_training.judging.judge import CodecJudge
 from torchtitan.codec_training.judging.measure import load_model
 from torchtitan.codec_training.voices import VOICES
 from torchtitan.tools.errors import UserError, run_command
@@ -66,13 +73,13 @@ def model(tmp_path_factory, save_speech_model) -> Path:
 
 
 @pytest.fixture(scope="module")
-def held_out(speech) -> list[Clip]:
+def held_out(speech) -> list[VoicedClip]:
     return held_out_clips(speech)
 
 
 @pytest.fixture(scope="module")
-def judge(speech, held_out) -> Judge:
-    return Judge(Codec.load(CODEC, 8), training_clips(speech), held_out, 0)
+def judge(speech, held_out) -> CodecJudge:
+    return CodecJudge(Codec.load(CODEC, 8), training_clips(speech), held_out, 0)
 
 
 def run(monkeypatch, *arguments: str | Path) -> int:
@@ -292,14 +299,14 @@ def test_clean_voices_are_heard(judge):
 
 
 def test_pairs_in_another_order_are_not_judged(judge, lm, speech):
-    pairs = [Clip(clip.waveform, (clip.voice + 1) % 3) for clip in pair_clips(speech, 3)]
+    pairs = [VoicedClip(clip.waveform, (clip.voice + 1) % 3) for clip in pair_clips(speech, 3)]
     assert "do not take turns" in judge.continuations(lm, pairs)["skipped"]
 
 
 def test_a_voice_without_training_clips_is_named(speech, held_out):
     training = [clip for clip in training_clips(speech) if clip.voice != 1]
     with pytest.raises(UserError, match="voice ben is held out, but no training clip has it"):
-        Judge(Codec.load(CODEC, 8), training, held_out, 0)
+        CodecJudge(Codec.load(CODEC, 8), training, held_out, 0)
 
 
 # The command

@@ -132,7 +132,7 @@ def attend_by(monkeypatch):
             assert used[-1] == {"lengths": "lengths", "mask": "mask"}.get(way, "offsets")
             return documents
 
-        monkeypatch.setattr("torchtitan.models.llama3.model.find_documents", find)
+        monkeypatch.setattr(model, "find_documents", find)
         return model
 
     return choose
@@ -280,8 +280,8 @@ def test_rotary_positions_begin_anew_with_each_document(make_model, attend_by, w
     for cos, sin in seen:
         for row in range(len(tokens)):
             for column in range(ROW):
-                assert torch.equal(cos[row, 0, column], model.rope_cos[positions[row, column]])
-                assert torch.equal(sin[row, 0, column], model.rope_sin[positions[row, column]])
+                assert torch.equal(cos[row, 0, column], model.rotary.cos[positions[row, column]])
+                assert torch.equal(sin[row, 0, column], model.rotary.sin[positions[row, column]])
 
 
 @pytest.mark.parametrize(

@@ -280,7 +280,8 @@ def test_any_damaged_byte_is_refused_or_harmless(copied):
     assert found > 100
 
 
-def test_damaged_codes_are_found_by_verify(copied):
+@pytest.mark.parametrize("read", [ShardedCodes.verify, lambda codes: codes.codes(7)])
+def test_damaged_codes_are_found_before_any_of_the_shard_are_used(copied, read):
     path = Path(copied[1])
     contents = bytearray(path.read_bytes())
     place = contents.index(EXPECTED[6].codes.tobytes())
@@ -288,7 +289,20 @@ def test_damaged_codes_are_found_by_verify(copied):
     path.write_bytes(contents)
     codes = ShardedCodes(copied)
     with pytest.raises(ShardError, match=r"00001-of-00003.arrow: the shard is damaged \(its codes have another"):
-        codes.verify()
+        read(codes)
+    assert np.array_equal(codes.codes(0), EXPECTED[0].codes)
+
+
+@pytest.mark.parametrize("code", [2048, 65_535])
+def test_codes_that_no_codebook_has_are_refused(tmp_path, code):
+    """The id of code 2048 of the first quantizer would be that of <audio>."""
+    frames = np.full((3, 4), code, np.uint16)
+    write_part(tmp_path / "part", [Recording("a", frames, 0.24, None, "s")], {"failed": [], "left_out": 0})
+    codec = dict.fromkeys(("audio_tokenizer", "codec_fingerprint", "codec_padding", "codec_window"), "x")
+    header = {"format": 1, "num_quantizers": 4, **codec, "source": {"name": "s"}, "shard": 0, "of": 1, "rows": [0, 1]}
+    merge_parts([tmp_path / "part"], tmp_path / shard_name(0, 1), header)
+    with pytest.raises(ShardError, match=rf"00000-of-00001\.arrow: the shard holds the code {code}"):
+        ShardedCodes(find_shards(tmp_path)).codes(0)
 
 
 def test_lengths_that_contradict_the_codes_are_refused(copied):

@@ -55,7 +55,7 @@ def test_the_converted_model_gives_the_trainers_logits(arguments, tmp_path, mimi
 
     args = Llama3Args(**read_state(checkpoint)["model_args"])
     ours = Llama3(args).eval()
-    ours.reset_buffers(128, torch.device("cpu"))
+    ours.rotary.reset(128, torch.device("cpu"))
     ours.load_state_dict(load_full_parameters(checkpoint), strict=False)
     theirs, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
     assert theirs.config.vocab_size == len(tokenizer) == args.vocab_size

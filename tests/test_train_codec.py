@@ -23,7 +23,7 @@ from torchtitan.codec_training.data import Speech, normalised_mfcc
 from torchtitan.codec_training.optimizer import Schedule
 from torchtitan.codec_training.options import FROM_SCRATCH, Options
 from torchtitan.codec_training.spectra import Discriminators, mel_spectrum, spectral_loss
-from torchtitan.codec_training.training import Training, train
+from torchtitan.codec_training.training import CodecTrainer, train
 from torchtitan.tools.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -136,7 +136,7 @@ def test_stopped_run_ends_as_an_uninterrupted_one(trained, data, tmp_path, stop,
     class Stopped(Exception):
         pass
 
-    show = Training.show
+    show = CodecTrainer.show
 
     def show_or_stop(self, bar, figures):
         if self.step > stop:
@@ -144,7 +144,7 @@ def test_stopped_run_ends_as_an_uninterrupted_one(trained, data, tmp_path, stop,
         show(self, bar, figures)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Training, "show", show_or_stop)
+        patch.setattr(CodecTrainer, "show", show_or_stop)
         with pytest.raises(Stopped):
             train(options(data, tmp_path / "mimi"))
     # A codec is there as soon as its codes are final.
@@ -258,7 +258,7 @@ def test_common_entries_are_fitted_to_the_last_data_set(trained, data, tmp_path,
     given.data.insert(0, str(tmp_path / "silence"))
     if stop is not None:
         with monkeypatch.context() as patch:
-            patch.setattr(Training, "show", lambda self, *_: 1 / (stop - self.step))
+            patch.setattr(CodecTrainer, "show", lambda self, *_: 1 / (stop - self.step))
             with pytest.raises(ZeroDivisionError):
                 train(given)
     train(given)

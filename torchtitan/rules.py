@@ -9,7 +9,7 @@ import os
 from torchtitan.checkpoint.manager import check_saving
 from torchtitan.components.optimizer import check_updates
 from torchtitan.config.job_config import JobConfig
-from torchtitan.config.keys import RANGES, TYPES, Refuse, said, value_of
+from torchtitan.config.keys import RANGES, TYPES, Refuse, row_lengths, said, value_of
 from torchtitan.datasets.sources import check_places, check_tables
 from torchtitan.distributed.parallel_dims import accumulation_steps, check_parallelism
 from torchtitan.models.base import check_flavor
@@ -22,13 +22,8 @@ from torchtitan.tools.hub import HUB_NAME
 def check_samples(config: JobConfig, refuse: Refuse) -> None:
     """Refuse rows in which no frame fits, and what needs samples without a transcription."""
     training, shortest = config.training, config.model.num_quantizers + 3
-    used = {
-        "training.seq_len": True,
-        "validation.seq_len": config.validation.enabled,
-        "evaluation.seq_len": config.evaluation.enable_evaluation,
-    }
-    for key, is_used in used.items():
-        if is_used and value_of(config, key) < shortest:
+    for key, length in row_lengths(config).items():
+        if length < shortest:
             quantizers = config.model.num_quantizers
             refuse(key, f"one frame with model.num_quantizers = {quantizers} needs at least {shortest} tokens")
     if training.long_clips == "split" and training.task != "a2a":

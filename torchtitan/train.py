@@ -47,6 +47,7 @@ from torchtitan.components.optimizer import AnyOptimizer, OptimizerInBackward, b
 from torchtitan.components.profiling import memory_snapshots, profile
 from torchtitan.components.validate import ValidationResult, Validator
 from torchtitan.config.job_config import JobConfig
+from torchtitan.config.keys import row_lengths
 from torchtitan.config_manager import ConfigManager, from_dict, run_name, to_dict
 from torchtitan.datasets.bad_rows import BAD_ROWS_FILE, BadRows
 from torchtitan.datasets.recordings import Ranks
@@ -67,7 +68,7 @@ from torchtitan.eval.data import Task
 from torchtitan.eval.evaluator import Evaluator, find_pairs
 from torchtitan.models.base import BaseModel
 from torchtitan.models.float8 import check_float8
-from torchtitan.models.llama3.parallel_model import DTYPES, ParallelModel, check_split
+from torchtitan.models.llama3.parallel_model import ParallelModel, check_split
 from torchtitan.models.llama3.weights import init_random, load_hf
 from torchtitan.models.loss import IGNORE_INDEX
 from torchtitan.models.mx import check_mx
@@ -75,7 +76,7 @@ from torchtitan.rules import check
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.logging import init_logger, logger, quiet_transformers
 from torchtitan.tools.signals import StopRequest, stop_requests
-from torchtitan.tools.utils import GarbageCollection
+from torchtitan.tools.utils import DTYPES, GarbageCollection
 
 # How long a rank waits for the data of the others.
 DATA_TIMEOUT = timedelta(minutes=30)
@@ -104,7 +105,7 @@ class Trainer:
     inputs: Inputs
     dims: ParallelDims
     device: torch.device
-    data_group: Any  # of all ranks, with the patience that reading data needs
+    data_group: Any  # all ranks, with a long timeout for reading data
     model: ParallelModel
     optimizer: AnyOptimizer
     guard: FiniteGuard
@@ -142,19 +143,17 @@ def find_inputs(config: JobConfig) -> Inputs:
         validation_data = find_data(sources_from_config(config.validation, "validation"), retries, counts)
     model, saving = config.model, config.checkpoint
     codec_settings = (model.audio_tokenizer, model.num_quantizers, model.codec_padding, model.codec_window)
-    shards = [*train_data.shards.values(), *(validation_data.shards.values() if validation_data else ())]
-    for codes in shards:
-        codes.check_codec(*codec_settings, model.resampler)
+    for data in filter(None, (train_data, validation_data)):
+        for codes in data.shards.values():
+            codes.check_codec(*codec_settings, model.resampler)
     if config.profiling.enable_memory_snapshot and not torch.cuda.is_available():
         raise UserError("profiling.enable_memory_snapshot = true: snapshots are of CUDA memory, and there is none.")
     folder = Path(config.job.dump_folder).expanduser() / run_name(config)
     checkpoints = CheckpointManager(folder / saving.folder, saving.keep_latest_k, saving.async_mode)
     latest = checkpoints.latest(saving.load_step) if saving.enable_checkpoint else None
-    initial = (
-        find_start(saving.initial_load_path, saving.initial_load_model_only)
-        if saving.initial_load_path and latest is None
-        else None
-    )
+    initial = None
+    if saving.initial_load_path and latest is None:
+        initial = find_start(saving.initial_load_path, saving.initial_load_model_only)
     if (resumed := latest or (None if saving.initial_load_model_only else initial)) is not None:
         require_same_run(resumed, config)
     codec = None
@@ -168,17 +167,9 @@ def find_inputs(config: JobConfig) -> Inputs:
     check_split(config, base.args)
     check_float8(config)
     check_mx(config)
-    used = {
-        "training": True,
-        "validation": config.validation.enabled,
-        "evaluation": config.evaluation.enable_evaluation,
-    }
-    for section in used:
-        length = getattr(config, section).seq_len
-        if length > base.args.max_seq_len and used[section]:
-            raise UserError(
-                f"{section}.seq_len = {length}: {model.name} was made for rows of at most {base.args.max_seq_len} ids."
-            )
+    for key, length in row_lengths(config).items():
+        if length > base.args.max_seq_len:
+            raise UserError(f"{key} = {length}: {model.name} was made for rows of at most {base.args.max_seq_len} ids.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -186,7 +177,7 @@ def find_inputs(config: JobConfig) -> Inputs:
     return Inputs(config, folder, base, codec, train_data, validation_data, pairs, checkpoints, latest, initial)
 
 
-# What a run cannot change on the way: what a token means and where it is in the data would no longer hold.
+# Settings that a run cannot change on the way: they decide what a token means and where it is in the data.
 FIXED_KEYS = (
     *(f"model.{key}" for key in ("num_quantizers", "audio_tokenizer", "codec_padding", "codec_window", "resampler")),
     *(f"training.{key}" for key in ("task", "max_seconds", "long_clips", "end_cut_clips")),
@@ -217,10 +208,9 @@ def build(inputs: Inputs) -> Trainer:
     """Make the parts of a run, and bring them to where its latest checkpoint left off; called by all ranks."""
     config, base = inputs.config, inputs.base
     device = init_distributed(config.comm, inputs.folder)
-    # Of its own, since reading what is tried again and again may take longer than any other collective.
+    # A group for data alone: reads that are tried again may take longer than any other collective.
     group = dist.new_group(backend="gloo", timeout=DATA_TIMEOUT)
     share_data(inputs, group)
-    # Another rank may have looked a moment later, at a folder that is being written.
     latest, initial = choose_checkpoint(inputs, group)
     seed_everything(config, latest)
 
@@ -228,13 +218,14 @@ def build(inputs: Inputs) -> Trainer:
     first_id = base.stream.base_size if config.training.audio_head else 0
     model = ParallelModel(config, base.args, dims, device, first_id)
     start = latest or initial
+    resumes = start is not None and not is_hf_folder(start)
     if start is None and config.model.pretrained:
         load_hf(model, base.folder, base.known_vocab_size)
-    elif start is not None and is_hf_folder(start):
-        load_hf(model, start, base.args.vocab_size)
-        logger.info("weights loaded from %s", start)
     elif start is None:
         init_random(model, config.training.seed or 0)
+    elif not resumes:
+        load_hf(model, start, base.args.vocab_size)
+        logger.info("weights loaded from %s", start)
     optimizer = build_optimizer(model, config.optimizer)
     guard = FiniteGuard(optimizer, device, group)
 
@@ -256,7 +247,7 @@ def build(inputs: Inputs) -> Trainer:
 
     metrics = MetricsLogger(config, inputs.folder, rank(), device, base.args.flops_per_token)
     trainer = Trainer(inputs, dims, device, group, model, optimizer, guard, loader, validator, evaluator, metrics)
-    if start is not None and not is_hf_folder(start):
+    if start is not None and resumes:
         load(trainer, start, weights_only=latest is None and config.checkpoint.initial_load_model_only)
     logger.info(
         "%s: %s parameters, %d ranks on %s, %d rows a step, run folder %s",
@@ -271,9 +262,9 @@ def build(inputs: Inputs) -> Trainer:
 
 
 def choose_checkpoint(inputs: Inputs, group: Any) -> tuple[Path | None, Path | None]:
-    """What all ranks resume from and, if that is nothing, what they start from; called by all ranks.
+    """The checkpoint to resume from, and what to start from if there is none; called by all ranks.
 
-    A damaged checkpoint is set aside, and the one before it taken.
+    A damaged checkpoint is set aside, and the one before it is taken.
 
     Raises:
         UserError: the one that checkpoint.load_step names, or the one to start from, is damaged.
@@ -465,15 +456,16 @@ def train(trainer: Trainer) -> None:
             microbatches = fetch(trainer, batches, accumulation)
             loss, grad_norm, lr = train_step(trainer, microbatches)
 
-            logs = trainer.step == first_step or trainer.step % config.metrics.log_freq == 0 or trainer.step == steps
-            saves = config.checkpoint.enable_checkpoint and (
-                trainer.step % config.checkpoint.interval == 0
-                or trainer.step == steps
+            last, saving = trainer.step == steps, config.checkpoint
+            logs = trainer.step == first_step or last or trainer.step % config.metrics.log_freq == 0
+            saves = saving.enable_checkpoint and (
+                last
                 or trainer.stops > 0
-                or (trainer.step == 1 and config.checkpoint.enable_first_step_checkpoint)
+                or trainer.step % saving.interval == 0
+                or (trainer.step == 1 and saving.enable_first_step_checkpoint)
             )
-            validates = trainer.validator and (trainer.step % config.validation.freq == 0 or trainer.step == steps)
-            evaluates = trainer.evaluator and (trainer.step % config.evaluation.freq == 0 or trainer.step == steps)
+            validates = trainer.validator and (last or trainer.step % config.validation.freq == 0)
+            evaluates = trainer.evaluator and (last or trainer.step % config.evaluation.freq == 0)
             if logs or saves or validates or evaluates:
                 trainer.guard.settle()
             if logs:
@@ -521,16 +513,12 @@ def fetch(trainer: Trainer, batches: Iterator[Batch], accumulation: int) -> list
             batch.num_tokens * counts, batch.tokens.numel() * counts, batch.num_squares * counts, waited
         )
         if trainer.inputs.config.metrics.save_samples:
-            save_samples(trainer, batch)
+            rows = json.dumps({"step": trainer.step, "rows": batch.keys}, ensure_ascii=False)
+            with (trainer.inputs.folder / f"samples.rank{rank()}.jsonl").open("a") as file:
+                file.write(f"{rows}\n")
         trainer.data_state, trainer.counters = batch.state, batch.counters
         microbatches.append(batch)
     return microbatches
-
-
-def save_samples(trainer: Trainer, batch: Batch) -> None:
-    """Write down which recordings a microbatch of this rank holds, row by row."""
-    with (trainer.inputs.folder / f"samples.rank{rank()}.jsonl").open("a") as file:
-        file.write(json.dumps({"step": trainer.step, "rows": batch.keys}, ensure_ascii=False) + "\n")
 
 
 def train_step(trainer: Trainer, microbatches: list[Batch]) -> tuple[torch.Tensor, torch.Tensor, float]:
@@ -538,23 +526,22 @@ def train_step(trainer: Trainer, microbatches: list[Batch]) -> tuple[torch.Tenso
 
     The loss of every target of the step, on whichever rank and in whichever microbatch, has the same weight.
     """
-    config, device = trainer.inputs.config, trainer.device
+    config = trainer.inputs.config
     targets = sum(int((batch.targets != IGNORE_INDEX).sum()) for batch in microbatches)
     tokens = sum(batch.num_tokens for batch in microbatches)
     counted = [float(count * trainer.dims.counts_rows) for count in (targets, tokens)]
-    # The first collective after the data were fetched: here the ranks wait for the last one's.
+    # The first collective after the data are fetched: here all ranks wait for the slowest one.
     targets, tokens, trainer.stops = sum_over_ranks([*counted, float(bool(trainer.stop))], trainer.data_group)
     trainer.tokens_seen += int(tokens)
-    lr = config.optimizer.lr * lr_factor(
-        trainer.step - trainer.schedule_start, config.training.steps - trainer.schedule_start, config.lr_scheduler
-    )
+    step, steps = (n - trainer.schedule_start for n in (trainer.step, config.training.steps))
+    lr = config.optimizer.lr * lr_factor(step, steps, config.lr_scheduler)
     for group in trainer.optimizer.param_groups:
         group["lr"] = lr
 
     def backward(batch: Batch) -> torch.Tensor:
         return trainer.model.backward(batch.tokens, batch.targets, batch.positions, targets)
 
-    total = torch.zeros((), device=device)
+    total = torch.zeros((), device=trainer.device)
     for batch in microbatches[:-1]:
         total += backward(batch)
     if isinstance(trainer.optimizer, OptimizerInBackward):
@@ -579,23 +566,27 @@ def report(trainer: Trainer, loss: torch.Tensor, grad_norm: torch.Tensor, lr: fl
     trainer.metrics.report(trainer.step, mean, grad_norm.item(), lr, asdict(trainer.counters))
 
 
+def publish(trainer: Trainer, figures: dict[str, float], message: str, *values: Any) -> None:
+    """Log a message that begins with the step, and write its figures."""
+    extra = {"figures": {"step": trainer.step, **figures}}
+    logger.info(f"step: %d  {message}", trainer.step, *values, extra=extra)
+    trainer.metrics.write(trainer.step, figures)
+
+
 def validate(trainer: Trainer) -> None:
     """Run the validation and log it."""
     assert trainer.validator is not None
-    result = trainer.validator.run(trainer.model.losses)
-    trainer.validation = result
+    result = trainer.validation = trainer.validator.run(trainer.model.losses)
     by_quantizer = {f"validation/loss_q{q}": loss for q, loss in enumerate(result.quantizers)}
-    figures = {"validation/loss": result.loss, "validation/code_entropy": result.entropy, **by_quantizer}
-    logger.info(
-        "step: %d  validation loss: %.4f  by quantizer: %s  (%s targets; entropy of the codes: %.4f)",
-        trainer.step,
+    publish(
+        trainer,
+        {"validation/loss": result.loss, "validation/code_entropy": result.entropy, **by_quantizer},
+        "validation loss: %.4f  by quantizer: %s  (%s targets; entropy of the codes: %.4f)",
         result.loss,
         " ".join(f"{loss:.3f}" for loss in result.quantizers),
         f"{result.num_targets:,}",
         result.entropy,
-        extra={"figures": {"step": trainer.step, **figures}},
     )
-    trainer.metrics.write(trainer.step, figures)
 
 
 def evaluate(trainer: Trainer) -> None:
@@ -603,18 +594,15 @@ def evaluate(trainer: Trainer) -> None:
     assert trainer.evaluator is not None
     result = trainer.evaluator.run(trainer.model.losses)
     by_task = {f"evaluation/accuracy_{name}": accuracy for name, accuracy in result.by_task.items()}
-    figures = {"evaluation/accuracy": result.accuracy, **by_task}
-    error = "" if result.standard_error is None else f" +- {100 * result.standard_error:.1f}"
-    logger.info(
-        "step: %d  evaluation: %.1f%%%s of %d pairs  %s",
-        trainer.step,
+    publish(
+        trainer,
+        {"evaluation/accuracy": result.accuracy, **by_task},
+        "evaluation: %.1f%%%s of %d pairs  %s",
         100 * result.accuracy,
-        error,
+        "" if result.standard_error is None else f" +- {100 * result.standard_error:.1f}",
         result.pairs,
         "  ".join(f"{name}: {100 * accuracy:.0f}%" for name, accuracy in result.by_task.items()),
-        extra={"figures": {"step": trainer.step, **figures}},
     )
-    trainer.metrics.write(trainer.step, figures)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""The part `tokenizer` of the assets, a base model folder without weights: tokenizer and config."""
+"""The part `tokenizer` of the assets: a base model folder with tokenizer and config, without weights."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
 VOCABULARY = 512
 ROPE_THETA = 500_000.0
 CONTEXT = 4096  # tokens
-# Words, digits by threes, punctuation, white space: pieces are never merged across these bounds.
+# Words, up to three digits, punctuation, white space: tokens do not cross these bounds.
 WORD_PATTERN = r"(?i:'(?:s|t|re|ve|m|ll|d))|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+"
 
 

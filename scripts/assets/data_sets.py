@@ -4,11 +4,10 @@ import random
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import soundfile
 from tqdm import tqdm
 
-from scripts.assets.sound import AUDIO, CORPUS_SCHEMA, encode_audio, noise, switch, with_noise, with_room, write_table
+from scripts.assets.sound import corpus_row, encode_audio, noise, switch, with_noise, with_room, write_table
 from scripts.assets.texts import MOODS, PROMPT_TEXT, SCENES, corpus_text, counting, sentence, split_texts
 from torchtitan.codec_training.voices import PROMPT_SECONDS, STORED_RATE, VOICES, WEEKDAYS, Voice, resample, say, speak
 from torchtitan.eval.suites import SALMON
@@ -24,7 +23,7 @@ NON_WORDS = (
     "september tembersep,october berocto"
 ).split(",")
 PROMPT_SAMPLES = round(PROMPT_SECONDS * STORED_RATE)
-# Declared sample rates of espeak-ng's 22,050 Hz output: the others change formants, pitch and tempo together.
+# Sample rates declared for espeak-ng's output of 22,050 Hz: the others change formants, pitch and tempo together.
 WARPED_RATES = (19_200, 20_000, 21_000, 22_050, 23_000, 24_500)
 VARIANTS = "m1 m2 m3 m4 m5 m6 m7 m8 f1 f2 f3 f4 f5 klatt klatt2 klatt3 klatt4 Andy Annie Alex Steph Mike Gene".split()
 
@@ -32,20 +31,18 @@ VARIANTS = "m1 m2 m3 m4 m5 m6 m7 m8 f1 f2 f3 f4 f5 klatt klatt2 klatt3 klatt4 An
 def build_salmon(folder: Path, texts: list[str], rng: random.Random) -> None:
     """The eight tasks of SALMon. Positive and negative of a consistency pair share their first half."""
     noise_rng = np.random.default_rng(rng.randrange(2**32))
-    women = [voice for voice in VOICES if voice.gender == "female"]
-    men = [voice for voice in VOICES if voice.gender == "male"]
     domains = (("rain", "wind"), ("engine", "hum"))
 
     def halves(
         text: str, first: tuple[Voice, str], right: tuple[Voice, str], wrong: tuple[Voice, str]
     ) -> tuple[np.ndarray, np.ndarray]:
-        """One first half, followed by the second half spoken rightly and wrongly, at the same level."""
+        """The first half, followed by the second half in the right and in the wrong way, at the same level."""
         spoken = text.split()
         begin, end = (" ".join(part) for part in (spoken[: len(spoken) // 2], spoken[len(spoken) // 2 :]))
         start = say(begin, *first, rng)
         peak = np.abs(start).max()
-        good, bad = (say(end, *how, rng) for how in (right, wrong))
-        good, bad = (np.concatenate([start, wave * (peak / np.abs(wave).max())]) for wave in (good, bad))
+        ends = [say(end, *how, rng) for how in (right, wrong)]
+        good, bad = (np.concatenate([start, wave * (peak / np.abs(wave).max())]) for wave in ends)
         return good, bad
 
     def pair(task: str, index: int) -> tuple[np.ndarray, np.ndarray]:
@@ -55,11 +52,11 @@ def build_salmon(folder: Path, texts: list[str], rng: random.Random) -> None:
             first, second = rng.sample(["happy", "sad"], 2)
             return halves(text, (voice, first), (voice, first), (voice, second))
         if task == "speaker_consistency":
-            group = [other for other in VOICES if other != voice]
-            return halves(text, plain, plain, (rng.choice(group), "neutral"))
+            others = [other for other in VOICES if other != voice]
+            return halves(text, plain, plain, (rng.choice(others), "neutral"))
         if task == "gender_consistency":
-            group = men if voice.gender == "female" else women
-            return halves(text, plain, plain, (rng.choice(group), "neutral"))
+            others = [other for other in VOICES if other.gender != voice.gender]
+            return halves(text, plain, plain, (rng.choice(others), "neutral"))
         if task == "sentiment_alignment":
             right, wrong = rng.sample(["happy", "sad"], 2)
             text = MOODS[right][index % len(MOODS[right])]
@@ -80,30 +77,25 @@ def build_salmon(folder: Path, texts: list[str], rng: random.Random) -> None:
         one, other = (with_noise(wave, noise(kind, len(wave), noise_rng), 8.0) for kind in (first, second))
         return one, switch(one, other)
 
-    schema = [("task", pa.string()), ("ind", pa.int64()), ("positive_audio", AUDIO), ("negative_audio", AUDIO)]
     for task in tqdm(SALMON.tasks, desc="SALMon", mininterval=5):
         rows = []
         for index in range(MANY_PAIRS if task in MANY else FEW_PAIRS):
-            good, bad = pair(task, index)
-            positive, negative = (
-                encode_audio(wave, f"sample_{index}_{side}.ogg") for side, wave in enumerate((good, bad))
-            )
-            rows.append({"task": task, "ind": index, "positive_audio": positive, "negative_audio": negative})
-        write_table(folder / task / "train-00000-of-00001.parquet", rows, schema)
+            clips = [encode_audio(wave, f"sample_{index}_{side}.ogg") for side, wave in enumerate(pair(task, index))]
+            rows.append({"task": task, "ind": index, "positive_audio": clips[0], "negative_audio": clips[1]})
+        write_table(folder / task, rows)
 
 
 def build_pairs(folder: Path, texts: list[str], rng: random.Random) -> None:
     """sWUGGY (word or not), sBLIMP (in order or not), sStoryCloze and tStoryCloze (continued rightly or not)."""
-    pair_schema = [("positive", AUDIO), ("negative", AUDIO)]
 
-    def row(index: int, voice: Voice, positive: str, negative: str) -> dict:
+    def row(index: int, voice: Voice, *texts: str) -> dict:
         manner = rng.random()  # both in the same pitch, speed and level
-        clips = (say(text, voice, "neutral", random.Random(manner)) for text in (positive, negative))
-        positive_audio, negative_audio = (encode_audio(clip, f"{index}_{side}.ogg") for side, clip in enumerate(clips))
-        return {"positive": positive_audio, "negative": negative_audio}
+        waves = [say(text, voice, "neutral", random.Random(manner)) for text in texts]
+        sides = zip(("positive", "negative"), waves, strict=True)
+        return {side: encode_audio(wave, f"{index}_{n}.ogg") for n, (side, wave) in enumerate(sides)}
 
     rows = [row(i, VOICES[i % len(VOICES)], *pair.split(" ", 1)) for i, pair in enumerate(NON_WORDS)]
-    write_table(folder / "sWUGGY" / "train-00000-of-00001.parquet", rows, pair_schema)
+    write_table(folder / "sWUGGY", rows)
 
     rows = []
     for item in tqdm(range(MANY_PAIRS), desc="sBLIMP", mininterval=5):
@@ -114,26 +106,23 @@ def build_pairs(folder: Path, texts: list[str], rng: random.Random) -> None:
             rng.shuffle(shuffled)
         entry = row(item, voice, " ".join(ordered), " ".join(shuffled))
         rows.append({"id": item, **entry, "voice": voice.name, "type": "counting", "subtype": f"from_{ordered[0]}"})
-    schema = [("id", pa.int64()), *pair_schema, ("voice", pa.string()), ("type", pa.string()), ("subtype", pa.string())]
-    write_table(folder / "sBLIMP" / "train-00000-of-00001.parquet", rows, schema)
+    write_table(folder / "sBLIMP", rows)
 
     near, far = [], []
     for index in range(16):
         start, voice = rng.randint(1, 8), VOICES[index % len(VOICES)]
-        prompt = " ".join(counting(start, 4))
-        right = " ".join(counting(start + 4, 3))
+        prompt, right = counting(start, 4), counting(start, 7)
         wrong_start = rng.choice([n for n in range(1, 18) if abs(n - start - 4) > 2])
-        near.append(row(index, voice, f"{prompt} {right}", f"{prompt} {' '.join(counting(wrong_start, 3))}"))
-        unrelated = " ".join(rng.sample(WEEKDAYS, 3))
-        far.append(row(index, voice, f"{prompt} {right}", f"{prompt} {unrelated}"))
-    write_table(folder / "sStoryCloze" / "train-00000-of-00001.parquet", near, pair_schema)
-    write_table(folder / "tStoryCloze" / "train-00000-of-00001.parquet", far, pair_schema)
+        near.append(row(index, voice, right, f"{prompt} {counting(wrong_start, 3)}"))
+        far.append(row(index, voice, right, f"{prompt} {' '.join(rng.sample(WEEKDAYS, 3))}"))
+    write_table(folder / "sStoryCloze", near)
+    write_table(folder / "tStoryCloze", far)
 
 
-def build_train(path: Path, texts: list[str], held_out: set[str], minutes: float, rng: random.Random) -> None:
+def build_train(folder: Path, texts: list[str], held_out: set[str], minutes: float, rng: random.Random) -> None:
     """Training speech in the layout of MLCommons/peoples_speech.
 
-    70 % counts upward; the rest are structured sentences, a third of them about a mood or a scene and spoken so.
+    70 % of the clips count upward. The rest are sentences; a third of these are about a mood or a scene, and sound so.
     """
     noise_rng = np.random.default_rng(rng.randrange(2**32))
     rows: list[dict] = []
@@ -162,14 +151,13 @@ def build_train(path: Path, texts: list[str], held_out: set[str], minutes: float
                 wave = with_noise(wave, noise(scene, len(wave), noise_rng))
             name = f"{voice.name}/{counts[voice.name]:03d}.ogg"
             counts[voice.name] += 1
-            duration_ms = round(len(wave) * 1000 / STORED_RATE)
-            rows.append({"id": name, "audio": encode_audio(wave, name), "duration_ms": duration_ms, "text": text})
-            total_ms += duration_ms
-            bar.update(duration_ms)
-    write_table(path, rows, CORPUS_SCHEMA)
+            rows.append(corpus_row(name, wave, text))
+            total_ms += int(rows[-1]["duration_ms"])
+            bar.update(int(rows[-1]["duration_ms"]))
+    write_table(folder, rows)
 
 
-def build_test(path: Path, texts: list[str], rng: random.Random) -> None:
+def build_test(folder: Path, texts: list[str], rng: random.Random) -> None:
     """Held-out utterances in the layout of openslr/librispeech_asr."""
     rows = []
     for index, text in enumerate(texts):
@@ -178,16 +166,14 @@ def build_test(path: Path, texts: list[str], rng: random.Random) -> None:
         audio = encode_audio(say(text, VOICES[speaker], "neutral", rng), f"{name}.ogg")
         row = {"file": f"{name}.ogg", "audio": audio, "text": text.upper()}
         rows.append({**row, "speaker_id": speaker, "chapter_id": 0, "id": name})
-    schema = [("file", pa.string()), ("audio", AUDIO), ("text", pa.string())]
-    schema += [("speaker_id", pa.int64()), ("chapter_id", pa.int64()), ("id", pa.string())]
-    write_table(path, rows, schema)
+    write_table(folder, rows, "0000.parquet")
 
 
 def build_corpus(folder: Path, minutes: float, seed: int) -> None:
     """Speech for training the small codec, in the layout of MLCommons/peoples_speech, as FLAC at 16 kHz.
 
-    Two thirds are in the assets' voices, the rest in many others; of each, a tenth is in a noise or a room. No text is
-    one of the texts held out by `build_speech` with seed 0, nor the prompt's.
+    Two thirds are in the assets' voices, the rest in many others; a tenth of both is in a noise or a room. The texts
+    that `build_speech` holds out with seed 0, and the prompt's, are left out.
     """
     _, held_counting, held_sentences = split_texts(random.Random(0))
     held_out = {PROMPT_TEXT, *held_counting, *held_sentences}
@@ -212,12 +198,10 @@ def build_corpus(folder: Path, minutes: float, seed: int) -> None:
             elif rng.random() < 0.03:
                 wave = with_room(wave, rng.uniform(0.1, 0.9), noise_rng)
             name = f"{voice.name or voice.variant}/{len(rows):05d}.flac"
-            duration = len(wave) / STORED_RATE
-            audio = encode_audio(wave, name)
-            rows.append({"id": name, "audio": audio, "duration_ms": round(1000 * duration), "text": text})
-            seconds += duration
-            bar.update(round(duration))
-    write_table(folder / "clean" / "train-00000-of-00001.parquet", rows, CORPUS_SCHEMA)
+            rows.append(corpus_row(name, wave, text))
+            seconds += len(wave) / STORED_RATE
+            bar.update(round(len(wave) / STORED_RATE))
+    write_table(folder / "clean", rows)
 
 
 def build_prompts(folder: Path, texts: list[str]) -> None:
@@ -235,11 +219,9 @@ def build_speech(output: Path, minutes: float, seed: int) -> None:
     if PROMPT_TEXT in train_texts:
         train_texts.remove(PROMPT_TEXT)
     held_out = {PROMPT_TEXT, *held_counting, *held_sentences}
-    train_path = speech / "peoples_speech" / "clean" / "train-00000-of-00001.parquet"
-    build_train(train_path, train_texts, held_out, minutes, rng)
-    # 26 counting utterances, the longer ones among them, and 14 sentences.
-    test_texts = held_counting[-26:] + held_sentences
-    build_test(speech / "librispeech_asr" / "clean" / "test" / "0000.parquet", test_texts, rng)
+    build_train(speech / "peoples_speech" / "clean", train_texts, held_out, minutes, rng)
+    # 26 counting utterances, among them the longer ones, and 14 sentences.
+    build_test(speech / "librispeech_asr" / "clean" / "test", held_counting[-26:] + held_sentences, rng)
     short_texts = [text for text in held_counting if len(text.split()) <= 5]
     build_salmon(speech / "SALMon", short_texts, rng)
     build_pairs(speech, short_texts, rng)

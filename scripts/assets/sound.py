@@ -1,4 +1,4 @@
-"""How a clip sounds and is stored: noise, rooms, two clips in one, and the parquet files."""
+"""Noise, rooms, two clips in one, and the parquet files that hold clips."""
 
 import io
 from pathlib import Path
@@ -12,9 +12,7 @@ import torchaudio
 
 from torchtitan.codec_training.voices import STORED_RATE
 
-AUDIO = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-CORPUS_SCHEMA = [("id", pa.string()), ("audio", AUDIO), ("duration_ms", pa.int32()), ("text", pa.string())]
-LOUDEST = 0.95  # amplitude that a louder clip is brought down to
+LOUDEST = 0.95  # amplitude to which louder clips are scaled down
 
 
 def noise(kind: str, samples: int, rng: np.random.Generator) -> np.ndarray:
@@ -65,7 +63,7 @@ def switch(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 
 def encode_audio(wave: np.ndarray, path: str) -> dict[str, bytes | str]:
-    """The struct that data sets hold: the bytes of a file, FLAC or Opus as its name says, and the name."""
+    """The struct that data sets hold: the bytes of a file, FLAC or Opus by its name, and the name."""
     buffer, samples = io.BytesIO(), wave / max(1.0, np.abs(wave).max() / LOUDEST)
     if path.endswith(".flac"):
         soundfile.write(buffer, samples, STORED_RATE, format="FLAC")
@@ -74,8 +72,15 @@ def encode_audio(wave: np.ndarray, path: str) -> dict[str, bytes | str]:
     return {"bytes": buffer.getvalue(), "path": path}
 
 
-def write_table(path: Path, rows: list[dict], schema: list[tuple[str, pa.DataType]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    table = pa.Table.from_pylist(rows, schema=pa.schema(schema))
+def corpus_row(name: str, wave: np.ndarray, text: str) -> dict:
+    """A row in the layout of MLCommons/peoples_speech."""
+    duration_ms = np.int32(round(len(wave) * 1000 / STORED_RATE))
+    return {"id": name, "audio": encode_audio(wave, name), "duration_ms": duration_ms, "text": text}
+
+
+def write_table(folder: Path, rows: list[dict], name: str = "train-00000-of-00001.parquet") -> None:
+    """A parquet file whose columns have the types of the rows' values."""
+    folder.mkdir(parents=True, exist_ok=True)
     # Recordings do not repeat, so a dictionary would only take room.
-    pq.write_table(table, path, compression="zstd", compression_level=19, use_dictionary=False, write_statistics=False)
+    options = {"compression": "zstd", "compression_level": 19, "use_dictionary": False, "write_statistics": False}
+    pq.write_table(pa.Table.from_pylist(rows), folder / name, **options)

@@ -10,7 +10,7 @@ SUBJECTS = "the cat,the dog,my sister,your brother,the old man,a little girl,the
 VERBS = "sees hears finds likes follows paints carries draws".split()
 OBJECTS = "a red ball,the green house,an apple,the river,a white horse,the big tree,a warm coat,my blue book".split(",")
 PROMPT_TEXT = "one two three four five six seven eight nine ten"
-# What is said in a happy and in a sad way; what is said in which noise.
+# Texts by mood and by background noise.
 MOODS = {
     "happy": "i am so happy today,what a wonderful day,we won the big game,i love this lovely song,"
     "this is the best news,my friend is coming home".split(","),
@@ -25,8 +25,8 @@ SCENES = {
 }
 
 
-def counting(start: int, length: int) -> list[str]:
-    return [number(n) for n in range(start, start + length)]
+def counting(start: int, length: int) -> str:
+    return " ".join(number(n) for n in range(start, start + length))
 
 
 def sentence(rng: random.Random) -> str:
@@ -43,8 +43,8 @@ def sentence(rng: random.Random) -> str:
 def split_texts(rng: random.Random) -> tuple[list[str], list[str], list[str]]:
     """Counting texts for training, counting texts held out, sentences held out. No text is in two of them.
 
-    Held out are half of the texts of four and of five numbers, which the minimal pairs are made of, and 12 longer ones.
-    Most are long, so that a model that goes on with the first few numbers has something to say.
+    Half of the texts of four and five numbers, from which minimal pairs are made, and 12 longer ones are held out. Most
+    texts are long, so that a model that goes on with the first few numbers has something to say.
     """
     short = [(start, length) for start in range(1, 19) for length in (4, 5)]
     long = [(start, length) for start in range(1, 19) for length in range(6, 15)]
@@ -56,7 +56,7 @@ def split_texts(rng: random.Random) -> tuple[list[str], list[str], list[str]]:
         candidate = sentence(rng)
         if candidate not in sentences and len(candidate.split()) > 3:
             sentences.append(candidate)
-    train_texts, held_texts = ([" ".join(counting(*pair)) for pair in pairs] for pairs in (train, held))
+    train_texts, held_texts = ([counting(*pair) for pair in pairs] for pairs in (train, held))
     return train_texts, held_texts, sentences
 
 
@@ -66,7 +66,7 @@ def corpus_text(rng: random.Random) -> str:
     if kind < 0.3:
         return " ".join(number(rng.randrange(10) if rng.random() < 0.5 else rng.randrange(30)) for _ in range(6))
     if kind < 0.6:
-        return " ".join(counting(rng.randint(1, 18), rng.randint(6, 10)))
+        return counting(rng.randint(1, 18), rng.randint(6, 10))
     if kind < 0.9:
         return f"{sentence(rng)} and {sentence(rng)}"
     everything = [text for group in (*MOODS.values(), *SCENES.values()) for text in group]

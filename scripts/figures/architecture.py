@@ -11,7 +11,7 @@ from torchtitan.tools.errors import UserError
 from torchtitan.tools.plots import Theme
 
 UNITS = 4
-"""Codes a frame in the drawing: one semantic, three acoustic."""
+"""Codes of a frame: one semantic, three acoustic."""
 HEARD = ((12, 907, 3, 1999), (12, 41, 77, 820), (305, 41, 19, 1204), (305, 907, 260, 66), (88, 41, 3, 1433))
 """Codes of the first frames, as an example."""
 MADE = ((88, 310, 27, 1404), (1720, 310, 54, 9), (1720, 12, 27, 611), (461, 310, 8, 1999), (12, 41, 140, 702))
@@ -121,22 +121,22 @@ def draw_codes(drawing: Drawing, top: float, frames: tuple[tuple[int, ...], ...]
 
 
 def draw_stream(drawing: Drawing, top: float, codes_end: float, model: float) -> None:
-    """The tokens: those of the first frame and of the one that is being made, of which the model predicts the third.
+    """The tokens of the first frame and of the new frame, of which the model predicts the third.
 
     Args:
         codes_end: where the frames of codes end, above.
         model: where the model begins, below.
     """
-    theme, height = drawing.theme, 28
-    gap = 5
+    theme, height, gap = drawing.theme, 28, 5
     pitch = (WIDTH - 2 * LEFT + gap) / (3 + 2 * UNITS)
-    names = ["BOS", "<audio>", *_names(HEARD[0]), "…", *_names(MADE[0])]
+    heard, new = ([f"<{code}_{q}>" for q, code in enumerate(codes)] for codes in (HEARD[0], MADE[0]))
+    names = ["BOS", "<audio>", *heard, "…", *new]
     for place, name in enumerate(names):
-        unit = place - 2 if place < 2 + UNITS else place - 3 - UNITS
-        shades = theme.block if place < 2 else theme.acoustic if unit else theme.semantic
+        first = name in (heard[0], new[0])
+        shades = theme.block if place < 2 else theme.semantic if first else theme.acoustic
         x = LEFT + place * pitch
         middle = x + (pitch - gap) / 2
-        made = place - 3 - UNITS
+        made = place - 3 - UNITS  # the place in the new frame
         if name == "…":
             drawing.text(middle, top + height / 2, name, theme.muted)
         else:
@@ -158,7 +158,3 @@ def draw_stream(drawing: Drawing, top: float, codes_end: float, model: float) ->
     curve = f"M{number(x)} {number(y)}C{number(x)} {number(half)} {number(to_x)} {number(half)} "
     drawing.line(f"{curve}{number(to_x)} {number(to_y - 3)}", theme.muted)
     drawing.arrow((to_x, to_y - 3), (to_x, to_y), theme.muted)
-
-
-def _names(codes: tuple[int, ...]) -> list[str]:
-    return [f"<{code}_{quantizer}>" for quantizer, code in enumerate(codes)]

@@ -1,20 +1,18 @@
-"""Benchmarks: how many times as fast as the plain way, from results that were written to files."""
+"""Benchmarks: how many times as fast as the plain way, from files of results."""
 
 import itertools
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from scripts.figures.style import LEFT, WIDTH, Drawing, svg_path
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.plots import Theme
 
 
-@dataclass(frozen=True)
-class Bar:
+class Bar(NamedTuple):
     """What was measured, and how many times as fast as the plain way it is."""
 
     group: str
@@ -22,9 +20,8 @@ class Bar:
     ratio: float
 
 
-@dataclass(frozen=True)
-class Results:
-    """Ratios, what they were measured on, and what helps to read them."""
+class Results(NamedTuple):
+    """Ratios, the machine they were measured on, and a note for the reader."""
 
     machine: str
     note: str
@@ -84,25 +81,23 @@ def read_gpu_results(folder: Path) -> Results:
 
 
 def _gpu_bars(cases: dict[str, dict[str, Any]]) -> Iterator[Bar]:
+    figures = {name: case["figures"] for name, case in cases.items() if "figures" in case}
     for name in ("ours", "ours packed", "ours compiled", "ours packed compiled"):
-        plain = cases.get(f"training/plain{' compiled' if 'compiled' in name else ''}")
-        if (case := cases.get(f"training/{name}")) and plain:
-            ours, theirs = case["figures"], plain["figures"]
+        plain = figures.get(f"training/plain{' compiled' if 'compiled' in name else ''}")
+        if (ours := figures.get(f"training/{name}")) and plain:
             speed = ours["real_tokens_per_second"]
             mfu = "" if ours["mfu_positions"] is None else f", {100 * ours['mfu_positions']:.0f} % MFU"
             how = name.removeprefix("ours").strip() or "as it is"
-            yield Bar("Training", f"{how}: {speed:,.0f} tokens/s{mfu}", speed / theirs["real_tokens_per_second"])
+            yield Bar("Training", f"{how}: {speed:,.0f} tokens/s{mfu}", speed / plain["real_tokens_per_second"])
     for name in ("1 row", "1 row compiled", "8 rows", "64 rows"):
-        if case := cases.get(f"generation/{name}"):
-            ours = case["figures"]
+        if ours := figures.get(f"generation/{name}"):
             label = f"{name}: {ours['ids_per_second']:,.0f} ids/s, {100 * ours['share']:.0f} % of the bound"
             yield Bar("Generation", label, ours["ratio"])
     if case := cases.get("codec/encoding"):
         speed = case["audio_seconds_per_second"]
         most = max((name for name in speed if name.endswith("clips")), key=lambda name: int(name.split()[0]))
         yield Bar("Tokenization", f"{most} at once: {speed[most]:,.0f} s of audio a second", speed["ratio"])
-    if case := cases.get("evaluation/pairs"):
-        ours = case["figures"]
+    if ours := figures.get("evaluation/pairs"):
         for name, label in (("ours", "pairs of clips"), ("ours, codes kept", "codes kept")):
             speed = ours[f"pairs_per_second, {name}"]
             yield Bar("Evaluation", f"{label}: {speed:,.1f} a second", ours[f"ratio, {name}"])
@@ -122,9 +117,9 @@ def draw_benchmarks(results: Results, theme: Theme, path: Path) -> None:
     about = f"{results.machine}; both ways in one run; logarithmic scale"
     drawing.text(LEFT, 43, about, theme.muted, anchor="start")
 
-    # Below 1 there is only as much room as the bars need.
+    # The scale begins below 1 only as far as the bars need.
     low, high = min(0.9, *(0.95 * bar.ratio for bar in bars)), max(2.0, *(bar.ratio for bar in bars))
-    # Labels are about so many pixels a letter.
+    # A letter of a label takes about 6.4 pixels.
     begin = max(404, LEFT + 134 + round(6.4 * max(len(bar.label) for bar in bars)))
     end = WIDTH - LEFT - 44
 

@@ -1,4 +1,4 @@
-"""What the figures share: sizes, fonts, and an SVG that is put together from shapes."""
+"""Sizes, fonts and the SVG drawing of the figures."""
 
 from html import escape
 from pathlib import Path
@@ -9,13 +9,13 @@ from torchtitan.tools.plots import Shades, Theme
 SANS = "-apple-system, 'Segoe UI', 'Noto Sans', Helvetica, Arial, 'Liberation Sans', sans-serif"
 MONO = "ui-monospace, SFMono-Regular, Menlo, Consolas, 'Liberation Mono', monospace"
 WIDTH = 840
-"""Of the drawings, in pixels: what a page of GitHub shows without making it smaller."""
+"""Width of the drawings in pixels: the widest that GitHub shows at full size."""
 LEFT = 24
 """Margin to the left and to the right, in pixels."""
 
 
 class Drawing:
-    """An SVG of :data:`WIDTH` pixels, put together from shapes in the colours of a theme. Positions are in pixels."""
+    """An SVG, :data:`WIDTH` pixels wide, of shapes in the colours of a theme. Positions are in pixels."""
 
     def __init__(self, theme: Theme, height: float, title: str):
         self.theme = theme
@@ -46,14 +46,14 @@ class Drawing:
         size: float = 13,
         style: Literal["", "bold", "mono"] = "",
     ) -> None:
-        """Words of which ``anchor`` is at ``x``, and half of the height at ``y``."""
+        """Words with their ``anchor`` at ``x`` and half of their height at ``y``."""
         place: dict[str, float | str] = {"x": x, "y": y + 0.35 * size, "text_anchor": anchor, "font_size": size}
         self.add("text", content, **place, fill=color or self.theme.text, **{"class": style})
 
     def box(
         self, x: float, y: float, width: float, height: float, shades: Shades, radius: float = 6, dash: str = ""
     ) -> None:
-        """A rounded rectangle; one with a dashed outline is empty."""
+        """A rounded rectangle; one with a dashed outline has no fill."""
         shape = {"x": x, "y": y, "width": width, "height": height, "rx": radius}
         self.add("rect", **shape, fill="none" if dash else shades.fill, stroke=shades.line, stroke_dasharray=dash)
 

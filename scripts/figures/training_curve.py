@@ -21,6 +21,6 @@ def draw_training_curve(run: Path, theme: Theme, path: Path) -> None:
         raise UserError(f"{metrics}: it holds no loss.")
     with drawn_for(theme):
         draw_losses(figures, path)
-    # Words are text: let each reader's system draw them as it draws the other figures'.
+    # The words are text; they get the font of the other figures.
     content = path.read_text(encoding="utf-8").replace("'DejaVu Sans'", SANS)
     path.write_text(content, encoding="utf-8")

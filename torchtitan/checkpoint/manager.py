@@ -25,7 +25,6 @@ from typing import Any, Literal, cast
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import _async_process_executor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
@@ -35,11 +34,13 @@ from torchtitan.checkpoint.reader import checksum, find_damage, read_metadata, r
 from torchtitan.components.optimizer import AnyOptimizer, optimizer_tensors
 from torchtitan.config.job_config import JobConfig
 from torchtitan.config.keys import DEFAULTS, Refuse, value_of
+from torchtitan.distributed.utils import broadcast_object, gather_objects
 from torchtitan.models.llama3.args import Llama3Args
 from torchtitan.models.llama3.weights import Weighted
-from torchtitan.tools.errors import UserError
+from torchtitan.tools.errors import UserError, last_line
 from torchtitan.tools.logging import logger
 from torchtitan.tools.signals import shielded
+from torchtitan.tools.torch_private import end_saving_process, serves_once
 
 STATE_FILE = "train_state.json"
 HF_FOLDER = "hf"
@@ -58,25 +59,26 @@ def check_saving(config: JobConfig, refuse: Refuse) -> None:
             "checkpoint.export_dtype",
             "it applies only with checkpoint.last_save_model_only = true or checkpoint.last_save_in_hf = true",
         )
-    if not part.enable_checkpoint:
-        for key in ("checkpoint.initial_load_path", "checkpoint.load_step", "checkpoint.exclude_from_loading"):
-            if value_of(config, key) != DEFAULTS[key]:
-                refuse(key, "nothing is loaded unless checkpoint.enable_checkpoint = true")
-        for key in ("checkpoint.create_seed_checkpoint", "checkpoint.last_save_in_hf"):
-            if value_of(config, key):
-                refuse(key, "nothing is saved unless checkpoint.enable_checkpoint = true")
+    needs = {
+        "loaded": ("initial_load_path", "load_step", "exclude_from_loading"),
+        "saved": ("create_seed_checkpoint", "last_save_in_hf"),
+    }
+    for what, names in needs.items():
+        for key in (f"checkpoint.{name}" for name in names):
+            if not part.enable_checkpoint and value_of(config, key) != DEFAULTS[key]:
+                refuse(key, f"nothing is {what} unless checkpoint.enable_checkpoint = true")
     if set(part.exclude_from_loading) - set(EXCLUDABLE):
         refuse("checkpoint.exclude_from_loading", f"there are only {', '.join(EXCLUDABLE)}")
 
 
 def find_steps(folder: Path) -> list[int]:
     """Steps of the complete checkpoints in a folder, in rising order."""
-    steps = []
-    for path in folder.glob("step-*"):
-        match = re.fullmatch(r"step-(\d+)", path.name)
-        if match and (path / ".metadata").is_file() and (path / STATE_FILE).is_file():
-            steps.append(int(match.group(1)))
-    return sorted(steps)
+    found = [path.name for path in folder.glob("step-*") if _is_complete(path)]
+    return sorted(int(name[5:]) for name in found if re.fullmatch(r"step-\d+", name))
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    return (checkpoint / ".metadata").is_file() and (checkpoint / STATE_FILE).is_file()
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -86,7 +88,7 @@ def find_checkpoint(path: str | Path) -> Path:
         UserError: there is no complete checkpoint.
     """
     path = Path(path).expanduser()
-    if (path / STATE_FILE).is_file() and (path / ".metadata").is_file():
+    if _is_complete(path):
         return path
     for folder in (path, path / "checkpoint"):
         if steps := find_steps(folder):
@@ -157,8 +159,7 @@ def load_full_parameters(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 
 def wait_for_compute() -> None:
-    """Return when the device has made the last update: what copies the tensors has a stream of its own, which does not
-    wait for the one that computes."""
+    """Return when the GPU has made the last update, since tensors are copied on a CUDA stream of their own."""
     if torch.cuda.is_available():
         torch.cuda.current_stream().synchronize()
 
@@ -193,7 +194,7 @@ class CheckpointManager:
         async_mode: Literal["disabled", "async", "async_with_pinned_mem"] = "disabled",
     ):
         self.folder, self.keep_latest_k, self.async_mode = folder, keep_latest_k, async_mode
-        # Of saves: they must not mix with the collectives of training, nor end after their short timeout.
+        # For saves alone: their collectives must not mix with those of training, nor have their short timeout.
         self._group: Any = None
         self._stager: Any = None
         self._staging: Future[Any] | None = None
@@ -236,8 +237,7 @@ class CheckpointManager:
         tensors = dict(named_tensors(model, optimizer))
         if optimizer is None:
             tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
-        ranks: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size())]
-        dist.all_gather_object(ranks, {"random": _random_state()}, group=self._group)
+        ranks = gather_objects({"random": _random_state()}, self._group)
         whole = {"format": FORMAT, "step": step, "model_only": optimizer is None, **state, "ranks": ranks}
         if rank == 0:
             write_hf_files(partial / HF_FOLDER)
@@ -250,7 +250,7 @@ class CheckpointManager:
             dist.barrier(group=self._group)
             return target
         written = self._write_in_background(tensors, partial)
-        self._pending = self._thread.submit(self._complete_later, written, partial, target, whole)
+        self._pending = self._thread.submit(self._complete, partial, target, whole, written)
         return target
 
     def _write_in_background(self, tensors: dict[str, torch.Tensor], partial: Path) -> "Future[Any]":
@@ -258,8 +258,8 @@ class CheckpointManager:
         settings: dict[str, Any] = {"checkpoint_id": partial, "process_group": self._group}
         if self.async_mode == "async":
             return cast("Future[Any]", dcp.async_save(tensors, **settings))
-        if self._stager is not None and not getattr(self._stager._state_dict_stager, "_deepcopy_dispatch", True):
-            self._stager.close()  # one of torch 2.11 serves once
+        if self._stager is not None and serves_once(self._stager):
+            self._stager.close()
             self._stager = None
         if self._stager is None:
             cuda = torch.cuda.is_available()
@@ -275,16 +275,15 @@ class CheckpointManager:
         self._staging = response.staging_completion
         return response.upload_completion
 
-    def _complete_later(self, written: "Future[Any]", partial: Path, target: Path, whole: dict[str, Any]) -> None:
-        written.result()
-        self._complete(partial, target, whole)
-
-    def _complete(self, partial: Path, target: Path, whole: dict[str, Any]) -> None:
+    def _complete(
+        self, partial: Path, target: Path, whole: dict[str, Any], written: "Future[Any] | None" = None
+    ) -> None:
         """Once all ranks have written their files: checksums, train_state.json, the name, and older steps deleted."""
+        if written is not None:
+            written.result()
         rank = dist.get_rank()
         own = {path.name: [path.stat().st_size, checksum(path)] for path in partial.glob(f"__{rank}_*.distcp")}
-        gathered: list[dict[str, list[int]]] = [{} for _ in range(dist.get_world_size())]
-        dist.all_gather_object(gathered, own, group=self._group)
+        gathered = gather_objects(own, self._group)
         if rank != 0:
             return
         whole["files"] = {name: facts for files in gathered for name, facts in files.items()}
@@ -328,8 +327,7 @@ class CheckpointManager:
             raise self._failed(error) from error
 
     def _failed(self, error: BaseException) -> UserError:
-        reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
-        return UserError(f"{self.folder}: the checkpoint could not be saved ({reason}).")
+        return UserError(f"{self.folder}: the checkpoint could not be saved ({last_line(error)}).")
 
     def _clean(self) -> None:
         """Remove what saves that were interrupted have left."""
@@ -353,7 +351,7 @@ class CheckpointManager:
             if self._stager is not None:
                 self._stager.close()
                 self._stager = None
-                _end_process()
+                end_saving_process()
 
     def newest_intact(self, group: Any = None) -> Path | None:
         """The newest complete checkpoint whose files are as they were written.
@@ -363,9 +361,7 @@ class CheckpointManager:
         rank = dist.get_rank()
         while True:
             steps = find_steps(self.folder) if rank == 0 else []
-            box: list[Any] = [self.folder / f"step-{steps[-1]}" if steps else None]
-            dist.broadcast_object_list(box, src=0, group=group)
-            path = box[0]
+            path = broadcast_object(self.folder / f"step-{steps[-1]}" if steps else None, group)
             if path is None or (damage := self.damage(path, group)) is None:
                 return path
             if rank == 0:
@@ -377,9 +373,8 @@ class CheckpointManager:
     @staticmethod
     def damage(checkpoint: Path, group: Any = None) -> str | None:
         """What any rank finds wrong with a checkpoint; called by all, which share the work."""
-        found: list[str | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(found, damage_of(checkpoint, (dist.get_rank(), len(found))), group=group)
-        return next((reason for reason in found if reason), None)
+        share = (dist.get_rank(), dist.get_world_size())
+        return next((reason for reason in gather_objects(damage_of(checkpoint, share), group) if reason), None)
 
     def latest(self, load_step: int = -1) -> Path | None:
         """The checkpoint to resume from: the latest one that seems whole, or that of ``load_step``; None without one.
@@ -399,14 +394,6 @@ class CheckpointManager:
             path = self.folder / f"step-{later}"
             path.rename(path.with_name(f"{path.name}.set-aside-{time.time_ns()}"))
             logger.warning("going back to step %d: %s is set aside", step, path)
-
-
-def _end_process() -> None:
-    """End the process that torch keeps for saves: Python would send it a SIGTERM, which it never receives, and wait."""
-    saver, _async_process_executor._CHECKPOINT_PROCESS = _async_process_executor._CHECKPOINT_PROCESS, None
-    if saver is not None:
-        saver._save_process.kill()
-        saver._save_process.join()
 
 
 def load_checkpoint(
@@ -441,22 +428,18 @@ def load_checkpoint(
 
 
 def _random_state() -> dict[str, str]:
-    state = {"cpu": _encode(torch.get_rng_state())}
+    """This rank's random state by device, in base64."""
+    states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
-        state["cuda"] = _encode(torch.cuda.get_rng_state())
-    return state
+        states["cuda"] = torch.cuda.get_rng_state()
+    return {device: base64.b64encode(state.numpy().tobytes()).decode() for device, state in states.items()}
 
 
-def restore_random_state(state: dict[str, str]) -> None:
+def restore_random_state(saved: dict[str, str]) -> None:
     """Set this rank's random state as it was saved."""
-    torch.set_rng_state(_decode(state["cpu"]))
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(_decode(state["cuda"]))
-
-
-def _encode(tensor: torch.Tensor) -> str:
-    return base64.b64encode(tensor.numpy().tobytes()).decode()
-
-
-def _decode(text: str) -> torch.Tensor:
-    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
+    states = {
+        device: torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8) for device, text in saved.items()
+    }
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])

@@ -1,9 +1,8 @@
 """Reading the files of a checkpoint without trusting them.
 
-torch.distributed.checkpoint keeps what a folder holds in ``.metadata``, a pickle: unpickled freely, it may run any
-code. Here only the few names that real metadata consist of are looked up, whatever else stands there is refused. Items
-that are no tensors would be unpickled too; there are none in our checkpoints, and they are refused as well. Tensors are
-read by torch.load with ``weights_only=True``.
+torch.distributed.checkpoint lists what a folder holds in ``.metadata``, a pickle that could run any code. Here it may
+name only the few classes that real metadata consist of. Items that are no tensors are pickles too: our checkpoints have
+none, and they are refused. torch.load reads tensors with ``weights_only=True``.
 """
 
 import io
@@ -20,7 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadItemType
 
-from torchtitan.tools.errors import UserError
+from torchtitan.tools.errors import UserError, last_line
 
 _METADATA = "torch.distributed.checkpoint.metadata"
 _DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
@@ -45,10 +44,10 @@ class _Unpickler(pickle.Unpickler):
 
 
 def read_metadata(path: Path) -> Metadata:
-    """The metadata in a file, with nothing but what belongs into them, of tensors alone.
+    """The metadata in a file.
 
     Raises:
-        UserError: they are damaged, hold something else, or an item that is no tensor.
+        UserError: they are damaged, or hold anything but the facts of tensors.
     """
     try:
         metadata = _Unpickler(io.BytesIO(path.read_bytes())).load()
@@ -71,7 +70,7 @@ class CheckpointReader(FileSystemReader):
     """torch's reader of checkpoint folders, without free unpickling."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        metadata = read_metadata(Path(self._get_metadata_path(kwargs.get("rank"))))
+        metadata = read_metadata(Path(self.path) / ".metadata")
         metadata.storage_meta = metadata.storage_meta or StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata
@@ -98,8 +97,7 @@ def read_tensors(tensors: dict[str, torch.Tensor], checkpoint: Path, no_dist: bo
     except UserError:
         raise
     except (Exception, CheckpointException) as error:  # the latter, with what any rank met, is no Exception
-        reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
-        raise UserError(f"{checkpoint}: the checkpoint is damaged or incomplete ({reason}).") from error
+        raise UserError(f"{checkpoint}: the checkpoint is damaged or incomplete ({last_line(error)}).") from error
 
 
 def checksum(path: Path) -> int:

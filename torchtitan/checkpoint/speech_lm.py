@@ -1,8 +1,7 @@
 """A speech language model at rest: a Llama in Hugging Face format, its tokenizer and its codec.
 
-What inference and the evaluations load. Published checkpoints and ones exported here go through the same code; which
-codec made a checkpoint's training codes, and how, is read from its config.json, and a checkpoint that does not say
-(as the published ones) gets the settings those were trained with.
+What inference and the evaluations load, published checkpoints and exported ones alike. config.json says which codec
+made the training codes, and how. A checkpoint that does not say gets the settings of the published ones.
 """
 
 from dataclasses import dataclass
@@ -19,8 +18,7 @@ from torchtitan.checkpoint.manager import HF_FOLDER, find_checkpoint
 from torchtitan.tools.errors import UserError, first_line
 from torchtitan.tools.hub import commit_of, local_copy, require_model_folder
 from torchtitan.tools.logging import quiet_transformers
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+from torchtitan.tools.utils import DTYPES
 
 
 @dataclass
@@ -56,8 +54,7 @@ class SpeechLM:
     ) -> "SpeechLM":
         """Load a model by hub name or folder.
 
-        A folder may also be a training checkpoint, or one that holds some (its latest is taken), which no conversion
-        has to go before.
+        A folder may also be a training checkpoint, unconverted, or hold some, of which the latest is taken.
 
         Args:
             audio_tokenizer: the codec's hub name or folder; None takes the one named in the model's config.json.

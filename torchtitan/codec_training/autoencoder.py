@@ -1,4 +1,4 @@
-"""A small Mimi as it is trained: config, halves, first weights, precision, and the folder that it is stored in."""
+"""A small Mimi in training: config, halves, first weights, precision, and the folder that it is stored in."""
 
 import json
 import math
@@ -18,10 +18,11 @@ from torchtitan.codec_training.options import QUANTIZERS, Options
 from torchtitan.datasets.shards import write_atomically
 from torchtitan.tools.errors import UserError
 
+CONVOLUTIONS = (torch.nn.Conv1d, torch.nn.ConvTranspose1d)
+
 
 def make_config(options: Options) -> Any:
-    """The MimiConfig of the options. Attention reaches as far as the stretches of a step, so it never sees further
-    than in training."""
+    """The MimiConfig of the options. Attention spans the rows of a batch, so it never sees further than in training."""
     from transformers import MimiConfig
 
     if math.prod(options.upsampling_ratios) * 2 != FRAME_SIZE:
@@ -68,6 +69,10 @@ def new_model(options: Options) -> Any:
     return model
 
 
+def parameters_of(*modules: torch.nn.Module) -> list[torch.nn.Parameter]:
+    return [parameter for module in modules for parameter in module.parameters()]
+
+
 class Autoencoder(torch.nn.Module):
     """A MimiModel as it is trained, with the head that predicts the semantic teacher's clusters."""
 
@@ -78,28 +83,20 @@ class Autoencoder(torch.nn.Module):
         # transformers 5.23 nests the parts, earlier versions keep them at the top.
         nested = hasattr(model.encoder, "encoder_seanet")
         encoder, decoder = (model.encoder, model.decoder) if nested else (model, model)
-        self._encoder = (
-            encoder.encoder_seanet if nested else encoder.encoder,
-            encoder.encoder_transformer,
-            encoder.downsample,
-        )
-        self._decoder = (
-            decoder.upsample,
-            decoder.decoder_transformer,
-            decoder.decoder_seanet if nested else decoder.decoder,
-        )
+        encoder_seanet = encoder.encoder_seanet if nested else model.encoder
+        decoder_seanet = decoder.decoder_seanet if nested else model.decoder
+        self._encoder = (encoder_seanet, encoder.encoder_transformer, encoder.downsample)
+        self._decoder = (decoder.upsample, decoder.decoder_transformer, decoder_seanet)
         quantizer = model.quantizer
         self.halves = (quantizer.semantic_residual_vector_quantizer, quantizer.acoustic_residual_vector_quantizer)
 
     def encoder_parameters(self) -> list[torch.nn.Parameter]:
-        """All that codes depend on: encoder, projections into the codebooks' spaces, the head."""
-        projections = [half.input_proj for half in self.halves]
-        return [p for part in (*self._encoder, *projections, self.head) for p in part.parameters()]
+        """Everything that codes depend on: encoder, projections into the codebooks' spaces, the head."""
+        return parameters_of(*self._encoder, *(half.input_proj for half in self.halves), self.head)
 
     def decoder_parameters(self) -> list[torch.nn.Parameter]:
-        """All that only what is heard depends on."""
-        projections = [half.output_proj for half in self.halves]
-        return [p for part in (*self._decoder, *projections) for p in part.parameters()]
+        """The rest: what turns codes into sound."""
+        return parameters_of(*self._decoder, *(half.output_proj for half in self.halves))
 
     def encode(self, waveform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """[B, samples] to the semantic and the acoustic latents, each [B, codebook_dim, frames]."""
@@ -124,7 +121,7 @@ class Autoencoder(torch.nn.Module):
     def quantize(
         self, semantic: torch.Tensor, acoustic: torch.Tensor, quantizers: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The nearest entries; for row b of the first `quantizers[b]` codebooks only. Without gradients."""
+        """The nearest entries, of the first `quantizers[b]` codebooks in row b. Without gradients."""
         quantized = []
         used = 0
         for half, part in zip(self.halves, (semantic, acoustic), strict=True):
@@ -141,9 +138,9 @@ class Autoencoder(torch.nn.Module):
 
 @torch.no_grad()
 def scale_weights(autoencoder: Autoencoder, waveform: torch.Tensor) -> None:
-    """Divide each convolution by the deviation of what it gives, and begin with quiet output.
+    """Scale each convolution to outputs of variance 1, and begin with quiet sound.
 
-    As in layer-sequential unit-variance initialisation (arXiv 1511.06422). With the weights that transformers draws,
+    This is layer-sequential unit-variance initialisation (arXiv 1511.06422). With the weights that transformers draws,
     features grow from layer to layer, and the first steps explode.
     """
 
@@ -154,11 +151,8 @@ def scale_weights(autoencoder: Autoencoder, waveform: torch.Tensor) -> None:
             module.bias.zero_()
         return output / deviation
 
-    hooks = [
-        module.register_forward_hook(unit)
-        for module in autoencoder.model.modules()
-        if isinstance(module, (torch.nn.Conv1d, torch.nn.ConvTranspose1d)) and module.groups == 1
-    ]
+    convolutions = [m for m in autoencoder.model.modules() if isinstance(m, CONVOLUTIONS) and m.groups == 1]
+    hooks = [module.register_forward_hook(unit) for module in convolutions]
     autoencoder.decode(*autoencoder.encode(waveform))
     for hook in hooks:
         hook.remove()
@@ -167,30 +161,28 @@ def scale_weights(autoencoder: Autoencoder, waveform: torch.Tensor) -> None:
 
 
 def keep_in_float32(model: torch.nn.Module) -> list[str]:
-    """Run those convolutions in float32 under autocast whose bfloat16 is wrong on this CPU; returns their names.
+    """Find the convolutions that this CPU gets wrong in bfloat16, and run them in float32; returns their names.
 
-    With fewer than 32 channels and a large stride, oneDNN gets some of them wrong (torch 2.14 on a CPU with AMX:
-    the output of Conv1d(24, 48, 16, 8), the input's gradient of ConvTranspose1d(48, 24, 16, 8)). Training would go on
-    with losses that look well, and the codec, which is run in float32, would be another function. So each is tried.
+    With fewer than 32 channels and a large stride, oneDNN gets some wrong (torch 2.14 on a CPU with AMX: the output of
+    Conv1d(24, 48, 16, 8), the input's gradient of ConvTranspose1d(48, 24, 16, 8)). The losses would look well, but the
+    codec, which runs in float32, would be another function. So each convolution is tried in both precisions.
     """
     generator = torch.Generator().manual_seed(0)
     wrong = []
     for name, module in model.named_modules():
-        if not isinstance(module, (torch.nn.Conv1d, torch.nn.ConvTranspose1d)):
+        if not isinstance(module, CONVOLUTIONS):
             continue
         length = 8 * module.kernel_size[0] if isinstance(module, torch.nn.Conv1d) else 64
         hidden = torch.randn(4, module.in_channels, length, generator=generator)
         results: list[list[torch.Tensor]] = []
-        weights = None
+        weights = torch.randn(module(hidden).shape, generator=generator)
         for enabled in (False, True):
             given = hidden.clone().requires_grad_()
             with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
                 made = module(given).float()
-            weights = torch.randn(made.shape, generator=generator) if weights is None else weights
-            gradients = torch.autograd.grad((made * weights).sum(), [given, module.weight])
-            results.append([made.detach(), *gradients])
-        likeness = [F.cosine_similarity(a.flatten(), b.flatten(), 0) for a, b in zip(*results, strict=True)]
-        if min(likeness) < 0.99:
+            results.append([made, *torch.autograd.grad((made * weights).sum(), [given, module.weight])])
+        similarities = [F.cosine_similarity(a.flatten(), b.flatten(), 0) for a, b in zip(*results, strict=True)]
+        if min(similarities) < 0.99:
             wrong.append(name)
             forward = module.forward
 
@@ -204,20 +196,22 @@ def keep_in_float32(model: torch.nn.Module) -> list[str]:
 
 @torch.no_grad()
 def round_to_half(parameters: list[torch.nn.Parameter]) -> None:
-    """Give every weight a value that float16 holds, since that is how the codec is stored."""
+    """Round weights to float16, in which the codec is stored."""
     for parameter in parameters:
         parameter.copy_(parameter.half().float())
 
 
 def save_codec(model: Any, folder: Path) -> None:
-    """The folder that MimiModel.from_pretrained of any version loads: weights in float16, to be run in float32."""
+    """Write a folder that MimiModel.from_pretrained of any version loads; weights are float16, to run in float32."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: value.detach().cpu().half().contiguous() for name, value in model.state_dict().items()}
     content = save(published_names(weights), metadata={"format": "pt"})
     write_atomically(folder / "model.safetensors", lambda file: file.write(content))
     config = {**model.config.to_diff_dict(), "architectures": ["MimiModel"], "dtype": "float32"}
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    extractor = {"chunk_length_s": None, "feature_extractor_type": "EncodecFeatureExtractor", "feature_size": 1}
-    extractor |= {"overlap": None, "padding_side": "right", "padding_value": 0.0, "return_attention_mask": True}
-    extractor |= {"sampling_rate": SAMPLE_RATE}
+    extractor = {
+        **{"chunk_length_s": None, "feature_extractor_type": "EncodecFeatureExtractor", "feature_size": 1},
+        **{"overlap": None, "padding_side": "right", "padding_value": 0.0, "return_attention_mask": True},
+        "sampling_rate": SAMPLE_RATE,
+    }
     (folder / "preprocessor_config.json").write_text(json.dumps(extractor, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""Clusters of points, and the codebooks that are fitted to latents."""
+"""k-means, and codebooks fitted to latents."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +10,7 @@ from torchtitan.audio.token_stream import CODEBOOK_SIZE
 
 
 def nearest(points: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
-    """For each of the points [N, D] the number of its nearest centroid [K, D]: int64 [N]."""
+    """The number of the nearest centroid [K, D] to each point [N, D]: int64 [N]."""
     return torch.cat([torch.cdist(part, centroids).argmin(1) for part in points.split(16_384)])
 
 
@@ -21,7 +21,7 @@ def k_means(
     rounds: int = 20,
     start: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Centroids [clusters, D] of points [N, D]. A centroid that no point is nearest to starts again at a random point.
+    """Centroids [clusters, D] of points [N, D]. A centroid without points starts again at a random point.
 
     Args:
         start: centroids to go on from; random points by default.
@@ -42,19 +42,18 @@ def k_means(
 
 
 def farthest(points: torch.Tensor, entries: torch.Tensor, count: int) -> torch.Tensor:
-    """Further entries [count, D] for the points [N, D] that are farthest from all entries [K, D], one after the other.
+    """Further entries [count, D]: each goes to the point [N, D] that is then farthest from all entries [K, D].
 
     As in the greedy k-center method (Gonzalez, 1985), but an entry lies beyond its point, by 0.3 of the point's
-    distance to the nearest of the given entries: so it is the nearest one to its point, and to few others.
+    distance to the nearest given entry. So it is nearest to its point and to few others.
     """
     distances, chosen = torch.cdist(points, entries).min(1)
     nearest_entries = entries[chosen]
     picked = []
     for _ in range(count):
         place = distances.argmax()
-        entry = points[place] + 0.3 * (points[place] - nearest_entries[place])
-        picked.append(entry)
-        distances = torch.minimum(distances, (points - entry).norm(dim=1))
+        picked.append(points[place] + 0.3 * (points[place] - nearest_entries[place]))
+        distances = torch.minimum(distances, (points - picked[-1]).norm(dim=1))
         distances[place] = 0
     return torch.stack(picked) if picked else entries[:0]
 
@@ -72,54 +71,55 @@ def fit_codebooks(halves: Sequence[Any], latents: torch.Tensor, seed: int, round
     for half, residual in zip(halves, latents, strict=True):
         for layer in half.layers:
             start = None if anew else layer.codebook.embed
-            rows = k_means(residual, CODEBOOK_SIZE, generator, rounds, start).half().float()
-            set_codebook(layer.codebook, rows)
-            residual = residual - rows[nearest(residual, rows)]
+            entries = set_codebook(layer.codebook, k_means(residual, CODEBOOK_SIZE, generator, rounds, start))
+            residual = residual - entries[nearest(residual, entries)]
 
 
 @torch.no_grad()
 def fit_common_and_rare(
     halves: Sequence[Any], own: torch.Tensor, other: torch.Tensor, common: Sequence[int], rare: int, seed: int
 ) -> None:
-    """Codebooks whose first entries are common and whose others are rare (see Options.common_entries).
+    """Fit all codebooks so that their first entries are common and the others rare (see Options.common_entries).
 
     Args:
-        own, other: latents [2, N, codebook_dim] and [2, M, codebook_dim]; the codebooks are fitted to the first
-            and have spare entries for the second.
+        own, other: latents [2, N, codebook_dim] of the target domain and [2, M, codebook_dim] of other speech. The
+            common entries are fitted to the first; the rare ones lie at latents of the first, then of both.
     """
     generator = torch.Generator().manual_seed(seed)
     sizes = iter(common)
     for half, residual, spare in zip(halves, own, other, strict=True):
         for layer in tqdm(half.layers, "codebooks", mininterval=5):
-            centroids = k_means(residual, next(sizes), generator)
-            rows = torch.cat([centroids, farthest(residual, centroids, min(rare, CODEBOOK_SIZE - len(centroids)))])
-            everything = torch.cat([spare, residual])
-            rows = torch.cat([rows, farthest(everything, rows, CODEBOOK_SIZE - len(rows))]).half().float()
-            set_codebook(layer.codebook, rows)
-            residual, spare = residual - rows[nearest(residual, rows)], spare - rows[nearest(spare, rows)]
+            entries = k_means(residual, next(sizes), generator)
+            entries = torch.cat([entries, farthest(residual, entries, min(rare, CODEBOOK_SIZE - len(entries)))])
+            both = torch.cat([spare, residual])
+            entries = torch.cat([entries, farthest(both, entries, CODEBOOK_SIZE - len(entries))])
+            entries = set_codebook(layer.codebook, entries)
+            residual, spare = (part - entries[nearest(part, entries)] for part in (residual, spare))
 
 
-def set_codebook(codebook: Any, rows: torch.Tensor) -> None:
-    """Give a codebook these entries [2048, D]."""
-    codebook.embed_sum.copy_(rows)
+def set_codebook(codebook: Any, entries: torch.Tensor) -> torch.Tensor:
+    """Give a codebook these entries [2048, D], and return them as float16 holds them."""
+    entries = entries.half().float()
+    codebook.embed_sum.copy_(entries)
     codebook.cluster_usage.fill_(1.0)
     codebook._embed = None  # the cached quotient of the two
+    return entries
 
 
 def without_speaker(clips: list[torch.Tensor], directions: int) -> torch.Tensor:
-    """The matrix [D, D] that takes out of latents (columns) what clips differ in.
+    """The matrix [D, D] that removes the differences between clips from latents (columns).
 
     Latents are whitened by their covariance within clips; the leading principal components of the clips' means are
-    taken out, and the whitening is undone. What is the same throughout a clip is mostly who speaks.
+    removed, and the whitening is undone. What stays the same throughout a clip is mostly the speaker.
 
     Args:
         clips: latents [frames, D] of each clip.
-        directions: how many components, at most D - 1.
+        directions: number of components, at most D - 1.
     """
     means = torch.stack([clip.mean(0) for clip in clips])
     within = torch.cov(torch.cat([clip - mean for clip, mean in zip(clips, means, strict=True)]).T)
     values, vectors = torch.linalg.eigh(within)
-    # In what was taken out before, nothing varies but rounding errors.
+    # Directions that were removed before hold only rounding errors.
     alive = values > 1e-4 * values.max()
     if not alive.any():
         return torch.eye(len(values), device=means.device)

@@ -1,10 +1,11 @@
-"""What a codec learns from: recordings, decoded once, and the semantic teacher's clusters, which say what is spoken."""
+"""Training data of a codec: recordings, decoded once, and the clusters of the semantic teacher."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,15 +24,20 @@ from torchtitan.datasets.shards import write_atomically
 from torchtitan.tools.errors import UserError
 
 TEACHER_HOP = 480  # samples between two columns of MFCCs: 20 ms
-TEACHER_COLUMNS = FRAME_SIZE // TEACHER_HOP  # columns, and so clusters, of a frame of the codec
+TEACHER_COLUMNS = FRAME_SIZE // TEACHER_HOP  # columns in a frame of the codec
 TEACHER_BANDS, TEACHER_COEFFICIENTS, SLOPE_COLUMNS = 40, 13, 5
 TEACHER_WINDOW = 1024  # samples
 LOUD_SHARE = 0.05  # level of a column that counts as speech, as a share of the clip's loudest one
-SLOPE_WEIGHT = 0.6  # of the slopes; that of the MFCCs is 1
-GAINS_DB = (-8, 4)  # least and greatest gain of a stretch of speech
+SLOPE_WEIGHT = 0.6  # of the slopes; MFCCs have weight 1
+GAINS_DB = (-8, 4)  # least and greatest gain of a row
 FULL_SCALE = 32_767  # an int16 of amplitude 1
-RETRIES = 5  # of a file that cannot be read
-CLUSTERED_COLUMNS = 100_000  # that the clusters are fitted to
+RETRIES = 5  # of reading a file
+CLUSTERED_COLUMNS = 100_000  # columns that the clusters are fitted to
+
+
+def save_arrays(path: Path, **arrays: Any) -> None:
+    """Write a .npz file that is complete or not there."""
+    write_atomically(path, functools.partial(np.savez, **arrays))
 
 
 class Speech:
@@ -39,7 +45,7 @@ class Speech:
 
     Attributes:
         starts: int64 [clips + 1], where each clip begins; clip i is samples starts[i] to starts[i + 1].
-        firsts: for each data set the number of its first clip.
+        firsts: the number of each data set's first clip.
     """
 
     def __init__(self, folder: Path):
@@ -70,12 +76,11 @@ class Speech:
                 for path, dataset in zip(data, datasets, strict=True):
                     firsts.append(len(starts) - 1)
                     for waveform in read_clips(path, dataset):
-                        file.write((waveform.clamp(-1, 1) * FULL_SCALE).round().to(torch.int16).numpy().tobytes())
+                        (waveform.clamp(-1, 1) * FULL_SCALE).round().to(torch.int16).numpy().tofile(file)
                         starts.append(starts[-1] + len(waveform))
                     if len(starts) - 1 == firsts[-1]:
                         raise UserError(f"{path}: no recording in it can be used.")
-            arrays = {"starts": np.array(starts), "firsts": np.array(firsts), "fingerprints": fingerprints}
-            write_atomically(record, functools.partial(np.savez, **arrays))
+            save_arrays(record, starts=starts, firsts=firsts, fingerprints=fingerprints)
         return cls(folder)
 
     def __len__(self) -> int:
@@ -86,11 +91,9 @@ class Speech:
         return self.starts[-1] / SAMPLE_RATE / 3600
 
     def clip(self, number: int, first: int = 0, length: int | None = None) -> torch.Tensor:
-        """float32 [samples] of a clip, from its sample `first` on, at most `length`."""
-        start, end = self.starts[number] + first, self.starts[number + 1]
-        if length is not None:
-            end = min(end, start + length)
-        return torch.from_numpy(self.samples[start:end].astype(np.float32) / FULL_SCALE)
+        """A clip from its sample `first` on, at most `length` samples of it: float32 [samples]."""
+        samples = self.samples[self.starts[number] + first : self.starts[number + 1]][:length]
+        return torch.from_numpy(samples.astype(np.float32) / FULL_SCALE)
 
 
 def read_clips(path: str, dataset: AudioDataset) -> Iterator[torch.Tensor]:
@@ -108,39 +111,29 @@ def read_clips(path: str, dataset: AudioDataset) -> Iterator[torch.Tensor]:
         print(f"{path}: {len(unusable)} of {len(dataset)} recordings cannot be used and are left out; {unusable[0]}")
 
 
-class Teacher:
-    """Clusters of speaker-normalised MFCCs: for each 20 ms of each clip the number of its cluster."""
+def teacher_labels(speech: Speech, clusters: int, folder: Path, seed: int) -> list[torch.Tensor]:
+    """The semantic teacher: for each clip the clusters of its speaker-normalised MFCCs, int16 [columns].
 
-    def __init__(self, folder: Path):
-        stored = np.load(folder / "teacher.npz")
-        self._labels, self._starts = stored["labels"], stored["starts"]
-
-    @classmethod
-    def prepare(cls, speech: Speech, clusters: int, folder: Path, seed: int) -> Teacher:
-        """Cluster the clips' MFCCs unless `folder` holds the result already."""
-        if not (folder / "teacher.npz").exists():
-            clips = tqdm(range(len(speech)), "semantic teacher", mininterval=5)
-            features = [normalised_mfcc(speech.clip(number)) for number in clips]
-            points = torch.cat(features)
-            generator = torch.Generator().manual_seed(seed)
-            chosen = points[torch.randperm(len(points), generator=generator)[:CLUSTERED_COLUMNS]]
-            centroids = k_means(chosen, clusters, generator)
-            labels = torch.cat([nearest(feature, centroids) for feature in features]).to(torch.int16)
-            starts = np.cumsum([0, *map(len, features)])
-            arrays = {"labels": labels.numpy(), "starts": starts}
-            write_atomically(folder / "teacher.npz", functools.partial(np.savez, **arrays))
-        return cls(folder)
-
-    def labels(self, number: int) -> torch.Tensor:
-        """int64 [columns] of a clip."""
-        return torch.from_numpy(self._labels[self._starts[number] : self._starts[number + 1]].astype(np.int64))
+    A column is 20 ms. The clusters are kept in `folder`.
+    """
+    path = folder / "teacher.npz"
+    if not path.exists():
+        clips = tqdm(range(len(speech)), "semantic teacher", mininterval=5)
+        features = [normalised_mfcc(speech.clip(number)) for number in clips]
+        points = torch.cat(features)
+        generator = torch.Generator().manual_seed(seed)
+        chosen = points[torch.randperm(len(points), generator=generator)[:CLUSTERED_COLUMNS]]
+        centroids = k_means(chosen, clusters, generator)
+        labels = torch.cat([nearest(feature, centroids) for feature in features]).to(torch.int16)
+        save_arrays(path, labels=labels.numpy(), starts=np.cumsum([0, *map(len, features)]))
+    with np.load(path) as stored:
+        return list(torch.from_numpy(stored["labels"]).split(np.diff(stored["starts"]).tolist()))
 
 
 def normalised_mfcc(waveform: torch.Tensor) -> torch.Tensor:
     """MFCCs and their slopes, normalised to mean 0 and variance 1 over the clip's loud parts.
 
-    What a clip has on average is its speaker and its channel, so taking it out leaves more of what is said (cepstral
-    mean and variance normalisation).
+    A clip's mean and variance come mostly from its speaker and its channel (cepstral mean and variance normalisation).
 
     Args:
         waveform: float [samples] at 24 kHz.
@@ -168,9 +161,12 @@ def normalised_mfcc(waveform: torch.Tensor) -> torch.Tensor:
 
 
 def draw_batch(
-    speech: Speech, teacher: Teacher | None, options: Options, step: int
+    speech: Speech, known: list[torch.Tensor] | None, options: Options, step: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The stretches of a step, which depend on the seed and the step alone.
+    """The batch of a step, a function of the seed and the step alone.
+
+    Args:
+        known: the teacher's labels by clip, if there is a teacher.
 
     Returns:
         waveforms [rows, frames * 1920] with random gain, and the teacher's clusters [rows, frames * 4], -1 for none.
@@ -179,7 +175,7 @@ def draw_batch(
     length = options.frames * FRAME_SIZE
     waveforms = torch.zeros(options.rows, length)
     labels = torch.full((options.rows, options.frames * TEACHER_COLUMNS), -1)
-    # Each sample of the data is as likely as any other.
+    # Each sample of the data is equally likely.
     picks = rng.integers(speech.starts[-1], size=options.rows)
     for row, pick in enumerate(picks):
         number = int(np.searchsorted(speech.starts, pick, side="right")) - 1
@@ -187,7 +183,7 @@ def draw_batch(
         first = TEACHER_HOP * int(rng.integers(max(room, 0) // TEACHER_HOP + 1))
         clip = speech.clip(number, first, length)
         waveforms[row, : len(clip)] = clip * 10 ** (rng.uniform(*GAINS_DB) / 20)
-        if teacher is not None:
-            known = teacher.labels(number)[first // TEACHER_HOP :][: labels.shape[1]]
-            labels[row, : len(known)] = known
+        if known is not None:
+            own = known[number][first // TEACHER_HOP :][: labels.shape[1]]
+            labels[row, : len(own)] = own
     return waveforms, labels

@@ -1,4 +1,4 @@
-"""When the stages begin, how fast a step learns, and the optimizers of codec and discriminators."""
+"""The steps and learning rates of the stages, and the optimizers of codec and discriminators."""
 
 import itertools
 from collections.abc import Callable
@@ -12,20 +12,15 @@ from torchtitan.codec_training.spectra import Discriminators
 from torchtitan.tools.errors import UserError
 
 WARM_UP_STEPS = 50
-DECAY = 0.95  # by how much the learning rate falls, as a share of its peak
+DECAY = 0.95  # share of the peak learning rate that is lost by the end
 DECODER_SHARE = 0.5  # peak learning rate of stage 3, as a share of that of stages 1 and 2
 VECTORS_SHARE = 0.15  # the vectors' learning rate (AdamW), as a share of the matrices' (Muon)
 JUDGE_RATE = 5e-4  # the discriminators' learning rate
-LARGEST_NORM = 1.0  # what a longer gradient is clipped to
+LARGEST_NORM = 1.0  # of a gradient; longer ones are clipped
 
 
 class Schedule:
-    """The steps of the three stages.
-
-    Attributes:
-        quantized, decoder: the first step of stage 2 and of stage 3.
-        end: how many steps there are.
-    """
+    """The first steps of stage 2 (`quantized`) and of stage 3 (`decoder`), and the number of steps (`end`)."""
 
     def __init__(self, options: Options):
         before = [0, 0] if options.start_from else [options.continuous_steps, options.quantized_steps]
@@ -33,17 +28,17 @@ class Schedule:
 
     def learning_rate(self, step: int) -> float:
         """A share of the peak: linear warm-up and linear decay, over stages 1 and 2 and again over stage 3."""
-        last = step >= self.decoder
-        start, end = (self.decoder, self.end) if last else (0, self.decoder)
-        share = (step - start) / max(1, end - start)
+        start, end, peak = 0, self.decoder, 1.0
+        if step >= self.decoder:
+            start, end, peak = self.decoder, self.end, DECODER_SHARE
         warm_up = min((step - start + 1) / WARM_UP_STEPS, 1.0)
-        return warm_up * (1 - DECAY * share) * (DECODER_SHARE if last else 1.0)
+        return peak * warm_up * (1 - DECAY * ((step - start) / (end - start)))
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose updates are made orthogonal (K. Jordan and others, 2024), a convolution taken as a matrix.
+    """Momentum with orthogonal updates (K. Jordan and others, 2024); a convolution's weight is flattened to a matrix.
 
-    On two CPU cores it brings this codec in 400 steps further than AdamW in 600. torch.optim.Muon takes matrices only.
+    It brings this codec further in 400 steps than AdamW in 600. torch.optim.Muon takes matrices only.
     """
 
     def __init__(self, parameters: list[torch.nn.Parameter], lr: float = 0.02):
@@ -55,10 +50,8 @@ class Muon(torch.optim.Optimizer):
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
-                state = self.state[parameter]
-                if "momentum" not in state:
-                    state["momentum"] = torch.zeros_like(parameter)
-                momentum = state["momentum"].lerp_(parameter.grad, 0.05)
+                momentum = self.state[parameter].setdefault("momentum", torch.zeros_like(parameter))
+                momentum.lerp_(parameter.grad, 0.05)
                 update = orthogonal(parameter.grad.lerp(momentum, 0.95).flatten(1))
                 scale = max(1.0, update.shape[0] / update.shape[1]) ** 0.5
                 parameter.mul_(1 - 0.02 * group["lr"]).add_(update.view_as(parameter), alpha=-scale * group["lr"])
@@ -85,8 +78,7 @@ class Optimizers:
     def __init__(self, autoencoder: Autoencoder, discriminators: Discriminators, learning_rate: float):
         self.parameters = [*autoencoder.encoder_parameters(), *autoencoder.decoder_parameters()]
         self.judge_parameters = list(discriminators.parameters())
-        matrices = [parameter for parameter in self.parameters if parameter.ndim > 1]
-        vectors = [parameter for parameter in self.parameters if parameter.ndim == 1]
+        matrices, vectors = ([p for p in self.parameters if (p.ndim > 1) == matrix] for matrix in (True, False))
         self._codec = (Muon(matrices), torch.optim.AdamW(vectors, betas=(0.9, 0.98)))
         self._judge = torch.optim.AdamW(self.judge_parameters, JUDGE_RATE, (0.8, 0.98))
         self._learning_rate = learning_rate

@@ -1,21 +1,15 @@
-"""The options of training a codec: the manual of scripts/train_codec.py."""
+"""The options of scripts/train_codec.py, and the checks that need neither data nor codec."""
 
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from torchtitan.audio.token_stream import CODEBOOK_SIZE
 from torchtitan.tools.errors import UserError
 
 QUANTIZERS = 8  # codebooks of a codec
-FROM_SCRATCH = (
-    "continuous_steps",
-    "quantized_steps",
-    "num_filters",
-    "hidden_size",
-    "codebook_dim",
-    "upsampling_ratios",
-)
-FROM_SCRATCH += ("clusters", "semantic_weight", "refit_every")
+FROM_SCRATCH = ("continuous_steps", "quantized_steps", "num_filters", "hidden_size", "codebook_dim")
+FROM_SCRATCH += ("upsampling_ratios", "clusters", "semantic_weight", "refit_every")
 """Options of the encoder and its training, which do not go with `start_from`."""
 
 
@@ -24,14 +18,14 @@ class Options:
     """Train a small Mimi codec from scratch."""
 
     data: list[str]
-    """Data sets to train on: folders, files or hub ids. Common entries of codebooks are fitted to the last of them."""
+    """Data sets to train on: folders, files or hub ids. The last one is the target domain: see common_entries."""
     output: Path
     """Folder for the codec (config.json, model.safetensors, preprocessor_config.json)."""
     start_from: str | None = None
-    """A codec (folder or hub id, of 8 quantizers) to start from instead of random weights. Its encoder stays, rounded
-    to float16, so stages 1 and 2 and their options do not apply; codebooks are fitted and the decoder is trained."""
+    """A codec (folder or hub id, of 8 quantizers) to start from instead of random weights. Its encoder is kept, rounded
+    to float16; stages 1 and 2 and their options do not apply. Codebooks are fitted and the decoder is trained."""
     work: Path | None = None
-    """Folder for the decoded audio and checkpoints; <output>.training by default. It may be deleted at the end."""
+    """Folder for the decoded audio and checkpoints; <output>.training by default. It can be deleted at the end."""
     continuous_steps: int = 1500
     """Steps of stage 1."""
     quantized_steps: int = 1000
@@ -39,11 +33,11 @@ class Options:
     decoder_steps: int = 2500
     """Steps of stage 3."""
     adversarial_from: int = 800
-    """Steps of stage 3 without discriminators; decoder_steps or more for none at all."""
+    """Steps of stage 3 before the discriminators set in; decoder_steps or more for none at all."""
     rows: int = 6
-    """Stretches of speech in a step."""
+    """Rows of a batch: stretches of speech."""
     frames: int = 12
-    """Length of a stretch in frames of 80 ms."""
+    """Length of a row in frames of 80 ms."""
     learning_rate: float = 0.02
     """Peak learning rate of matrices (Muon); that of vectors (AdamW) is 0.15 of it. It falls linearly over stages 1 and
     2; stage 3 begins again with the half of it."""
@@ -57,44 +51,50 @@ class Options:
     """Strides of the decoder, their product 960; the encoder's are the reverse. Mimi has 8 6 5 4; this order, with the
     long stride at the waveform, has a quarter fewer weights."""
     common_entries: tuple[int, ...] = (2048,) * 8
-    """Of each codebook, the entries that k-means fits at the start of stage 3, to 100,000 frames of the last data set
-    and as many of the others. Fewer than 2,048 give codes of lower entropy, which a small language model can learn from
-    little speech: they are fitted to 30,000 frames of the last data set, and the other entries lie at rare latents."""
+    """For each codebook, how many entries k-means fits at the start of stage 3. With 2,048 it fits them to 100,000
+    frames of the last data set and as many of the others. With fewer it fits them to 30,000 frames of the last data
+    set, and the other entries lie at rare latents: the codes have a lower entropy, which a small language model can
+    learn from little speech."""
     rare_entries: int = 750
-    """Of the others, how many lie at rare latents of the last data set; the rest lie at rare latents of all data."""
+    """How many of the other entries lie at rare latents of the last data set; the rest lie at rare latents of all."""
     speaker_directions: int | None = None
-    """Directions of the semantic latents that are taken out of them at the start of stage 3: those in which clips
-    differ most from each other, compared to how much they vary within, which is the speaker. 3, with --start_from 0."""
+    """Directions to remove from the semantic latents at the start of stage 3: those in which clips differ most from
+    each other, relative to the variation within clips, which is mostly the speaker. 3; with --start_from 0."""
     clusters: int = 256
     """Clusters of the semantic teacher."""
     semantic_weight: float = 1.0
     """Weight of the semantic loss."""
     adversarial_weight: float = 1.0
-    """Weight of what the discriminators say."""
+    """Weight of the adversarial losses."""
     refit_every: int = 250
     """Steps between two fits of the codebooks in stage 2."""
     checkpoint_every: int = 250
     """Steps between two checkpoints."""
     precision: str = "bfloat16"
-    """Of convolutions while training: bfloat16 or float32. The codec itself is always run in float32."""
+    """Precision of convolutions in training: bfloat16 or float32. The codec itself always runs in float32."""
     threads: int = 1
     """Threads on a CPU."""
     seed: int = 0
-    """Of weights, stretches and noise."""
+    """Seed of weights, batches and noise."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
 
 
+def check_positive(options: Any, *names: str) -> None:
+    """Raise UserError for an option that is below 1."""
+    for name in names:
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name} must be at least 1.")
+
+
 def check(options: Options) -> None:
-    """Look at what needs neither data nor codec.
+    """Check what needs neither data nor codec.
 
     Raises:
         UserError: an option does not fit.
     """
     counts = ("rows", "frames", "continuous_steps", "quantized_steps", "decoder_steps", "num_filters", "hidden_size")
-    for name in (*counts, "codebook_dim", "refit_every", "checkpoint_every", "threads"):
-        if getattr(options, name) < 1:
-            raise UserError(f"--{name} must be at least 1.")
+    check_positive(options, *counts, "codebook_dim", "refit_every", "checkpoint_every", "threads")
     if not 2 <= options.clusters < 2**15:
         raise UserError(f"--clusters must be from 2 to {2**15 - 1}, not {options.clusters}.")
     if len(options.common_entries) != QUANTIZERS or not all(1 <= n <= CODEBOOK_SIZE for n in options.common_entries):

@@ -1,4 +1,4 @@
-"""Mel spectra, and how far what a decoder makes is from what it should make: by spectra and for discriminators."""
+"""Mel spectra, and the losses of a decoder: the spectral loss and the discriminators'."""
 
 import itertools
 from functools import cache
@@ -10,12 +10,12 @@ import torchaudio
 from torchtitan.audio.waveform import SAMPLE_RATE
 
 LOW_HZ, HIGH_HZ = 60.0, 7_600.0
-"""Where stored clips, at 16 kHz, have speech: bounds of the bands of teacher and measures."""
+"""Bounds of the mel bands of teacher and measures: where stored clips, at 16 kHz, have speech."""
 RESOLUTIONS = ((2048, 96), (1024, 80), (512, 64), (256, 40), (128, 20))
 """Samples of a window and mel bands, for each resolution of the spectral loss."""
-FLOOR = 1e-4  # amplitude below which differences stop to count
+FLOOR = 1e-4  # amplitude below which differences do not count
 DISCRIMINATOR_WINDOWS = (1024, 512, 256)  # samples of a window, for each discriminator
-DISCRIMINATOR_TOP_HZ = 8_000  # the discriminators see what lies below
+DISCRIMINATOR_TOP_HZ = 8_000  # above it the discriminators see nothing
 CHANNELS = 8  # of a discriminator's first two convolutions; the others have twice as many
 
 
@@ -113,20 +113,19 @@ class Discriminators(torch.nn.Module):
         self.parts = torch.nn.ModuleList(SpectralDiscriminator(window) for window in DISCRIMINATOR_WINDOWS)
 
     def loss(self, made: torch.Tensor, true: torch.Tensor) -> torch.Tensor:
-        """What the discriminators are trained with: 1 is real, 0 is made."""
-        losses = []
-        for part in self.parts:
-            losses.append((part(true)[0].float() - 1).square().mean() + part(made)[0].float().square().mean())
+        """The discriminators' loss: 1 is real, 0 is made."""
+        verdicts = [(part(true)[0].float(), part(made)[0].float()) for part in self.parts]
+        losses = [(real - 1).square().mean() + fake.square().mean() for real, fake in verdicts]
         return torch.stack(losses).mean()
 
     def judge(self, made: torch.Tensor, true: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the decoder is trained with: to be taken for real, and to have the features of the real."""
+        """The decoder's losses: to be taken for real, and to have the features of the real."""
         fooled, matched = [], []
         for part in self.parts:
             with torch.no_grad():
-                _, real_features = part(true)
+                _, real = part(true)
             verdict, features = part(made)
             fooled.append((verdict.float() - 1).square().mean())
-            for a, b in zip(features, real_features, strict=True):
+            for a, b in zip(features, real, strict=True):
                 matched.append((a.float() - b.float()).abs().mean() / b.float().abs().mean().clamp(min=1e-5))
         return torch.stack(fooled).mean(), torch.stack(matched).mean()

@@ -1,4 +1,4 @@
-"""Synthetic speech: the six voices of the assets, as espeak-ng speaks them, and words that they say."""
+"""Synthetic speech: the six voices of the assets, as espeak-ng speaks them, and the words they say."""
 
 import random
 import shutil
@@ -30,14 +30,6 @@ class Voice:
     speed: int
 
 
-@dataclass(frozen=True)
-class Style:
-    """A way of speaking: what is added to a voice's pitch, and what its speed is multiplied with."""
-
-    pitch: int = 0
-    speed: float = 1.0
-
-
 VOICES = (
     Voice("anna", "en-us+f2", "female", 62, 165),
     Voice("ben", "en-us+m3", "male", 42, 160),
@@ -46,7 +38,7 @@ VOICES = (
     Voice("eric", "en-us+klatt4", "male", 50, 170),
     Voice("fay", "en-us+f4", "female", 38, 145),
 )
-STYLES = {"neutral": Style(), "sad": Style(-14, 0.86), "happy": Style(16, 1.14)}
+STYLES = {"neutral": (0, 1.0), "sad": (-14, 0.86), "happy": (16, 1.14)}  # added to the pitch, factor of the speed
 
 
 def speak(text: str, variant: str, pitch: int, speed: int) -> np.ndarray:
@@ -74,8 +66,8 @@ def resample(wave: np.ndarray, source: int, target: int) -> np.ndarray:
 
 def say(text: str, voice: Voice, style: str = "neutral", rng: random.Random | None = None) -> np.ndarray:
     """The text in one of the assets' voices: float32 mono at 16 kHz, peak 0.5. `rng` varies pitch, speed and level."""
-    how = STYLES[style]
-    pitch, speed, level = voice.pitch + how.pitch, voice.speed * how.speed, 0.5
+    higher, faster = STYLES[style]
+    pitch, speed, level = voice.pitch + higher, voice.speed * faster, 0.5
     if rng is not None:
         pitch, speed, level = pitch + rng.randint(-3, 3), speed * rng.uniform(0.95, 1.05), level * rng.uniform(0.6, 1.2)
     wave = resample(speak(text, voice.variant, round(pitch), round(speed)), ESPEAK_RATE, STORED_RATE)

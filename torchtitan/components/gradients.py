@@ -1,4 +1,4 @@
-"""The norm of all gradients, wherever they lie, clipping by it, and what happens when it is no number."""
+"""The norm of the gradients of all ranks, clipping by it, and what happens when it is not finite."""
 
 from collections import deque
 from dataclasses import dataclass
@@ -9,8 +9,10 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from torchtitan.components.optimizer import AnyOptimizer, OptimizerInBackward
+from torchtitan.distributed.utils import gather_objects
 from torchtitan.models.llama3.parallel_model import ParallelModel
 from torchtitan.tools.errors import UserError
+from torchtitan.tools.torch_private import norms
 
 
 @dataclass
@@ -40,16 +42,15 @@ def clip_grad_norm(model: ParallelModel, max_norm: float) -> GradNorm:
         for name, parameter in part.named_parameters()
         if parameter.grad is not None and not part.is_copy(name)
     }
-    norms = torch._foreach_norm(list(gradients.values()))
-    norm = total_norm(model, dict(zip(gradients, norms, strict=True)))
+    norm = total_norm(model, dict(zip(gradients, norms(list(gradients.values())), strict=True)))
     torch.nn.utils.clip_grads_with_norm_([p for _, p in model.weights()], max_norm, norm.total, foreach=True)
     return norm
 
 
 @torch.no_grad()
-def total_norm(model: ParallelModel, norms: dict[str, torch.Tensor]) -> GradNorm:
+def total_norm(model: ParallelModel, own: dict[str, torch.Tensor]) -> GradNorm:
     """The norm of the gradients of all ranks from the norms of each one of this rank, by name."""
-    of_each = torch.stack(list(norms.values()))
+    of_each = torch.stack(list(own.values()))
     if isinstance(of_each, DTensor):
         of_each = of_each.full_tensor()
     total = torch.linalg.vector_norm(of_each)
@@ -57,7 +58,7 @@ def total_norm(model: ParallelModel, norms: dict[str, torch.Tensor]) -> GradNorm
         squared = total**2
         dist.all_reduce(squared, group=model.pipeline.group)
         total = squared.sqrt()
-    return GradNorm(total, of_each, list(norms))
+    return GradNorm(total, of_each, list(own))
 
 
 @dataclass
@@ -73,12 +74,12 @@ class _Step:
 
 
 class FiniteGuard:
-    """Keeps gradients that are no numbers away from the weights, and stops the run.
+    """Keeps gradients that are not finite away from the weights, and stops the run.
 
-    On CUDA with a fused optimizer nothing waits for the GPU: the optimizer's kernel itself skips its update once a
-    norm was not finite (as with torch.amp.GradScaler), from then on for good, and the CPU looks at each step's flag two
-    steps later. Otherwise the CPU looks before the update. All ranks know the norm, so all stop at the same step.
-    An optimizer that updates in the backward pass spoils the weights before it is known; what is saved stays good.
+    On CUDA with a fused optimizer nothing waits for the GPU. Once a norm is not finite, the optimizer's kernel skips
+    this update and all later ones (as torch.amp.GradScaler does). The CPU looks at each step's flag two steps later.
+    Otherwise the CPU looks before the update. All ranks know the norm, so all stop at the same step.
+    An optimizer that updates in the backward pass spoils the weights before that; what is saved stays good.
 
     Args:
         skip_in_kernel: whether the optimizer can skip by itself; by default where it is fused and on CUDA.
@@ -125,7 +126,7 @@ class FiniteGuard:
         self.settle(2 if self.skip_in_kernel or self.spoils else 0)
 
     def settle(self, leave: int = 0) -> None:
-        """Look at the steps that were not looked at, but for the last ``leave`` of them.
+        """Look at all steps that are still unchecked, but for the last ``leave`` of them.
 
         Raises:
             UserError: as :meth:`check`.
@@ -141,8 +142,7 @@ class FiniteGuard:
         finite = step.norm.of_each.isfinite().tolist()
         parameters = [name for name, ok in zip(step.norm.names, finite, strict=True) if not ok]
         here = {"loss": bool(step.loss.isfinite()), "recordings": step.recordings, "parameters": parameters}
-        ranks: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(ranks, here, group=self.group)
+        ranks = gather_objects(here, self.group)
         rest = "" if self.spoils else " before it changes the weights"
         said = [f"step {step.number}: the gradient is not finite, so training stops{rest}"]
         names = list(dict.fromkeys(name for found in ranks for name in found["parameters"]))

@@ -1,4 +1,4 @@
-"""What a run tells about itself: console, metrics.jsonl, TensorBoard, Weights & Biases, with the same names."""
+"""The figures of a run, under the same names in the log, metrics.jsonl, TensorBoard and Weights & Biases."""
 
 import json
 import os
@@ -16,7 +16,7 @@ import torch
 
 from torchtitan.config.job_config import JobConfig
 from torchtitan.distributed.utils import max_over_ranks, sum_over_ranks, world_size
-from torchtitan.tools.errors import UserError
+from torchtitan.tools.errors import UserError, first_line
 from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import peak_flops
 
@@ -86,10 +86,9 @@ class MetricsLogger:
                     config=asdict(self.config),
                 )
             except wandb.errors.Error as error:
-                reason = str(error).strip().splitlines()[0].rstrip(".")
                 raise UserError(
-                    f"metrics.enable_wandb: Weights & Biases cannot be used ({reason}); run `wandb login`, set "
-                    "WANDB_MODE=offline, or switch it off with --metrics.no-enable_wandb."
+                    f"metrics.enable_wandb: Weights & Biases cannot be used ({first_line(error)}); run `wandb login`, "
+                    "set WANDB_MODE=offline, or switch it off with --metrics.no-enable_wandb."
                 ) from None
 
     def add(self, tokens: int, positions: int, squares: int, data_seconds: float) -> None:

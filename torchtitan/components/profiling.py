@@ -9,15 +9,16 @@ import torch
 
 from torchtitan.config.job_config import Profiling
 from torchtitan.tools.logging import logger
+from torchtitan.tools.torch_private import dump_memory_snapshot, record_memory_history
 
 _WARMUP_STEPS = 1
 
 
 @contextmanager
 def profile(config: Profiling, folder: Path, rank: int, done: int = 0) -> Iterator[Any]:
-    """A context whose value is called once a step (``.step()``), or None; traces open in chrome://tracing or Perfetto.
+    """A context whose value's ``.step()`` is called once a step, or None; traces open in chrome://tracing or Perfetto.
 
-    Every step of the run that ``profile_freq`` divides is traced.
+    It traces every step of the run that ``profile_freq`` divides.
 
     Args:
         done: steps of the run before this process.
@@ -55,12 +56,12 @@ def memory_snapshots(config: Profiling, folder: Path, rank: int) -> Iterator[Any
     if not config.enable_memory_snapshot:
         yield lambda step: None
         return
-    torch.cuda.memory._record_memory_history(max_entries=100_000)
+    record_memory_history(max_entries=100_000)
 
     def save(name: str) -> None:
         path = folder / config.save_memory_snapshot_folder / name / f"rank{rank}.pickle"
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.cuda.memory._dump_snapshot(str(path))
+        dump_memory_snapshot(path)
         logger.info("memory snapshot written to %s", path)
 
     try:

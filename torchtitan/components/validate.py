@@ -26,8 +26,7 @@ class ValidationResult:
     Attributes:
         loss: over all targets (units, marks, and text in task ``tts``).
         quantizers: over the units of each quantizer, Q numbers.
-        entropies: of the units of each quantizer as they are distributed here, Q numbers in nats: the loss of someone
-            who knows how often each code occurs in these very clips, and nothing else.
+        entropies: of the codes of each quantizer in these clips, Q numbers in nats: the losses of a unigram baseline.
         num_targets: how many targets there were.
     """
 
@@ -85,9 +84,7 @@ class Validator:
                     continue
                 quantizer = self.stream.quantizer_of(targets)
                 masks = [targets != IGNORE_INDEX, *(quantizer == q for q in range(self.stream.num_quantizers))]
-                sums += torch.stack(
-                    [torch.stack([losses[m].sum() for m in masks]), torch.stack([m.sum() for m in masks])]
-                )
+                sums += torch.stack([torch.stack((losses[mask].sum(), mask.sum())) for mask in masks], dim=1)
                 for q in range(self.stream.num_quantizers):
                     codes = (targets[quantizer == q] - self.stream.base_size) // self.stream.num_quantizers
                     counts[q] += torch.bincount(codes, minlength=CODEBOOK_SIZE)

@@ -156,6 +156,16 @@ def value_of(config: JobConfig, key: str) -> Any:
     return getattr(getattr(config, section), name)
 
 
+def row_lengths(config: JobConfig) -> dict[str, int]:
+    """The lengths of rows, by key: of training, and of validation and evaluation if they are enabled."""
+    used = {
+        "training": True,
+        "validation": config.validation.enabled,
+        "evaluation": config.evaluation.enable_evaluation,
+    }
+    return {f"{section}.seq_len": getattr(config, section).seq_len for section in used if used[section]}
+
+
 def show(value: Any) -> str:
     """A value as TOML writes it."""
     return "none" if value is None else json.dumps(value, ensure_ascii=False, default=str)

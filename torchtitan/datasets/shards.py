@@ -9,7 +9,7 @@ The schema's metadata holds a JSON header under ``llama_mimi``: what made the co
 which data, and which rows could not be used. Nothing in a file depends on when or where it was written.
 
 :class:`ShardedCodes` reads such a set: opening it reads headers and lengths, and a recording's codes are a view of the
-mapped file.
+mapped file. The first recording asked for of a shard has the shard's checksum computed.
 """
 
 import hashlib
@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
+from torchtitan.audio.token_stream import CODEBOOK_SIZE
 from torchtitan.audio.waveform import recorded_resampler
 from torchtitan.tools.errors import UserError, first_line
 
@@ -349,7 +350,7 @@ class ShardedCodes:
         self._ends = np.cumsum(self.frames, dtype=np.int64)
         before = np.concatenate([[0], self._ends])
         self._first_frame: list[int] = before[self._first_recording].tolist()
-        self._codes: list[np.ndarray | None] = [codes for shard in opened for codes in shard.codes]
+        self._codes: list[np.ndarray | None] = [None] * len(self._places)  # those of verified shards
 
     def __len__(self) -> int:
         return len(self.frames)
@@ -435,12 +436,8 @@ class ShardedCodes:
         Raises:
             ShardError: a shard has changed.
         """
-        for number, (path, expected) in enumerate(zip(self.files, self._checksums, strict=True)):
-            checksum = 0
-            for codes in self._shard(number).codes:
-                checksum = zlib.crc32(codes.data, checksum)
-            if f"{checksum:08x}" != expected:
-                raise ShardError(f"{path}: the shard is damaged (its codes have another checksum).")
+        for number in range(len(self.files)):
+            self._verify(number)
 
     def _value(self, column: str, i: int) -> Any:
         if not 0 <= i < len(self.frames):
@@ -460,9 +457,22 @@ class ShardedCodes:
             raise ShardError(f"{self.files[shard]}: the shard is damaged (its column {column} is no text).") from None
 
     def _load(self, batch: int) -> np.ndarray:
+        """The codes of a batch. The whole shard is verified first, so that a changed byte is never trained on."""
         shard, within = self._places[batch]
-        codes = self._codes[batch] = self._shard(shard).codes[within]
-        return codes
+        self._verify(shard)
+        first = batch - within
+        self._codes[first : first + len(self._shard(shard).codes)] = self._shard(shard).codes
+        return self._shard(shard).codes[within]
+
+    def _verify(self, number: int) -> None:
+        checksum, largest = 0, 0
+        for codes in self._shard(number).codes:
+            checksum = zlib.crc32(codes.data, checksum)
+            largest = max(largest, int(codes.max(initial=0)))
+        if f"{checksum:08x}" != self._checksums[number]:
+            raise ShardError(f"{self.files[number]}: the shard is damaged (its codes have another checksum).")
+        if largest >= CODEBOOK_SIZE:
+            raise ShardError(f"{self.files[number]}: the shard holds the code {largest}, which no codebook has.")
 
     def _shard(self, number: int) -> _Shard:
         shard = self._open[number]

@@ -12,20 +12,23 @@ of ``A`` follow (24 kHz mono, 16 bits, little-endian). The last is either ``E`` 
 
 Prompts are read and encoded one at a time; continuations share the engine's batch. A client that goes away makes room
 at once. The cost of a request is bounded: bytes and seconds of its prompt, seconds in all, time to send and to read.
+A web page of another address can neither read from this server nor use it, whatever name it gives the server's address.
 """
 
 import asyncio
 import contextlib
+import ipaddress
 import json
 import math
+import os
 import socket
 import struct
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qsl, urlsplit
 
 import anyio
 import torch
@@ -60,9 +63,9 @@ from torchtitan.tools.logging import logger
 PAGE = Path(__file__).with_name("page.html")
 
 MAX_BYTES = 20_000_000
-# Connections that are open at once, whatever they ask for; more are closed.
+# Connections that are open at once. With one more, the one that the server has waited for the longest is closed.
 MAX_CONNECTIONS = 64
-# A connection on which the server waits for the client for so long is closed.
+# Time that a client has for the head of a request, and between two pieces of its upload.
 STALL_SECONDS = 20
 UPLOAD_SECONDS = 60
 # The server reads a refused upload for so long: closing a connection with unread bytes may take the answer with it.
@@ -95,6 +98,7 @@ class DemoServer(uvicorn.Server):
         max_requests: continuations at once.
         max_bytes: of a prompt file.
         example: a prompt that the page offers.
+        allowed_hosts: names under which the server may be addressed, besides its address, localhost and ``host``.
 
     Raises:
         UserError: a bound that cannot be, or an address that cannot be listened on.
@@ -109,11 +113,13 @@ class DemoServer(uvicorn.Server):
         max_requests: int = 4,
         max_bytes: int = MAX_BYTES,
         example: Path | None = None,
+        allowed_hosts: Sequence[str] = (),
     ):
         if max_requests < 1:
             raise UserError(f"max_requests must be 1 or more, not {max_requests}.")
         self.lm, self.max_requests, self.max_bytes = lm, max_requests, max_bytes
         self.example = example if example is not None and example.is_file() else None
+        self.hosts = {name.lower() for name in ("localhost", socket.gethostname(), host, *allowed_hosts)}
         self.max_frames = frame_bound(lm, max_seconds)
         self.max_seconds = self.max_frames / FRAME_RATE
         self.listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
@@ -143,11 +149,12 @@ class DemoServer(uvicorn.Server):
             sound = str(self.example)
             routes.append(Route("/example", lambda _: FileResponse(sound, media_type="application/octet-stream")))
         refusals = {HTTPException: refuse, UserError: lambda _, error: JSONResponse({"error": str(error)}, 400)}
-        app = Starlette(routes=routes, exception_handlers=refusals)
-        app.router.redirect_slashes = False
+        self._app = Starlette(routes=routes, exception_handlers=refusals)
+        self._app.router.redirect_slashes = False
         super().__init__(
             uvicorn.Config(
-                app,
+                self._answer,
+                interface="asgi3",
                 http=Connection,
                 ws="none",
                 loop="asyncio",
@@ -201,10 +208,34 @@ class DemoServer(uvicorn.Server):
         finally:
             self._places.release()
 
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request that addresses this server, and refuse one for another.
+
+        A page of another address may have its own name resolved to the address of this server (DNS rebinding). The
+        browser then takes it for one of this server's pages, but still tells that name.
+        """
+        host = HTTPRequest(scope).headers.get("Host", "localhost")
+        app: Any = self._app
+        if not self.is_own(host):
+            sentence = f"this server is not {host[:80]}; --allowed_hosts gives it further names."
+            app = Refusal({"error": sentence}, 421)
+        await app(scope, receive, send)
+
+    def is_own(self, host: str) -> bool:
+        """Whether a request's Host (name or address, port) is this server: an address, which no one else can own."""
+        try:
+            name = urlsplit(f"//{host}").hostname or ""
+        except ValueError:  # brackets that hold no address
+            return False
+        with contextlib.suppress(ValueError):
+            return bool(ipaddress.ip_address(name))
+        return name in self.hosts
+
     def info(self) -> dict[str, Any]:
         """What the page has to know."""
+        name = self.lm.name
         return {
-            "model": self.lm.name,
+            "model": Path(name).name if os.path.isabs(name) else name,
             "device": str(self.lm.device),
             "sample_rate": SAMPLE_RATE,
             "frame_size": FRAME_SIZE,
@@ -246,11 +277,15 @@ class DemoServer(uvicorn.Server):
             sampling, sample, max_frames, name = parse_settings(http.scope["query_string"].decode(), self)
         except UserError as error:
             raise HTTPException(400, str(error)) from None
+        with self.place():
+            pass  # refused before the upload; it is taken when the upload is there, as that may take its time
+        body = await read_upload(http, self.max_bytes)
+        if name and not body:
+            raise UserError(f"{name}: the file is empty.")
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.place())
-            body = await read_upload(http, self.max_bytes)
             arrived = time.perf_counter()
-            prompt = await run_sync(self.read_prompt, body, name, max_frames, limiter=self._readers)
+            prompt = await run_sync(self.read_prompt, body, name or "the prompt", max_frames, limiter=self._readers)
             (request,) = sample_requests(prompt, max_frames - prompt.shape[1], sampling, first=sample)
             generation = self.service.submit(request)
             stack.callback(self._give_up, generation)
@@ -311,7 +346,7 @@ class DemoServer(uvicorn.Server):
 
 
 def parse_settings(query: str, server: DemoServer) -> tuple[Sampling, int, int, str]:
-    """Sampling, the sample's number, the bound in frames and the prompt's name from a query string.
+    """Sampling, the sample's number, the bound in frames and the prompt's name (or "") from a query string.
 
     Raises:
         UserError: a setting that is unknown, given twice, no number or out of range.
@@ -334,7 +369,7 @@ def parse_settings(query: str, server: DemoServer) -> tuple[Sampling, int, int, 
             what = "a whole number" if kind is int else "a number"
             raise UserError(f"{key} must be {what}, not {text[:40]!r}.") from None
 
-    name = "".join(letter for letter in given.pop("name", "")[:200] if letter.isprintable()) or "the prompt"
+    name = "".join(letter for letter in given.pop("name", "")[:200] if letter.isprintable())
     if given.get("top_k") == "none":
         given["top_k"] = str(1 << 30)
     defaults = Sampling()
@@ -417,19 +452,35 @@ class Connection(H11Protocol):
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         transport.set_write_buffer_limits(high=0)  # so that a client that takes nothing is noticed at once
-        self._expect_request()
+        self._waits_since = self.loop.time()
+        self._start_timer()
         if len(self.connections) > MAX_CONNECTIONS:
-            transport.abort()
+            open_ones = (c for c in self.connections if isinstance(c, Connection) and not c.transport.is_closing())
+            waited_for = [connection for connection in open_ones if connection._is_waited_for()]
+            min(waited_for, key=lambda connection: connection._waits_since).transport.abort()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         if self.cycle is None or self.cycle.response_complete:
-            self._expect_request()
+            self._start_timer()
 
-    def _expect_request(self) -> None:
-        """Start uvicorn's timer, which begins with the first answer, also before the first request."""
-        self._unset_keepalive_if_required()
-        self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
+    def on_response_complete(self) -> None:
+        self._waits_since = self.loop.time()
+        super().on_response_complete()
+
+    def _is_waited_for(self) -> bool:
+        """Whether the request, or its upload, is not there yet."""
+        return self.cycle is None or self.cycle.response_complete or self.cycle.more_body
+
+    def _start_timer(self) -> None:
+        """Start uvicorn's timer for the next request also before the first one, and go on with it after a part of one.
+
+        uvicorn stops it at the first byte, so that a client could send a byte now and then.
+        """
+        if self.timeout_keep_alive_task is not None:
+            self.timeout_keep_alive_task.cancel()
+        left = self._waits_since + self.timeout_keep_alive - self.loop.time()
+        self.timeout_keep_alive_task = self.loop.call_later(max(0.0, left), self.timeout_keep_alive_handler)
 
     def pause_writing(self) -> None:
         super().pause_writing()

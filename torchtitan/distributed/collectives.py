@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed._functional_collectives import AsyncCollectiveTensor
 
 
 class _Gather(torch.autograd.Function):
@@ -42,7 +41,8 @@ def exchange(x: torch.Tensor, split: int, join: int, group: dist.ProcessGroup) -
 class _Wait(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        return x.wait() if isinstance(x, AsyncCollectiveTensor) else x.view_as(x)
+        pending: Any = x
+        return pending.wait() if hasattr(x, "wait") else x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
@@ -50,9 +50,9 @@ class _Wait(torch.autograd.Function):
 
 
 def wait(x: torch.Tensor) -> torch.Tensor:
-    """The plain tensor that a collective of DTensor will have given, with its gradients.
+    """The plain tensor of one that DTensor.to_local may give while its collective is still under way; gradients flow.
 
-    A compiled module takes an AsyncCollectiveTensor too, but sends no gradient back to it (torch 2.14).
+    A compiled module takes such an AsyncCollectiveTensor too, but sends no gradient back to it (torch 2.14).
     """
     return _Wait.apply(x)  # type: ignore[return-value]
 

@@ -13,7 +13,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from torchtitan.config.job_config import JobConfig
-from torchtitan.config.keys import Refuse, said
+from torchtitan.config.keys import Refuse, row_lengths, said
 from torchtitan.tools.errors import ConfigError
 
 
@@ -74,12 +74,12 @@ class ParallelDims:
 
     @property
     def counts_rows(self) -> bool:
-        """Of the ranks that work on the same rows one counts them: the first."""
+        """Whether this rank counts rows: the first of those that work on the same rows does."""
         return self.pipeline_rank == 0 and self.rank % (self.context * self.tensor) == 0
 
     @property
     def counts_loss(self) -> bool:
-        """Of the ranks that know the same loss one counts it; with context parallelism each has its own part."""
+        """Whether this rank counts the loss: the first of its tensor-parallel ranks does, which all know the same."""
         return self.rank % self.tensor == 0
 
     @property
@@ -92,39 +92,38 @@ class ParallelDims:
         return lcm(multiple, self.row_multiple)
 
     @cached_property
-    def _mesh(self) -> dict[str, DeviceMesh]:
+    def _meshes(self) -> dict[tuple[str, ...], DeviceMesh]:
         return {}
 
-    def mesh(self, device_type: str) -> DeviceMesh:
-        """The mesh of all ranks, with dimensions pp, dp_replicate, dp_shard, cp and tp. Made once; called by all."""
-        if device_type not in self._mesh:
-            sizes = {
-                "pp": self.pipeline,
-                "dp_replicate": self.replicate,
-                "dp_shard": self.shard,
-                "cp": self.context,
-                "tp": self.tensor,
-            }
-            self._mesh[device_type] = init_device_mesh(device_type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
-        return self._mesh[device_type]
+    def _mesh(self, device_type: str, **sizes: int) -> DeviceMesh:
+        key = (device_type, *sizes)
+        if key not in self._meshes:
+            self._meshes[key] = init_device_mesh(device_type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+        return self._meshes[key]
 
-    def groups(self, device_type: str) -> list[ProcessGroup]:
-        """The process groups that the mesh of this rank consists of."""
-        meshes = (self.mesh(device_type), self.fsdp_mesh(device_type))
-        return list({id(group): group for mesh in meshes for group in mesh.get_all_groups()}.values())
+    def mesh(self, device_type: str) -> DeviceMesh:
+        """All ranks, with dimensions pp, dp_replicate, dp_shard and tp. Made once; called by all.
+
+        The ranks that share a row hold one copy of the model together, so they are in dp_shard: their gradients are
+        summed like those of different rows.
+        """
+        shard = self.shard * self.context
+        return self._mesh(device_type, pp=self.pipeline, dp_replicate=self.replicate, dp_shard=shard, tp=self.tensor)
+
+    def context_mesh(self, device_type: str) -> DeviceMesh:
+        """The ranks with which this one shares rows. Made once; called by all."""
+        rows = self.world_size // (self.context * self.tensor)
+        return self._mesh(device_type, rows=rows, cp=self.context, tp=self.tensor)["cp"]
 
     def fsdp_mesh(self, device_type: str) -> DeviceMesh:
-        """What parameters are sharded over (the last dimension) and replicated over (the first, if there are two).
-
-        The ranks of one row's parts hold one copy together: their gradients are summed like those of different rows.
-        """
+        """What parameters are sharded over (the last dimension) and replicated over (the first, if there are two)."""
         mesh = self.mesh(device_type)
-        shard = mesh["dp_shard"]
-        if self.context > 1:
-            shard = mesh["dp_shard", "cp"]._flatten("dp_shard_cp")
-        if self.replicate == 1:
-            return shard
-        return mesh["dp_replicate", "dp_shard_cp" if self.context > 1 else "dp_shard"]
+        return mesh["dp_shard"] if self.replicate == 1 else mesh["dp_replicate", "dp_shard"]
+
+    def groups(self, device_type: str) -> list[ProcessGroup]:
+        """The process groups of this rank."""
+        groups = self.mesh(device_type).get_all_groups()
+        return [*groups, self.context_mesh(device_type).get_group()] if self.context > 1 else groups
 
 
 def data_parallel_degree(config: JobConfig, world_size: int) -> int:
@@ -173,16 +172,11 @@ def accumulation_steps(config: JobConfig, world_size: int) -> int:
 def check_parallelism(config: JobConfig, refuse: Refuse) -> None:
     """Refuse degrees that do not fit the rows and batches, and settings of a parallelism that is not used."""
     part = config.parallelism
-    tensor, context, pipeline = (
-        part.tensor_parallel_degree,
-        part.context_parallel_degree,
-        part.pipeline_parallel_degree,
-    )
-    multiple = tensor * (2 * context if context > 1 else 1)
-    sections = ["training"] + ["validation"] * config.validation.enabled
-    for section in sections:
-        if getattr(config, section).seq_len % multiple:
-            refuse(f"{section}.seq_len", f"with these degrees of parallelism it must be a multiple of {multiple}")
+    tensor, pipeline = part.tensor_parallel_degree, part.pipeline_parallel_degree
+    multiple = ParallelDims(context=part.context_parallel_degree, tensor=tensor).row_multiple
+    for key, length in row_lengths(config).items():
+        if key != "evaluation.seq_len" and length % multiple:  # evaluations pad their rows
+            refuse(key, f"with these degrees of parallelism it must be a multiple of {multiple}")
     for key, value, degree in (
         ("disable_loss_parallel", part.disable_loss_parallel, tensor),
         ("enable_async_tensor_parallel", part.enable_async_tensor_parallel, tensor),

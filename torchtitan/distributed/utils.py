@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from torchtitan.config.job_config import Comm
 from torchtitan.tools.errors import UserError
+from torchtitan.tools.torch_private import set_timeout
 
 
 def world_size() -> int:
@@ -57,14 +58,14 @@ def init_distributed(comm: Comm, folder: Path | None = None) -> torch.device:
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
     else:
-        # By it torch's process that saves in the background finds this one: the machine's own name may lead nowhere.
+        # torch's process that saves in the background looks here for this one; the machine's name may lead nowhere.
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     return device
 
 
 def shorten_timeout(comm: Comm, device: torch.device, groups: Sequence[Any] = ()) -> None:
-    """After the first step, in which models load and kernels compile, a collective that hangs is noticed sooner.
+    """Notice a collective that hangs sooner. Called after the first step, in which models load and kernels compile.
 
     Args:
         groups: process groups besides the one of all ranks.
@@ -72,8 +73,6 @@ def shorten_timeout(comm: Comm, device: torch.device, groups: Sequence[Any] = ()
     dist.barrier()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    # The public name came with torch 2.14.
-    set_timeout = getattr(dist.distributed_c10d, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
     for group in (None, *groups):
         set_timeout(timedelta(seconds=comm.train_timeout_seconds), group)
 
@@ -97,3 +96,10 @@ def broadcast_object(value: Any, group: Any = None) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0, group=group)
     return box[0]
+
+
+def gather_objects(value: Any, group: Any = None) -> list[Any]:
+    """The values of all ranks, on all ranks."""
+    box = [None] * dist.get_world_size()
+    dist.all_gather_object(box, value, group=group)
+    return box

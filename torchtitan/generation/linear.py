@@ -18,6 +18,7 @@ from torch import nn
 
 from torchtitan.tools.errors import first_line
 from torchtitan.tools.logging import logger
+from torchtitan.tools.torch_private import pack_for_cpu, packed_linear, torch_int8_product
 
 # Smaller batches are padded to this on a CPU, see Packed.
 MIN_ROWS = 2
@@ -45,13 +46,12 @@ class Packed(nn.Module):
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None):
         super().__init__()
-        # 1 is the expected batch size; its layout has kernels that add in the same order for batches of any size.
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, 1)
+        self.weight = pack_for_cpu(weight)
         self.bias = bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., inputs] to [..., outputs]."""
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        return packed_linear(x, self.weight, self.bias)
 
 
 class Int8(nn.Module):
@@ -103,7 +103,7 @@ def int8_product(device: torch.device, dtype: torch.dtype) -> Callable[..., torc
     converts the weights as it reads them, if it exists and agrees with :func:`widened`."""
     fused = None
     if device.type == "cpu" and dtype == torch.bfloat16:
-        fused = torch._weight_int8pack_mm
+        fused = torch_int8_product()
     elif device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and find_spec("triton"):
         from torchtitan.generation.int8_kernel import int8_linear
 

@@ -14,7 +14,7 @@ from torchtitan.tools.errors import ConfigError
 
 
 def check_float8(config: JobConfig) -> None:
-    """Whether model.converters can be had here.
+    """Refuse float8 where it cannot be had.
 
     Raises:
         ConfigError: torchao is missing, or the hardware has no 8-bit matrix products.

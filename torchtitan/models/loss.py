@@ -1,11 +1,11 @@
 """Cross-entropy over a large vocabulary without ever holding the logits whole.
 
-136,450 columns in fp32 are 0.5 MB a token: the logits of one microbatch of 32 x 1,024 tokens would take 18 GB. Here
-the rows are taken :data:`CHUNK_TOKENS` at a time, and in training each chunk's gradient is formed right away, while
-its logits are at hand, so that they are computed once and nothing of their size is kept for the backward pass.
+136,450 columns in fp32 are 0.5 MB a token: the logits of one microbatch of 32 x 1,024 tokens would take 18 GB. So the
+loss takes :data:`CHUNK_TOKENS` rows at a time. In training it forms each chunk's gradient at once: logits are computed
+only once, and nothing of their size is kept for the backward pass.
 
-With tensor parallelism each rank has some of the columns (:class:`Columns`); the ranks exchange two numbers a token,
-the logarithm of their part of the softmax's sum and the target's logit.
+With tensor parallelism each rank has some of the columns (:class:`Columns`). The ranks exchange two numbers a token:
+the logarithm of their part of the softmax's sum, and the target's logit.
 """
 
 import math
@@ -24,15 +24,14 @@ CHUNK_TOKENS = 1024
 
 
 class Columns(NamedTuple):
-    """Which columns of the logits the rows of a head's weight are.
+    """The columns of the logits that the rows of a head's weight compute.
 
     Attributes:
         first: the id of the first one.
         count: how many rows have an id; None: all. The others, at the end, align the matrix products (a width of
-            136,450 is slow on a GPU); they are computed, but are not in the softmax.
+            136,450 is slow on a GPU). They are computed, but are not in the softmax.
         group: ranks that have the other columns; None if all are here.
-        gather: if not 0, the ranks of the group, each with at most so many columns, gather the logits themselves, and
-            not only their sums.
+        gather: if not 0, the ranks of the group gather the logits, not only their sums. Each has at most this many.
     """
 
     first: int = 0
@@ -53,7 +52,7 @@ def chunked_nll_sum(
 ) -> torch.Tensor:
     """Sum of the negative log-likelihoods of the targets, in nats, as an fp32 scalar with gradients.
 
-    The gradient of ``hidden`` is that by the columns at hand: with a group it has to be summed over its ranks.
+    The gradient of ``hidden`` covers the columns at hand: with a group it has to be summed over its ranks.
 
     Args:
         hidden: final hidden states [..., D].

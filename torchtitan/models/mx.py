@@ -16,7 +16,7 @@ MX_BLOCK = 32
 
 
 def check_mx(config: JobConfig) -> None:
-    """Whether model.converters = ["mx"] can be had here.
+    """Refuse MX formats where they cannot be had.
 
     Raises:
         ConfigError: torchao is missing or too old, or the hardware has no products in MX formats.

@@ -18,6 +18,11 @@ def first_line(error: BaseException) -> str:
     return text.splitlines()[0].rstrip(". ") if text else type(error).__name__
 
 
+def last_line(error: BaseException) -> str:
+    """The last line of an error's message; the error's kind where it has none."""
+    return str(error).strip().rpartition("\n")[2] or type(error).__name__
+
+
 def run_command(main: Callable[[], int | None]) -> None:
     """Run a command-line program: a :class:`UserError` becomes one line on stderr and exit code 2.
 

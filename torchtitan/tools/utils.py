@@ -1,10 +1,11 @@
-"""Facts about devices, and the garbage collector under control."""
+"""Number formats, facts about devices, and the garbage collector under control."""
 
 import gc
 import re
 
 import torch
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Dense bf16 peak in FLOP/s, from the vendors' data sheets.
 _PEAK_FLOPS = {
     "H200": 989e12,

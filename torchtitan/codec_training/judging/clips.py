@@ -1,9 +1,10 @@
-"""The clips that a codec is judged on: of the assets, of any data set, and spoken words."""
+"""The clips that a codec is judged on: from the assets, from any data set, and spoken words."""
 
-import functools
+import itertools
 import json
 import random
 import shutil
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,35 +16,39 @@ import torch
 from tqdm import tqdm
 
 from torchtitan.audio.waveform import SAMPLE_RATE, AudioError, load_audio, resample
-from torchtitan.codec_training.data import FULL_SCALE, RETRIES
+from torchtitan.codec_training.data import FULL_SCALE, RETRIES, save_arrays
 from torchtitan.codec_training.voices import PROMPT_SECONDS, STORED_RATE, VOICES, WEEKDAYS, number, say
 from torchtitan.datasets.decoding import decode_row, open_recordings
-from torchtitan.datasets.shards import write_atomically
 from torchtitan.tools.errors import UserError
 
-REAL_SECONDS = 20.0  # of a clip of any other data set, at most
-REST_SECONDS = 0.5  # what a clip has after its prompt, at least
+REAL_SECONDS = 20.0  # longest clip of any other data set
+REST_SECONDS = 0.5  # shortest rest of a clip after its prompt
 WORDS = [*(number(n) for n in range(1, 21)), *WEEKDAYS]
 
 
 @dataclass(frozen=True)
-class Clip:
-    """A recording: waveform float32 [n] at 24 kHz, and the number in VOICES of who speaks, -1 where unknown."""
+class VoicedClip:
+    """A recording: waveform float32 [n] at 24 kHz, and the number in VOICES of its speaker, -1 where unknown."""
 
     waveform: torch.Tensor
     voice: int = -1
 
 
-def read_rows(folder: Path, columns: list[str]) -> list[dict[str, Any]]:
-    """These columns of all rows of the parquet files in a folder, in order.
+def read_clips(folder: Path, key: str, audio: str, *more: str) -> Iterator[tuple[dict[str, Any], torch.Tensor]]:
+    """The rows of the parquet files in a folder, in order, and the waveforms [n] at 24 kHz of their audio column.
+
+    Args:
+        key: column that names a row.
+        audio: column of the recording, as {bytes, path}.
+        more: further columns.
 
     Raises:
-        UserError: there are no such files, one cannot be read, or a column is missing.
+        UserError: there are no such files, one cannot be read, a column is missing, or a recording cannot be used.
     """
     files = sorted(folder.glob("*.parquet"))
     if not files:
         raise UserError(f"{folder}: there is no parquet file in it; --speech needs a folder like assets/speech.")
-    rows = []
+    rows, columns = [], [key, audio, *more]
     for file in files:
         try:
             table = pq.read_table(file)
@@ -54,22 +59,14 @@ def read_rows(folder: Path, columns: list[str]) -> list[dict[str, Any]]:
         rows += table.select(columns).to_pylist()
     if not rows:
         raise UserError(f"{folder}: its parquet files have no rows.")
-    return rows
+    for row in tqdm(rows, f"clips of {folder.name}", mininterval=5):
+        name, found = f"{folder}: {key} {row[key]}", row[audio]
+        if not isinstance(found, dict) or not found.get("bytes"):
+            raise UserError(f"{name}: column {audio} must hold audio as {{bytes, path}}.")
+        yield row, load_audio(found["bytes"], name=name)
 
 
-def read_audio(row: dict[str, Any], column: str, name: str) -> torch.Tensor:
-    """The recording in a column of a row: float32 [n] at 24 kHz.
-
-    Raises:
-        UserError: it cannot be used.
-    """
-    audio = row[column]
-    if not isinstance(audio, dict) or not audio.get("bytes"):
-        raise UserError(f"{name}: column {column} must hold audio as {{bytes, path}}.")
-    return load_audio(audio["bytes"], name=name)
-
-
-def training_clips(speech: Path) -> list[Clip]:
+def training_clips(speech: Path) -> list[VoicedClip]:
     """The clips of peoples_speech, whose ids begin with their voice.
 
     Raises:
@@ -77,15 +74,15 @@ def training_clips(speech: Path) -> list[Clip]:
     """
     folder, names = speech / "peoples_speech" / "clean", [voice.name for voice in VOICES]
     clips = []
-    for row in tqdm(read_rows(folder, ["id", "audio"]), "training clips", mininterval=5):
+    for row, waveform in read_clips(folder, "id", "audio"):
         voice = str(row["id"]).split("/")[0]
         if voice not in names:
             raise UserError(f"{folder}: the id {row['id']!r} does not begin with a voice ({', '.join(names)}).")
-        clips.append(Clip(read_audio(row, "audio", f"{folder}: {row['id']}"), names.index(voice)))
+        clips.append(VoicedClip(waveform, names.index(voice)))
     return clips
 
 
-def held_out_clips(speech: Path) -> list[Clip]:
+def held_out_clips(speech: Path) -> list[VoicedClip]:
     """The clips of librispeech_asr, whose speaker_id is the number of their voice.
 
     Raises:
@@ -93,33 +90,32 @@ def held_out_clips(speech: Path) -> list[Clip]:
     """
     folder = speech / "librispeech_asr" / "clean" / "test"
     clips = []
-    for row in tqdm(read_rows(folder, ["id", "audio", "speaker_id"]), "held-out clips", mininterval=5):
+    for row, waveform in read_clips(folder, "id", "audio", "speaker_id"):
         if row["speaker_id"] not in range(len(VOICES)):
             raise UserError(f"{folder}: speaker_id {row['speaker_id']} is not one of the {len(VOICES)} voices.")
-        clips.append(Clip(read_audio(row, "audio", f"{folder}: {row['id']}"), row["speaker_id"]))
+        clips.append(VoicedClip(waveform, row["speaker_id"]))
     return clips
 
 
-def pair_clips(speech: Path, count: int) -> list[Clip]:
+def pair_clips(speech: Path, count: int) -> list[VoicedClip]:
     """The first positive clips of SALMon/speaker_consistency that are longer than a prompt; their voices take turns.
 
     Raises:
-        UserError: they cannot be read, or none is long enough, by half a second of rest.
+        UserError: they cannot be read, or none is half a second longer than a prompt.
     """
     folder = speech / "SALMon" / "speaker_consistency"
-    clips: list[Clip] = []
-    for row in read_rows(folder, ["ind", "positive_audio"]):
-        waveform = read_audio(row, "positive_audio", f"{folder}: pair {row['ind']}")
-        if len(waveform) >= (PROMPT_SECONDS + REST_SECONDS) * SAMPLE_RATE:
-            clips.append(Clip(waveform, int(row["ind"]) % len(VOICES)))
-        if len(clips) == count:
-            break
-    if not clips:
+    least = (PROMPT_SECONDS + REST_SECONDS) * SAMPLE_RATE
+    clips = (
+        VoicedClip(waveform, int(row["ind"]) % len(VOICES))
+        for row, waveform in read_clips(folder, "ind", "positive_audio")
+        if len(waveform) >= least
+    )
+    if not (found := list(itertools.islice(clips, count))):
         raise UserError(f"{folder}: no clip is longer than a prompt of {PROMPT_SECONDS} s by half a second.")
-    return clips
+    return found
 
 
-def other_clips(path: str, count: int) -> list[Clip]:
+def other_clips(path: str, count: int) -> list[VoicedClip]:
     """Clips of any data set that training reads, spread evenly over it; at most 20 s of each.
 
     Raises:
@@ -130,7 +126,7 @@ def other_clips(path: str, count: int) -> list[Clip]:
     clips = []
     for _, row in tqdm(dataset.read(picks), path, len(picks), mininterval=5):
         try:
-            clips.append(Clip(decode_row(row, REAL_SECONDS, RETRIES)[0]))
+            clips.append(VoicedClip(decode_row(row, REAL_SECONDS, RETRIES)[0]))
         except AudioError as error:
             tqdm.write(f"left out: {row.key}: {error}")
     if not clips:
@@ -140,7 +136,7 @@ def other_clips(path: str, count: int) -> list[Clip]:
 
 @dataclass(frozen=True)
 class Word:
-    """A spoken word: waveform float32 [n] at 24 kHz, its number in the list of words, and whether it tests."""
+    """A spoken word: waveform float32 [n] at 24 kHz, its number in the list of words, and whether it is for testing."""
 
     waveform: torch.Tensor
     word: int
@@ -148,10 +144,10 @@ class Word:
 
 
 def spoken_words(folder: Path, words: list[str], renditions: int, seed: int) -> list[Word]:
-    """Each word in each voice, as espeak-ng says it at various pitches (+-13), speeds (+-20 %) and levels.
+    """Each word in each voice of espeak-ng, at various pitches (+-13), speeds (+-20 %) and levels.
 
-    `renditions` of a word and voice are to learn from, half as many (one at least) to test with. They are kept in
-    <folder>/words.npz for the next time.
+    `renditions` of each word and voice are for learning, half as many (at least one) for testing. They are kept in
+    <folder>/words.npz.
 
     Raises:
         RuntimeError: espeak-ng is not installed.
@@ -159,34 +155,28 @@ def spoken_words(folder: Path, words: list[str], renditions: int, seed: int) -> 
     tests = max(1, renditions // 2)
     voices = [asdict(voice) for voice in VOICES]
     made_by = json.dumps({"words": words, "renditions": [renditions, tests], "seed": seed, "voices": voices})
-    stored = _load_words(folder / "words.npz", made_by)
-    if stored is None:
+    path = folder / "words.npz"
+    stored: dict[str, Any] = {}
+    if path.exists():
+        with np.load(path) as kept:
+            stored = dict(kept)
+    if str(stored.get("made_by")) != made_by:
         if shutil.which("espeak-ng") is None:
             raise RuntimeError("espeak-ng is not installed")
         samples, numbers, test = [], [], []
-        tasks = [(w, v, n) for w in range(len(words)) for v in range(len(VOICES)) for n in range(renditions + tests)]
-        for w, v, n in tqdm(tasks, "spoken words", mininterval=5):
-            rng = random.Random(f"{seed} {words[w]} {VOICES[v].name} {n}")
-            pitch, speed = VOICES[v].pitch + rng.randint(-10, 10), round(VOICES[v].speed * rng.uniform(0.85, 1.15))
-            wave = say(words[w], replace(VOICES[v], pitch=pitch, speed=speed), "neutral", rng)
+        tasks = list(itertools.product(range(len(words)), VOICES, range(renditions + tests)))
+        for w, voice, n in tqdm(tasks, "spoken words", mininterval=5):
+            rng = random.Random(f"{seed} {words[w]} {voice.name} {n}")
+            pitch, speed = voice.pitch + rng.randint(-10, 10), round(voice.speed * rng.uniform(0.85, 1.15))
+            wave = say(words[w], replace(voice, pitch=pitch, speed=speed), "neutral", rng)
             samples.append((FULL_SCALE * wave).round().astype(np.int16))
             numbers.append(w)
             test.append(n >= renditions)
         starts = np.cumsum([0, *map(len, samples)])
-        stored = {"samples": np.concatenate(samples), "starts": starts, "words": np.array(numbers)}
-        stored |= {"test": np.array(test), "made_by": np.array(made_by)}
-        write_atomically(folder / "words.npz", functools.partial(np.savez, **stored))
+        stored = {"samples": np.concatenate(samples), "starts": starts, "words": numbers, "test": test}
+        save_arrays(path, **stored, made_by=made_by)
     parts = np.split(stored["samples"].astype(np.float32) / FULL_SCALE, stored["starts"][1:-1])
     return [
         Word(resample(torch.from_numpy(part), STORED_RATE), int(word), bool(test))
         for part, word, test in zip(parts, stored["words"], stored["test"], strict=True)
     ]
-
-
-def _load_words(path: Path, made_by: str) -> dict[str, np.ndarray] | None:
-    """The words kept in a file, if it is there and they were made the same way."""
-    if not path.exists():
-        return None
-    with np.load(path) as stored:
-        found = dict(stored)
-    return found if str(found.pop("made_by")) == made_by else None

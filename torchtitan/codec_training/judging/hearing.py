@@ -1,4 +1,4 @@
-"""What is heard in waveforms: levels, intelligibility, pitch, and classifiers of words and voices."""
+"""Measures of waveforms: levels, intelligibility, pitch, and classifiers of words and voices."""
 
 import warnings
 from collections.abc import Sequence
@@ -15,17 +15,17 @@ from torchtitan.tools.errors import UserError
 
 STOI_RATE = 10_000  # samples a second
 MEL_WINDOW, MEL_SIZE, MEL_HOP, MEL_BANDS = 600, 1024, 240, 40
-"""Of log-mel spectra: windows of 25 ms and a column each 10 ms, in samples."""
-FLOOR_DB = 60.0  # how far below a clip's loudest value differences stop to count
+"""Log-mel spectra, in samples: windows of 25 ms, and a column each 10 ms."""
+FLOOR_DB = 60.0  # below a clip's loudest value; differences further down do not count
 SILENT_SECONDS, SILENT_DB = 0.2, 30.0
-"""A continuation with less speech is silent; speech is what lies less than this below the prompt's loudest column."""
-PITCH_WINDOW = 1440  # samples that a pitch is read from: 60 ms
-LOWEST_HZ, HIGHEST_HZ = 60, 400  # between which pitches lie
-OCTAVE_COST = 0.02  # by how much a pitch must be more periodic than one an octave higher
-WORD_COLUMNS = 32  # that a word's spectrum is stretched to
-LOUD_DB = 26.0  # how far below a clip's loudest column columns stop to be speech
-VOICED = 0.6  # how periodic a voiced column is at least
-PITCH_WEIGHT = 2  # a semitone weighs as much as two decibels: there are two figures of pitch and eighty of levels
+"""A continuation with less speech is silent; speech is at most this far below the prompt's loudest column."""
+PITCH_WINDOW = 1440  # samples: 60 ms
+LOWEST_HZ, HIGHEST_HZ = 60, 400  # bounds of the pitch
+OCTAVE_COST = 0.02  # by how much more periodic a pitch must be than one an octave higher
+WORD_COLUMNS = 32  # columns that a word's spectrum is stretched to
+LOUD_DB = 26.0  # speech is at most this far below a clip's loudest column
+VOICED = 0.6  # least periodicity of a voiced column
+PITCH_WEIGHT = 2  # a semitone weighs as much as two decibels: a voice has two features of pitch and eighty of levels
 
 
 def mel_levels(waveform: torch.Tensor, floor: float | None = None) -> torch.Tensor:
@@ -40,7 +40,7 @@ def mel_levels(waveform: torch.Tensor, floor: float | None = None) -> torch.Tens
 
 
 def log_mel_distance(made: torch.Tensor, true: torch.Tensor) -> float:
-    """Mean absolute difference in dB of two clips' levels in mel bands, down to 60 dB below the true one's loudest.
+    """Mean absolute difference in dB of two clips' levels in mel bands, down to 60 dB below the true clip's loudest.
 
     Args:
         made, true: [n] at 24 kHz.
@@ -63,10 +63,10 @@ def speaks(waveform: torch.Tensor, prompt: torch.Tensor) -> bool:
 
 
 def intelligibility(made: torch.Tensor, true: torch.Tensor) -> float | None:
-    """Short-time objective intelligibility of a clip, given the clean one: 1 for the clean one, 0.4 for white noise.
+    """Short-time objective intelligibility of a clip, given the clean one: 1 for the same clip, 0.4 for white noise.
 
-    As Taal and others (IEEE Transactions on Audio, Speech and Language Processing, 2011) define it, at 10 kHz. None
-    for a clip with less than 0.4 s of speech, for which it is not defined.
+    By Taal and others (IEEE Transactions on Audio, Speech and Language Processing, 2011), at 10 kHz. None for a clip
+    with less than 0.4 s of speech, for which it is not defined.
 
     Args:
         made, true: [n] at 24 kHz.
@@ -124,7 +124,7 @@ def pitch_track(waveform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class Classifier:
-    """Multinomial logistic regression with an L2 penalty, fitted to its one optimum by L-BFGS in double precision.
+    """Multinomial logistic regression with an L2 penalty, fitted by L-BFGS in double precision.
 
     Features are centred and divided by one common deviation, so they should be of one kind or one size.
 
@@ -164,10 +164,10 @@ def word_features(waveform: torch.Tensor) -> torch.Tensor:
 
 
 def voice_features(waveform: torch.Tensor) -> torch.Tensor:
-    """What a voice is like on average: [n] at 24 kHz to [82].
+    """Average features of a voice: [n] at 24 kHz to [82].
 
-    Mean (less the mean of all bands, which is the level) and deviation of the levels in each mel band over the loud
-    columns, in dB, and mean and deviation of the pitch over the periodic ones among them, in semitones.
+    They are the mean (less the mean of all bands, which is the level) and deviation of the levels in each mel band over
+    the loud columns, in dB, and the mean and deviation of the pitch over the voiced ones among them, in semitones.
     """
     levels = mel_levels(waveform)
     loud = loudness(levels) >= loudness(levels).max() - LOUD_DB
@@ -182,14 +182,12 @@ def voice_features(waveform: torch.Tensor) -> torch.Tensor:
 
 def summary(values: Sequence[float]) -> dict[str, Any]:
     """Mean, standard error, minimum and number of values; None where there are too few."""
-    mean, minimum = (sum(values) / len(values), min(values)) if len(values) else (None, None)
+    mean, minimum = (sum(values) / len(values), min(values)) if values else (None, None)
     return {"mean": mean, "standard_error": standard_error(values), "minimum": minimum, "clips": len(values)}
 
 
 def score(right: Sequence[bool]) -> dict[str, Any]:
     """Accuracy with its standard error, 95 % interval (Wilson) and number of trials; None without any."""
-    points = [float(value) for value in right]
-    accuracy = sum(points) / len(points) if points else None
-    interval = None if accuracy is None else list(wilson_interval(accuracy, len(points)))
-    error = standard_error(points)
-    return {"accuracy": accuracy, "standard_error": error, "interval": interval, "clips": len(points)}
+    accuracy = sum(right) / len(right) if right else None
+    interval = None if accuracy is None else list(wilson_interval(accuracy, len(right)))
+    return {"accuracy": accuracy, "standard_error": standard_error(right), "interval": interval, "clips": len(right)}

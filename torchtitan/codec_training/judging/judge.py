@@ -1,5 +1,6 @@
-"""The five measures."""
+"""The five measures of a codec."""
 
+import itertools
 import time
 from typing import Any
 
@@ -11,7 +12,7 @@ from torchtitan.audio.codec import FRAME_RATE, FRAME_SIZE, Codec
 from torchtitan.audio.waveform import SAMPLE_RATE
 from torchtitan.codec_training.codebooks import k_means, nearest
 from torchtitan.codec_training.data import TEACHER_COLUMNS, normalised_mfcc
-from torchtitan.codec_training.judging.clips import Clip, Word
+from torchtitan.codec_training.judging.clips import VoicedClip, Word
 from torchtitan.codec_training.judging.codes import code_use, histogram, information
 from torchtitan.codec_training.judging.hearing import (
     Classifier,
@@ -27,19 +28,17 @@ from torchtitan.codec_training.voices import PROMPT_SECONDS, VOICES
 from torchtitan.generation import BATCH_ROWS, Engine, Sampling, frame_bound, sample_requests
 from torchtitan.tools.errors import UserError
 
-QUANTIZERS = (8, 4)  # how many quantizers round trips use: all that a small codec has, and the token stream's default
+QUANTIZERS = (8, 4)  # quantizers of round trips: all of a small codec, and the token stream's default
 SOUNDS = 64
-"""Clusters of the teacher's columns that stand for the sounds: fewer than in training, so that 30 minutes tell their
-probabilities given a code."""
+"""Clusters that stand for the sounds: fewer than in training, since 30 minutes must suffice to count them by code."""
 HISTOGRAM_PENALTY = 1.0
-"""Of the classifiers of histograms; the best of 0.001 to 1 in cross-validation over the assets' training clips."""
-WORD_MARGIN = 2 * FRAME_SIZE
-"""Samples of silence around a word on its way through the codec: it does not begin at the codec's first moment."""
-CONTINUATION_SECONDS = 3.0  # of a continuation, at most
-LEAST_ACCURACY = 0.5  # of the voices of clean prompts: below it, the clips are not in the order of the voices
+"""L2 penalty of the classifiers of histograms: the best of 0.001 to 1 in cross-validation over the training clips."""
+WORD_MARGIN = 2 * FRAME_SIZE  # samples of silence around a word, so that it does not begin at the codec's first frame
+CONTINUATION_SECONDS = 3.0  # longest continuation
+LEAST_ACCURACY = 0.5  # for the voices of clean prompts; below it, the clips are not in the order of the voices
 
 
-class Judge:
+class CodecJudge:
     """A codec and the speech it is judged on. Each method is one of the measures and returns its figures.
 
     Args:
@@ -50,7 +49,7 @@ class Judge:
         UserError: a voice is held out that no training clip has.
     """
 
-    def __init__(self, codec: Codec, training: list[Clip], held_out: list[Clip], seed: int):
+    def __init__(self, codec: Codec, training: list[VoicedClip], held_out: list[VoicedClip], seed: int):
         self.codec, self.training, self.held_out, self.seed = codec, training, held_out, seed
         self.voices = sorted({clip.voice for clip in training})
         if unknown := {clip.voice for clip in held_out} - set(self.voices):
@@ -72,14 +71,14 @@ class Judge:
         return [self.codec.encode([waveform])[0] for waveform in tqdm(waveforms, what, mininterval=5)]
 
     def decode(self, codes: list[torch.Tensor], waveforms: list[torch.Tensor], quantizers: int) -> list[torch.Tensor]:
-        """What is heard of waveforms [n] when their codes [8, T] are cut to the first quantizers: [n] again."""
+        """The waveforms [n] after a round trip through the first quantizers of their codes [8, T]."""
         pairs = tqdm(zip(codes, waveforms, strict=True), f"{quantizers} quantizers", len(codes), mininterval=5)
         return [self.codec.decode(rows[:quantizers])[: len(waveform)] for rows, waveform in pairs]
 
-    def round_trips(self, real: dict[str, list[Clip]]) -> dict[str, Any]:
+    def round_trips(self, real: dict[str, list[VoicedClip]]) -> dict[str, Any]:
         """STOI and log-mel distance of the held-out clips and of other speech, at each number of quantizers."""
 
-        def judge(made: list[torch.Tensor], true: list[Clip]) -> dict[str, Any]:
+        def judge(made: list[torch.Tensor], true: list[VoicedClip]) -> dict[str, Any]:
             pairs = [(a, b.waveform) for a, b in zip(made, true, strict=True)]
             stoi = [intelligibility(*pair) for pair in tqdm(pairs, "STOI", mininterval=5)]
             distance = [log_mel_distance(*pair) for pair in pairs]
@@ -97,14 +96,15 @@ class Judge:
         return figures
 
     def codebooks(self) -> dict[str, Any]:
-        """For each quantizer: use of its codebook, and what its codes say about voice and sound.
+        """For each quantizer: use of its codebook, and what its codes tell about voice and sound.
 
-        Sounds are clusters of speaker-normalised MFCCs each 20 ms, four in a frame: the semantic teacher's of
-        scripts/train_codec.py, found anew on the training clips.
+        Sounds are clusters of speaker-normalised MFCCs, four columns a frame, as the semantic teacher of
+        scripts/train_codec.py has them, fitted to the training clips.
         """
-        groups = ((self.training, self.training_codes), (self.held_out, self.held_out_codes))
-        bars = (tqdm(clips, "sounds", mininterval=5) for clips, _ in groups)
-        mfccs = [[normalised_mfcc(clip.waveform) for clip in clips] for clips in bars]
+        groups = [(self.training, self.training_codes), (self.held_out, self.held_out_codes)]
+        mfccs = [
+            [normalised_mfcc(clip.waveform) for clip in tqdm(clips, "sounds", mininterval=5)] for clips, _ in groups
+        ]
         centroids = k_means(torch.cat(mfccs[0]), SOUNDS, torch.Generator().manual_seed(self.seed))
         sounds = [[nearest(mfcc, centroids) for mfcc in group] for group in mfccs]
         voices = [torch.tensor([clip.voice for clip in clips]) for clips, _ in groups]
@@ -113,24 +113,25 @@ class Judge:
             codes = [[rows[q] for rows in group] for _, group in groups]
             histograms = [torch.stack([histogram(row) for row in group]) for group in codes]
             heard = Classifier(histograms[0], voices[0], len(VOICES), HISTOGRAM_PENALTY)(histograms[1])
-            of_voice, of_sound = [], []
-            for rows, speakers, labels in zip(codes, voices, sounds, strict=True):
-                of_voice.append([(row, speaker.expand(len(row))) for row, speaker in zip(rows, speakers, strict=True)])
-                # The teacher has four columns a frame, but none for a rest of less than 20 ms.
-                finer = [
-                    row.repeat_interleave(TEACHER_COLUMNS)[: len(own)] for row, own in zip(rows, labels, strict=True)
-                ]
-                of_sound.append(list(zip(finer, labels, strict=True)))
+            of_voice = [
+                [(row, voice.expand(len(row))) for row, voice in zip(*group, strict=True)]
+                for group in zip(codes, voices, strict=True)
+            ]
+            # A rest of less than 20 ms has no column.
+            of_sound = [
+                [(row.repeat_interleave(TEACHER_COLUMNS)[: len(own)], own) for row, own in zip(*group, strict=True)]
+                for group in zip(codes, sounds, strict=True)
+            ]
             use = {"quantizer": q, **code_use(torch.cat([*codes[0], *codes[1]]))}
-            said = {"about_voice": information(*of_voice), "about_sound": information(*of_sound)}
-            figures.append({**use, "voice": score((heard == voices[1]).tolist()), **said})
+            told = {"about_voice": information(*of_voice), "about_sound": information(*of_sound)}
+            figures.append({**use, "voice": score((heard == voices[1]).tolist()), **told})
         frames = sum(rows.shape[1] for _, group in groups for rows in group)
         return {"frames": frames, "chance": 1 / len(self.voices), "quantizers": figures}
 
     def words(self, words: list[Word]) -> dict[str, Any]:
-        """How many words a classifier that learned clean ones hears right, clean and after round trips.
+        """Accuracy of a classifier that learned clean words, on clean words and on their round trips.
 
-        The round trip is that of the word between two bits of silence; where it begins and ends is not guessed.
+        On its way through the codec a word has silence around it, which is cut off again at the right places.
         """
         learned, tests = ([word for word in words if word.test == test] for test in (False, True))
         classes = len({word.word for word in words})
@@ -149,32 +150,29 @@ class Judge:
         return figures
 
     def speakers(self) -> dict[str, Any]:
-        """How many voices a classifier that learned clean ones hears right, clean and after round trips."""
+        """Accuracy of a classifier that learned clean voices, on clean clips and on round trips."""
         truth = [clip.voice for clip in self.held_out]
         heard = {"clean": [clip.waveform for clip in self.held_out], **{str(q): made for q, made in self.made.items()}}
-        figures = {name: self.hear_voices(waveforms, truth) for name, waveforms in heard.items()}
-        return {"chance": 1 / len(self.voices), "gender_chance": self.gender_chance(), **figures}
+        return self.chances() | {name: self.hear_voices(waveforms, truth) for name, waveforms in heard.items()}
 
-    def gender_chance(self) -> float:
-        """The share of voices of the more frequent gender."""
-        women = sum(VOICES[voice].gender == "female" for voice in self.voices)
-        return max(women, len(self.voices) - women) / len(self.voices)
+    def chances(self) -> dict[str, Any]:
+        """Accuracies of guessing voices, and of always guessing the more frequent gender."""
+        count, women = len(self.voices), sum(VOICES[voice].gender == "female" for voice in self.voices)
+        return {"chance": 1 / count, "gender_chance": max(women, count - women) / count}
 
     def hear_voices(self, waveforms: list[torch.Tensor], truth: list[int]) -> dict[str, Any]:
-        """Scores of the classifier of voices on waveforms [n], of voice and of gender."""
-        if not waveforms:
-            return {"voice": score([]), "gender": score([])}
-        said = self.voice_of(torch.stack([voice_features(waveform) for waveform in waveforms])).tolist()
+        """Scores of the classifier of voices on waveforms [n], for the voice and for its gender."""
+        said = [int(self.voice_of(voice_features(waveform)[None])) for waveform in waveforms]
         pairs = list(zip(said, truth, strict=True))
         return {
             "voice": score([a == b for a, b in pairs]),
             "gender": score([VOICES[a].gender == VOICES[b].gender for a, b in pairs]),
         }
 
-    def continuations(self, lm: Any, pairs: list[Clip]) -> dict[str, Any]:
-        """Whether a model goes on in the voice of its prompt, the first 1.28 s of each clip; 3 s at most.
+    def continuations(self, lm: Any, pairs: list[VoicedClip]) -> dict[str, Any]:
+        """Whether a model goes on in the voice of its prompt, the first 1.28 s of each clip, for up to 3 s.
 
-        What the codec leaves of the true rest of the clips is what can be expected of a model at best.
+        The round trip of the true rest of the clips is the best that can be expected of a model.
 
         Args:
             lm: the SpeechLM, with the codec that is judged.
@@ -204,14 +202,14 @@ class Judge:
         requests = [sample_requests(code, bound - frames, sampling)[0] for code in codes]
         with tqdm(desc="continuations", unit="frame", mininterval=5) as bar:
             results = engine.generate(requests, bar.update)
-        spoken, voices = [], []
-        for prompt, code, result, voice in zip(prompts, codes, results, truth, strict=True):
-            # Prompt and continuation are decoded together, as inference.py does it.
-            waveform = lm.codec.decode(torch.cat([code, result.codes], dim=1))[length:]
-            if speaks(waveform, prompt):
-                spoken.append(waveform)
-                voices.append(voice)
-        figures["continuation"] = self.hear_voices(spoken, voices)
-        figures["silent"] = score([False] * len(spoken) + [True] * (len(pairs) - len(spoken)))
+        # Prompt and continuation are decoded together, as inference.py does it.
+        made = [
+            lm.codec.decode(torch.cat([code, result.codes], dim=1))[length:]
+            for code, result in zip(codes, results, strict=True)
+        ]
+        speaking = [speaks(waveform, prompt) for waveform, prompt in zip(made, prompts, strict=True)]
+        spoken = list(itertools.compress(made, speaking))
+        figures["continuation"] = self.hear_voices(spoken, list(itertools.compress(truth, speaking)))
+        figures["silent"] = score([not each for each in speaking])
         figures["mean_seconds"] = sum(result.codes.shape[1] for result in results) / len(results) / FRAME_RATE
-        return {**figures, "chance": 1 / len(self.voices), "gender_chance": self.gender_chance()}
+        return figures | self.chances()

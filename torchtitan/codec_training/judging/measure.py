@@ -20,9 +20,18 @@ from torchtitan.codec_training.judging.clips import (
     training_clips,
 )
 from torchtitan.codec_training.judging.hearing import load_pystoi
-from torchtitan.codec_training.judging.judge import QUANTIZERS, Judge
+from torchtitan.codec_training.judging.judge import QUANTIZERS, CodecJudge
+from torchtitan.codec_training.options import check_positive
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.logging import quiet_transformers
+
+CHANCES = {"voice": "chance", "gender": "gender_chance"}  # kinds of scores, and the keys of their chances
+CONTINUATIONS = {
+    "clean_prompt": "clean prompt",
+    "clean_rest": "clean rest of the clip",
+    "round_trip_of_rest": "its round trip",
+    "continuation": "continuation",
+}
 
 
 @dataclass
@@ -34,19 +43,19 @@ class Options:
     speech: Path = Path("assets/speech")
     """Folder of speech laid out like assets/speech, with clips of the voices of scripts/build_assets.py."""
     model: str | None = None
-    """A converted model that was trained on this codec's codes, whose continuations are judged too."""
+    """A converted model that was trained on this codec's codes; its continuations are judged too."""
     real: list[str] | None = None
     """Further data sets, as training reads them, for round trips of speech that the codec was not trained on."""
     real_clips: int = 100
-    """Clips of each of them, spread evenly."""
+    """Clips of each further data set, spread evenly."""
     continuations: int = 60
-    """Prompts to continue: the first clips of SALMon/speaker_consistency that are long enough; voices take turns."""
+    """Prompts to continue: the first clips of SALMon/speaker_consistency that are long enough."""
     renditions: int = 4
-    """Renditions of each word in each voice that the classifier of words learns; half as many others test it."""
+    """Renditions of each word in each voice for the classifier of words; half as many others test it."""
     output: Path = Path("outputs/measures")
     """Folder for measures.json and the spoken words."""
     seed: int = 0
-    """Of spoken words, clusters and continuations."""
+    """Seed of spoken words, clusters and continuations."""
     threads: int = 1
     """Threads on the CPU."""
 
@@ -55,7 +64,7 @@ def load_model(name: str, codec: str) -> Any:
     """A SpeechLM with the codec that is judged.
 
     Raises:
-        UserError: it cannot be loaded, or was trained on the codes of another codec, as far as that can be seen.
+        UserError: it cannot be loaded, or names another codec whose codes it was trained on.
     """
     lm = SpeechLM.load(name, codec, "cpu", "float32")
     own = getattr(lm.model.config, "audio_tokenizer", None)
@@ -72,15 +81,13 @@ def measure(options: Options) -> dict[str, Any]:
     Raises:
         UserError: an option does not fit, or something that is needed is missing or cannot be read.
     """
-    for name in ("real_clips", "continuations", "renditions", "threads"):
-        if getattr(options, name) < 1:
-            raise UserError(f"--{name} must be at least 1.")
+    check_positive(options, "real_clips", "continuations", "renditions", "threads")
     load_pystoi()
     started = time.perf_counter()
     torch.set_num_threads(options.threads)
     torch.set_flush_denormal(True)  # denormal activations slow a CPU several times
     quiet_transformers()
-    # All that can be missing is looked for before anything is measured.
+    # All inputs are loaded before anything is measured.
     codec = Codec.load(options.codec, max(QUANTIZERS))
     lm = None if options.model is None else load_model(options.model, options.codec)
     pairs = [] if lm is None else pair_clips(options.speech, options.continuations)
@@ -92,7 +99,7 @@ def measure(options: Options) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"{options.output}: the folder cannot be made ({error.strerror}).") from None
 
-    judge = Judge(codec, training, held_out, options.seed)
+    judge = CodecJudge(codec, training, held_out, options.seed)
     figures: dict[str, Any] = {
         "codec": options.codec,
         "codec_fingerprint": codec.fingerprint(),
@@ -132,26 +139,30 @@ def report(options: Options) -> None:
     print(tables(figures))
 
 
+def with_error(value: dict[str, Any], key: str, digits: int, factor: int = 1, unit: str = "") -> str:
+    """A figure and its standard error, as far as they are known."""
+    if value[key] is None:
+        return ""
+    error = "" if value["standard_error"] is None else f" ± {factor * value['standard_error']:.{digits}f}"
+    return f"{factor * value[key]:.{digits}f}{error}{unit}"
+
+
+def mean(value: dict[str, Any], digits: int) -> str:
+    return with_error(value, "mean", digits)
+
+
+def percent(value: dict[str, Any]) -> str:
+    return with_error(value, "accuracy", 1, 100, " %")
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A table in Markdown."""
+    return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *rows])
+
+
 def tables(figures: dict[str, Any]) -> str:
     """The figures as Markdown."""
-
-    def with_error(value: dict[str, Any], key: str, digits: int, factor: int = 1, unit: str = "") -> str:
-        if value[key] is None:
-            return ""
-        error = "" if value["standard_error"] is None else f" ± {factor * value['standard_error']:.{digits}f}"
-        return f"{factor * value[key]:.{digits}f}{error}{unit}"
-
-    def mean(value: dict[str, Any], digits: int) -> str:
-        return with_error(value, "mean", digits)
-
-    def share(value: dict[str, Any]) -> str:
-        return with_error(value, "accuracy", 1, 100, " %")
-
-    def table(head: list[str], rows: list[list[str]]) -> str:
-        lines = [head, ["---"] * len(head), *rows]
-        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-    trips, books, words, speakers = (figures[key] for key in ("round_trips", "codebooks", "words", "speakers"))
+    trips, words, speakers, continued = (figures[key] for key in ("round_trips", "words", "speakers", "continuations"))
     parts = [f"Codec {figures['codec']}, speech {figures['speech']}. What follows ± is the standard error."]
 
     rows = []
@@ -166,46 +177,42 @@ def tables(figures: dict[str, Any]) -> str:
     rows = [[f"{q} quantizers", *(mean(value, 3) for value in found.values())] for q, found in by_voice.items()]
     parts.append(table(["STOI by voice", *by_voice[str(QUANTIZERS[0])]], rows))
 
+    books = figures["codebooks"]
     head = ["quantizer", "entries used", "entropy, nats", "perplexity", f"voice (chance {100 * books['chance']:.1f} %)"]
     for what in ("voice", "sound"):
         head.append(f"nats about the {what} (of {books['quantizers'][0][f'about_{what}']['at_most']:.2f})")
-    rows = []
-    for book in books["quantizers"]:
-        row = [str(book["quantizer"]), f"{book['used']:,} ({100 * book['share']:.0f} %)", f"{book['entropy']:.2f}"]
-        row += [f"{book['perplexity']:.0f}", share(book["voice"])]
-        rows.append([*row, *(with_error(book[key], "nats", 2) for key in ("about_voice", "about_sound"))])
-    parts.append(table(head, rows))
-
-    heard = ["clean", *map(str, QUANTIZERS)]
-    head = ["heard right", "clean", *(f"{q} quantizers" for q in QUANTIZERS), "chance", "clips"]
-    judged = [] if "skipped" in words else [("word", {name: words[name] for name in heard}, words["chance"])]
-    for kind, chance in (("voice", "chance"), ("gender", "gender_chance")):
-        judged.append((kind, {name: speakers[name][kind] for name in heard}, speakers[chance]))
     rows = [
-        [kind, *map(share, found.values()), f"{100 * chance:.1f} %", str(found["clean"]["clips"])]
-        for kind, found, chance in judged
+        [
+            *(str(book["quantizer"]), f"{book['used']:,} ({100 * book['share']:.0f} %)", f"{book['entropy']:.2f}"),
+            *(f"{book['perplexity']:.0f}", percent(book["voice"])),
+            *(with_error(book[key], "nats", 2) for key in ("about_voice", "about_sound")),
+        ]
+        for book in books["quantizers"]
     ]
     parts.append(table(head, rows))
 
-    found = figures["continuations"]
-    if "skipped" not in found:
-        head = [f"{figures['model']}, {found['num_quantizers']} quantizers"]
-        for kind, chance in (("voice", "chance"), ("gender", "gender_chance")):
-            head.append(f"{kind} (chance {100 * found[chance]:.1f} %)")
-        kinds = {
-            "clean_prompt": "clean prompt",
-            "clean_rest": "clean rest of the clip",
-            "round_trip_of_rest": "its round trip",
-            "continuation": "continuation",
-        }
+    heard = ["clean", *map(str, QUANTIZERS)]
+    judged = [] if "skipped" in words else [("word", [words[name] for name in heard], words["chance"])]
+    for kind, chance in CHANCES.items():
+        judged.append((kind, [speakers[name][kind] for name in heard], speakers[chance]))
+    head = ["heard right", "clean", *(f"{q} quantizers" for q in QUANTIZERS), "chance", "clips"]
+    rows = [
+        [kind, *map(percent, scores), f"{100 * chance:.1f} %", str(scores[0]["clips"])]
+        for kind, scores, chance in judged
+    ]
+    parts.append(table(head, rows))
+
+    if "skipped" not in continued:
+        head = [f"{figures['model']}, {continued['num_quantizers']} quantizers"]
+        head += [f"{kind} (chance {100 * continued[chance]:.1f} %)" for kind, chance in CHANCES.items()]
         rows = [
-            [name, *(share(found[key][kind]) for kind in ("voice", "gender")), str(found[key]["voice"]["clips"])]
-            for key, name in kinds.items()
+            [name, *(percent(continued[key][kind]) for kind in CHANCES), str(continued[key]["voice"]["clips"])]
+            for key, name in CONTINUATIONS.items()
         ]
         parts.append(table([*head, "clips"], rows))
-        length = f"mean length {found['mean_seconds']:.2f} s"
-        parts.append(f"Silent continuations: {share(found['silent'])} of {found['prompts']}; {length}.")
-    parts += [part["skipped"] for part in (words, found) if "skipped" in part]
+        length = f"mean length {continued['mean_seconds']:.2f} s"
+        parts.append(f"Silent continuations: {percent(continued['silent'])} of {continued['prompts']}; {length}.")
+    parts += [part["skipped"] for part in (words, continued) if "skipped" in part]
     timing = figures["timing"]
     speed = f"Encoded at {timing['encoded_times_real_time']:.0f} times real time"
     return "\n\n".join([*parts, f"{speed}; {timing['seconds']:.0f} s in all."])

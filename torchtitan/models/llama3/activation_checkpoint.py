@@ -1,4 +1,4 @@
-"""Activation checkpointing: what the backward pass needs is computed again, not kept (arXiv 1604.06174).
+"""Activation checkpointing: compute again what the backward pass needs, instead of keeping it (arXiv 1604.06174).
 
 Whole blocks, every n-th block, or within each block only what is cheap to compute again ("op").
 """
@@ -6,7 +6,6 @@ Whole blocks, every n-th block, or within each block only what is cheap to compu
 import re
 from collections.abc import Callable
 from functools import partial
-from importlib import import_module
 from typing import Any, cast
 
 import torch
@@ -16,28 +15,9 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from torchtitan.config.job_config import ActivationCheckpoint, JobConfig
 from torchtitan.config.keys import Refuse
 from torchtitan.models.llama3.model import Llama3
+from torchtitan.tools.torch_private import costly_operators
 
 _MATRIX_PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.linear.default}
-
-
-def _kept() -> set[Any]:
-    """Operations whose results mode "op" keeps, besides every second matrix product: attention, and sent gradients."""
-    names = (
-        "aten._scaled_dot_product_flash_attention",
-        "aten._scaled_dot_product_flash_attention_for_cpu",
-        "aten._scaled_dot_product_efficient_attention",
-        "aten._scaled_dot_product_cudnn_attention",
-        "aten._scaled_dot_product_fused_attention_overrideable",
-        "torch_attn._varlen_attn",  # known once torch.nn.attention.varlen is imported
-        "_c10d_functional.reduce_scatter_tensor",
-        "_c10d_functional.all_to_all_single",
-    )
-    kept = set()
-    for name in names:
-        space, operation = name.split(".")
-        if (found := getattr(getattr(torch.ops, space), operation, None)) is not None:
-            kept.add(found.default)
-    return kept
 
 
 def check_mode(config: JobConfig, refuse: Refuse) -> None:
@@ -56,9 +36,7 @@ def checkpoint_activations(model: Llama3, config: ActivationCheckpoint) -> None:
     if config.mode == "selective" and config.selective_ac_option != "op":
         every = int(config.selective_ac_option)
     elif config.mode == "selective":
-        if torch.cuda.is_available():
-            import_module("torch.nn.attention.varlen")  # makes its operation known
-        contexts = partial(_op_contexts, _kept())
+        contexts = partial(_op_contexts, costly_operators())
     for number, block in model.layers.items():
         if contexts is not None:
             shapes = _recomputed_shapes(block, f"layers.{number}", config)
@@ -90,7 +68,10 @@ def _recomputed_shapes(block: nn.Module, prefix: str, config: ActivationCheckpoi
 
 
 def _op_contexts(kept: set[Any], recomputed: set[tuple[int, int]]) -> Any:
-    """The two contexts of a block's forward pass and of its repetition, with a count of matrix products in each."""
+    """The two contexts of a block's forward pass and of its repetition, with a count of matrix products in each.
+
+    Besides the operators of ``kept``, every second matrix product keeps its result.
+    """
     counts = {False: 0, True: 0}
 
     def policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

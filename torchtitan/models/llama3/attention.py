@@ -1,6 +1,6 @@
 """Attention within the documents of packed rows: each id sees the earlier ids of its own document, and no other.
 
-There are three ways to the same result, chosen once a forward pass by :func:`find_documents`:
+There are three ways to the same result. :func:`find_documents` chooses one in each forward pass:
 
 - 16-bit on CUDA: one call of the variable-length flash kernel over the flattened rows.
 - CPU: one causal call a document. Nothing outside the documents is computed: with four documents a row this takes a
@@ -45,7 +45,7 @@ def find_documents(
         dtype: what attention is computed in.
         head_dim: width of a head.
         compiled: the blocks are compiled, with fixed shapes.
-        num_documents: how many there are; if it is not given, a GPU is asked and waited for.
+        num_documents: how many there are, or a few more; without it the CPU waits for a GPU that counts them.
     """
     starts = positions == 0
     starts[:, 0] = True  # No document goes on from row to row.

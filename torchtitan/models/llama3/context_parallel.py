@@ -1,7 +1,8 @@
 """Context parallelism: the ranks of a group split each row among themselves, and meet in attention.
 
 A row is cut into 2 * N parts; rank r of N holds parts r and 2 * N - 1 - r, so that under a causal mask all have the
-same work. Everything but attention works on the own positions. There, two ways lead to the same result:
+same work. Everything but attention works on a rank's own positions. Attention works in one of two ways, with the same
+result:
 
 - ``allgather``: every rank gathers the keys and values of the whole row, and attends from its own positions. Works
   for any number of heads. What a part cannot see, because it comes later, is not computed.
@@ -12,7 +13,7 @@ same work. Everything but attention works on the own positions. There, two ways 
 Both work on gloo and nccl and keep to the documents of packed rows.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -54,8 +55,11 @@ class ContextParallel:
         pairs = [(parts[r], parts[2 * self.size - 1 - r]) for r in range(self.size)]
         return torch.cat([part for pair in pairs for part in pair], dim=dim)
 
-    def documents(self, positions: torch.Tensor) -> Documents:
-        """For the method ``allgather``: which keys of whole rows [B, S] the own queries see, bool [B, 1, S / N, S]."""
+    def documents(self, positions: torch.Tensor, *_: Any) -> Documents:
+        """The documents of whole rows [B, S] as a mask [B, 1, S / N, S] of the keys that the own queries see.
+
+        For the method ``allgather``, in the place of attention.find_documents.
+        """
         starts = positions == 0
         starts[:, 0] = True
         return Documents(mask=self.shard(document_mask(starts), dim=2))

@@ -2,26 +2,20 @@
 
 The same function as transformers' ``LlamaForCausalLM`` on the same weights (rotate-half rotary layout, so no weight is
 permuted on the way). Parallelism is applied from outside (parallelize.py). The module is made on the meta device and
-gets its values from :meth:`Llama3.reset_buffers` and the functions of weights.py.
+gets its values from the functions of weights.py.
 """
 
 import math
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, cast
+from collections.abc import Callable, Iterator
+from typing import cast
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.distributed.tensor import DTensor
 
-from torchtitan.distributed.collectives import gather
 from torchtitan.models.llama3.args import Llama3Args
 from torchtitan.models.llama3.attention import Documents, attend, find_documents
 from torchtitan.models.loss import Columns, chunked_nll, chunked_nll_sum
-
-if TYPE_CHECKING:
-    from torchtitan.models.llama3.context_parallel import ContextParallel
 
 
 class RMSNorm(nn.Module):
@@ -53,6 +47,38 @@ def rotary_frequencies(args: Llama3Args, device: torch.device | None = None) -> 
     turns = original * frequencies / (2 * math.pi)  # full turns within the original context
     keep = ((turns - low) / (high - low)).clamp(0.0, 1.0)
     return (1 - keep) * frequencies / factor + keep * frequencies
+
+
+class RotaryTables(nn.Module):
+    """The cosines and sines of the rotary embedding, in fp32."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+    def __init__(self, args: Llama3Args):
+        super().__init__()
+        self.args = args
+        self.register_buffer("cos", torch.empty(0, args.head_dim), persistent=False)
+        self.register_buffer("sin", torch.empty(0, args.head_dim), persistent=False)
+
+    def reset(self, seq_len: int, device: torch.device) -> None:
+        """Compute the tables [seq_len, head_dim] on ``device``."""
+        angles = torch.outer(torch.arange(seq_len, device=device).float(), rotary_frequencies(self.args, device))
+        angles = torch.cat((angles, angles), dim=-1)
+        self.cos, self.sin = angles.cos(), angles.sin()
+
+    def forward(
+        self, length: int, dtype: torch.dtype, positions: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines [length, head_dim], or those at ``positions`` [B, S] as [B, 1, S, head_dim].
+
+        Raises:
+            ValueError: the tables are shorter than ``length``.
+        """
+        if length > self.cos.shape[0]:
+            raise ValueError(f"rows of {length} ids need rotary tables of that length, not {self.cos.shape[0]}")
+        cos, sin = self.cos[:length].to(dtype), self.sin[:length].to(dtype)
+        return (cos, sin) if positions is None else (cos[positions][:, None], sin[positions][:, None])
 
 
 def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -132,22 +158,17 @@ class TransformerBlock(nn.Module):
 
 
 class OutputHead(nn.Module):
-    """The projection onto the vocabulary, and the loss over it, from which alignment rows are left out.
+    """The projection onto the vocabulary, and the loss over it. Alignment rows of the weight [rows, dim] have no part.
 
     Attributes:
         first_id: ids below are left out of the softmax, see training.audio_head.
-        tensor_group: the ranks over which the rows of the weight are split, each with its part of the positions.
-        gather_logits: these ranks gather the logits before the softmax, instead of only its sums.
         compiled: the loss is computed with torch.compile in training.
     """
 
-    def __init__(self, args: Llama3Args):
+    def __init__(self, weight: nn.Parameter, vocab_size: int):
         super().__init__()
-        self.vocab_size = args.vocab_size
-        self.weight = nn.Parameter(torch.empty(args.padded_vocab_size, args.dim))
+        self.weight, self.vocab_size = weight, vocab_size
         self.first_id = 0
-        self.tensor_group: dist.ProcessGroup | None = None
-        self.gather_logits = False
         self.compiled = False
 
     def forward(self, hidden: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
@@ -155,21 +176,14 @@ class OutputHead(nn.Module):
 
         With ``targets`` [B, S] the logits are never held whole: the result is the sum of the negative
         log-likelihoods (a scalar, with gradients) in training mode, and each target's [B, S] in eval mode.
-        With tensor parallelism there have to be targets, and hidden states are of this rank's positions.
         """
         if targets is None:
             return F.linear(hidden, self.weight[: self.vocab_size])
-        weight, start, rows = self.weight, 0, self.weight.shape[0]
-        if self.tensor_group is not None:
-            hidden = gather(hidden, 1, self.tensor_group)
-            weight = cast(DTensor, weight).to_local()
-            rows = -(-rows // dist.get_world_size(self.tensor_group))
-            start = dist.get_rank(self.tensor_group) * rows
-        low = max(start, self.first_id)
-        high = max(low, min(start + weight.shape[0], self.vocab_size))
-        columns = Columns(low, high - low, self.tensor_group, rows if self.gather_logits else 0)
-        if low > start:
-            weight = weight[min(low - start, weight.shape[0]) :]
+        columns = Columns(self.first_id, self.vocab_size - self.first_id)
+        return self.nll(hidden, self.weight[self.first_id :] if self.first_id else self.weight, targets, columns)
+
+    def nll(self, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, columns: Columns) -> torch.Tensor:
+        """The loss over some columns of the logits, of which ``weight`` has the rows."""
         if self.training:
             return chunked_nll_sum(hidden, weight, targets, columns, self.compiled)
         return chunked_nll(hidden, weight, targets, columns)
@@ -182,28 +196,22 @@ class Llama3(nn.Module):
         first, last: whether this is the beginning, the end of the model. A stage of a pipeline is a model without the
             modules of the other stages: the first one takes ids, the others hidden states [B, S, dim], and all but the
             last one return them.
-        context: how the ranks of a group split each row, with context parallelism. Ids and targets are always whole
-            rows, hidden states and losses this rank's part.
+        compiled: the blocks are compiled.
     """
-
-    rope_cos: torch.Tensor
-    rope_sin: torch.Tensor
 
     def __init__(self, args: Llama3Args):
         super().__init__()
         self.args = args
-        self.compiled = False  # the blocks are, see compile_blocks
+        self.compiled = False
         self.first = self.last = True
-        self.context: ContextParallel | None = None
-        # With the weight given, nn.Embedding draws no values of its own: on the meta device that imports torch._dynamo,
-        # which takes seconds.
         size = (args.padded_vocab_size, args.dim)
-        self.tok_embeddings = nn.Embedding(*size, _weight=torch.empty(size))
+        # Without values nn.Embedding draws some. On the meta device that imports torch's compiler, which takes seconds.
+        self.tok_embeddings = nn.Embedding.from_pretrained(torch.empty(size), freeze=False)
+        self.rotary = RotaryTables(args)
+        self.find_documents: Callable[..., Documents] = find_documents
         self.layers = nn.ModuleDict({str(i): TransformerBlock(args) for i in range(args.n_layers)})
         self.norm = RMSNorm(args.dim, args.norm_eps)
-        self.output = OutputHead(args)
-        self.register_buffer("rope_cos", torch.empty(0, args.head_dim), persistent=False)
-        self.register_buffer("rope_sin", torch.empty(0, args.head_dim), persistent=False)
+        self.output = OutputHead(nn.Parameter(torch.empty(size)), args.vocab_size)
         self.tie()
 
     def tie(self) -> None:
@@ -220,12 +228,6 @@ class Llama3(nn.Module):
         """Whether a parameter is the head of a tied model of which the embedding is on another stage."""
         return self.args.tied and name == "output.weight"
 
-    def reset_buffers(self, seq_len: int, device: torch.device) -> None:
-        """Compute the rotary tables [seq_len, head_dim] in fp32 on ``device``."""
-        angles = torch.outer(torch.arange(seq_len, device=device).float(), rotary_frequencies(self.args, device))
-        angles = torch.cat((angles, angles), dim=-1)
-        self.rope_cos, self.rope_sin = angles.cos(), angles.sin()
-
     def forward(
         self,
         tokens: torch.Tensor,
@@ -236,31 +238,18 @@ class Llama3(nn.Module):
         """Ids [B, S] to logits [B, S, vocab_size], or with targets [B, S] to their losses (see OutputHead).
 
         ``positions`` [B, S] packs several documents into a row: it is each id's position within its document, and a
-        document begins wherever it is 0. None sees another, and each has the losses that it has in a row of its own,
-        if its last id has no target. Padding is a document too. Without positions each row is one document.
-        ``num_documents`` is how many there are; a GPU is waited for if it is not given.
+        document begins wherever it is 0. Documents do not see each other. Each has the losses that it has in a row of
+        its own, if its last id has no target. Padding is a document too. Without positions each row is one document.
+        ``num_documents`` is how many there are, or a few more; without it the CPU waits for a GPU that counts them.
 
         Raises:
-            ValueError: the rows are longer than the rotary tables of :meth:`reset_buffers`.
+            ValueError: the rows are longer than the rotary tables.
         """
-        length = (tokens if targets is None else targets).shape[1]
-        if length > self.rope_cos.shape[0]:
-            raise ValueError(f"rows of {length} ids need rotary tables of that length, not {self.rope_cos.shape[0]}")
-        context = self.context
-        if context is not None:
-            tokens = context.shard(tokens) if self.first else tokens
-            targets = None if targets is None else context.shard(targets)
         x = self.tok_embeddings(tokens) if self.first else tokens
-        cos, sin = self.rope_cos[:length].to(x.dtype), self.rope_sin[:length].to(x.dtype)
+        cos, sin = self.rotary((tokens if targets is None else targets).shape[1], x.dtype, positions)
         documents = None
         if positions is not None:
-            cos, sin = cos[positions][:, None], sin[positions][:, None]
-            if context is not None and context.method == "allgather":
-                documents = context.documents(positions)
-            else:
-                documents = find_documents(positions, x.dtype, self.args.head_dim, self.compiled, num_documents)
-        if context is not None:
-            cos, sin = context.shard(cos, dim=-2), context.shard(sin, dim=-2)
+            documents = self.find_documents(positions, x.dtype, self.args.head_dim, self.compiled, num_documents)
         for layer in self.layers.values():
             x = layer(x, cos, sin, documents)
         return self.output(self.norm(x), targets) if self.last else x

@@ -1,7 +1,7 @@
 """The model as the trainer sees it: whole rows in, losses out, whatever is split underneath."""
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -9,15 +9,15 @@ from torch import nn
 from torch.torch_version import TorchVersion
 
 from torchtitan.config.job_config import JobConfig
-from torchtitan.config.keys import Refuse
+from torchtitan.config.keys import Refuse, row_lengths
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.models.float8 import convert_to_float8, precompute_scales
 from torchtitan.models.llama3.activation_checkpoint import checkpoint_activations
 from torchtitan.models.llama3.args import Llama3Args
+from torchtitan.models.llama3.context_parallel import ContextParallel
 from torchtitan.models.llama3.model import Llama3
 from torchtitan.models.llama3.parallelize import (
     compile_blocks,
-    overlap_communication,
     shard,
     split_layers,
     split_rows,
@@ -27,25 +27,26 @@ from torchtitan.models.loss import IGNORE_INDEX
 from torchtitan.models.mx import convert_to_mx
 from torchtitan.tools.errors import ConfigError
 from torchtitan.tools.logging import logger
+from torchtitan.tools.torch_private import compiled_autograd, overlap_tensor_parallelism
+from torchtitan.tools.utils import DTYPES
 
-# Converters of the model, each with the number of ids of which its products need a multiple.
+# Converters of the model. Each needs rows whose length is a multiple of this.
 CONVERTERS = {"float8": 16, "mx": 32}
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def check_compile(config: JobConfig, refuse: Refuse) -> None:
     """Refuse what cannot be compiled."""
-    components = config.compile.components
+    components, compiles = config.compile.components, config.training.compile
     if set(components) - {"model", "loss"}:
         refuse("compile.components", "there are model and loss")
-    if config.training.compile and not components:
+    if compiles and not components:
         refuse("compile.components", "with training.compile = true it must name something")
-    if config.parallelism.enable_compiled_autograd and not (config.training.compile and "model" in components):
+    if config.parallelism.enable_compiled_autograd and not (compiles and "model" in components):
         refuse("parallelism.enable_compiled_autograd", "it needs training.compile = true")
 
 
 def check_converters(config: JobConfig, refuse: Refuse) -> None:
-    """Refuse converters that there are not, or whose settings contradict each other."""
+    """Refuse unknown converters, and settings of converters that contradict each other."""
     names, float8 = config.model.converters, config.float8
     if set(names) - set(CONVERTERS) or len(names) > 1:
         refuse("model.converters", 'there are "float8" and "mx", of which one can be chosen')
@@ -65,10 +66,10 @@ def check_converters(config: JobConfig, refuse: Refuse) -> None:
 
 
 def check_split(config: JobConfig, args: Llama3Args) -> None:
-    """Whether a model can be split as a config asks for, here.
+    """Refuse to split a model in a way that its sizes, this torch or this machine do not allow.
 
     Raises:
-        ConfigError: it cannot.
+        ConfigError: why not.
     """
     part = config.parallelism
     tensor, context = part.tensor_parallel_degree, part.context_parallel_degree
@@ -88,7 +89,7 @@ def check_split(config: JobConfig, args: Llama3Args) -> None:
             'rank cannot be dealt out evenly; context_parallel_rotate_method = "allgather" does not need that.'
         )
     if part.pipeline_parallel_degree > 1:
-        # Its import brings torch's compiler, which takes a second and which only pipelines need.
+        # Imported here, since this brings torch's compiler, which takes seconds.
         from torchtitan.models.llama3.pipeline import check_schedule, split_blocks, splits_backward
 
         stages = split_blocks(args.n_layers, part)
@@ -147,6 +148,10 @@ class ParallelModel:
     ):
         self.args, self.dims, self.device, self.first_id = args, dims, device, first_id
         self.pipeline: Any = None  # a Pipeline, where there is one
+        self.context: ContextParallel | None = None
+        if dims.context > 1:
+            group = dims.context_mesh(device.type).get_group()
+            self.context = ContextParallel(group, config.parallelism.context_parallel_rotate_method)
         self.precomputes_scales = config.float8.precompute_float8_dynamic_scale_for_fsdp
         self.compiles_backward = config.parallelism.enable_compiled_autograd
         training, parallelism = config.training, config.parallelism
@@ -158,11 +163,7 @@ class ParallelModel:
 
             blocks = split_blocks(args.n_layers, parallelism)
             own = own_stages(len(blocks), dims.pipeline_rank, dims.pipeline, parallelism)
-        longest = max(
-            training.seq_len,
-            config.validation.seq_len if config.validation.enabled else 0,
-            config.evaluation.seq_len if config.evaluation.enable_evaluation else 0,
-        )
+        longest = max(row_lengths(config).values())
         longest += -longest % dims.row_multiple
         self.parts = [self._part(config, blocks[i], i == 0, i == len(blocks) - 1) for i in own]
         for part in self.parts:
@@ -171,22 +172,8 @@ class ParallelModel:
         if dims.pipeline > 1:
             from torchtitan.models.llama3.pipeline import Pipeline
 
-            shape = (
-                parallelism.pipeline_parallel_microbatch_size,
-                training.seq_len // (dims.context * dims.tensor),
-                args.dim,
-            )
-            self.pipeline = Pipeline(
-                list(zip(own, self.parts, strict=True)),
-                len(blocks),
-                dims.mesh(device.type)["pp"],
-                parallelism,
-                training.local_batch_size,
-                shape,
-                DTYPES[training.mixed_precision_param],
-                device,
-                dims.tensor,
-            )
+            stages, dtype = dict(zip(own, self.parts, strict=True)), DTYPES[training.mixed_precision_param]
+            self.pipeline = Pipeline(stages, len(blocks), config, dims, device, dtype)
 
     def _part(self, config: JobConfig, blocks: range, first: bool, last: bool) -> Llama3:
         """One stage, or the whole model, on the meta device."""
@@ -205,10 +192,9 @@ class ParallelModel:
             mesh = dims.mesh(self.device.type)["tp"]
             split_layers(model, mesh, parallelism.disable_loss_parallel)
             if parallelism.enable_async_tensor_parallel:
-                overlap_communication(mesh)
-        if dims.context > 1:
-            group = dims.mesh(self.device.type)["cp"].get_group()
-            split_rows(model, group, parallelism.context_parallel_rotate_method)
+                overlap_tensor_parallelism(mesh.get_group())
+        if self.context is not None:
+            split_rows(model, self.context)
         checkpoint_activations(model, config.activation_checkpoint)
         if training.compile and "model" in config.compile.components:
             from torchtitan.models.llama3.pipeline import splits_backward
@@ -256,7 +242,7 @@ class ParallelModel:
             This rank's part of the loss: the sum over its targets, divided. 0 where the head is on another rank.
         """
         tokens, targets = (ids.to(self.device, non_blocking=True) for ids in (tokens, targets))
-        with self._compiled_backward():
+        with compiled_autograd() if self.compiles_backward else nullcontext():
             if self.pipeline is not None:
                 return self.pipeline.backward(tokens, targets, positions, divisor)
             documents = None
@@ -268,14 +254,6 @@ class ParallelModel:
             loss.backward()
         return loss.detach()
 
-    def _compiled_backward(self) -> AbstractContextManager:
-        """Within it torch's compiled autograd takes the backward pass, if the config asks for it."""
-        if not self.compiles_backward:
-            return nullcontext()
-        from torch._dynamo.utils import maybe_enable_compiled_autograd  # which takes seconds to import
-
-        return maybe_enable_compiled_autograd(True)
-
     @torch.no_grad()
     def losses(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """The negative log-likelihood of each target [B, S], 0 where there is none, on this rank's device.
@@ -284,17 +262,14 @@ class ParallelModel:
         """
         length = targets.shape[1]
         missing = -length % self.dims.row_multiple
-        if missing:
-            tokens = nn.functional.pad(tokens, (0, missing))
-            targets = nn.functional.pad(targets, (0, missing), value=IGNORE_INDEX)
-        tokens, targets = tokens.to(self.device), targets.to(self.device)
+        tokens = nn.functional.pad(tokens, (0, missing)).to(self.device)
+        targets = nn.functional.pad(targets, (0, missing), value=IGNORE_INDEX).to(self.device)
         for part in self.parts:
             part.eval()
         try:
             result = self.pipeline.losses(tokens, targets) if self.pipeline else self.parts[0](tokens, targets)
-            context = self.parts[0].context
-            if context is not None:
-                result = context.unshard(result)
+            if self.context is not None:
+                result = self.context.unshard(result)
         finally:
             for part in self.parts:
                 part.train()

@@ -7,11 +7,10 @@ pipeline are such models, see pipeline.py.
 from typing import Any, Literal, cast
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
@@ -21,9 +20,11 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from torchtitan.distributed.collectives import wait
+from torchtitan.distributed.collectives import gather, wait
 from torchtitan.models.llama3.context_parallel import ContextParallel
-from torchtitan.models.llama3.model import Llama3, TransformerBlock, rotate_both, swiglu
+from torchtitan.models.llama3.model import Llama3, OutputHead, TransformerBlock, rotate_both, swiglu
+from torchtitan.models.loss import Columns
+from torchtitan.tools.torch_private import keep_saved_memory
 
 
 def split_layers(model: Llama3, mesh: DeviceMesh, gather_logits: bool = False) -> None:
@@ -56,28 +57,54 @@ def split_layers(model: Llama3, mesh: DeviceMesh, gather_logits: bool = False) -
         model.tok_embeddings.register_forward_hook(lambda module, inputs, output: wait(output))
     if model.last:
         parallelize_module(model.norm, mesh, SequenceParallel(use_local_output=True))
-        model.output.weight = nn.Parameter(distribute_tensor(model.output.weight, mesh, [Shard(0)]))
-        model.output.tensor_group, model.output.gather_logits = mesh.get_group(), gather_logits
+        model.output = SplitHead(model.output, mesh, gather_logits)
     model.tie()  # Distributing a parameter makes a new one of it.
 
 
-def overlap_communication(mesh: DeviceMesh) -> None:
-    """Async tensor parallelism: compiled blocks overlap what they compute with what they send.
+class SplitHead(OutputHead):
+    """An output head whose rows are split over the ranks of a mesh, each with its part of the positions.
 
-    See "Introducing Async Tensor Parallelism in PyTorch" (PyTorch forum, 2024); needs GPUs with symmetric memory.
+    Args:
+        gather_logits: the ranks gather the logits before the softmax, instead of only its sums.
     """
-    from torch._inductor import config as inductor_config
-    from torch.distributed._symmetric_memory import enable_symm_mem_for_group
 
-    inductor_config._micro_pipeline_tp = True
-    enable_symm_mem_for_group(mesh.get_group().group_name)
+    def __init__(self, head: OutputHead, mesh: DeviceMesh, gather_logits: bool):
+        super().__init__(nn.Parameter(distribute_tensor(head.weight, mesh, [Shard(0)])), head.vocab_size)
+        self.first_id = head.first_id
+        self.group, self.gather_logits = mesh.get_group(), gather_logits
+        self.rows = -(-head.weight.shape[0] // mesh.size())
+        self.start = self.rows * mesh.get_local_rank()
+
+    def forward(self, hidden: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
+        """The losses of ``targets`` [B, S], which have to be there, from hidden states [B, S / ranks, dim]."""
+        assert targets is not None
+        weight = cast(DTensor, self.weight).to_local()
+        low = max(self.start, self.first_id)
+        high = max(low, min(self.start + weight.shape[0], self.vocab_size))
+        columns = Columns(low, high - low, self.group, self.rows if self.gather_logits else 0)
+        if low > self.start:
+            weight = weight[min(low - self.start, weight.shape[0]) :]
+        return self.nll(gather(hidden, 1, self.group), weight, targets, columns)
 
 
-def split_rows(model: Llama3, group: dist.ProcessGroup, method: Literal["allgather", "alltoall"]) -> None:
-    """Context parallelism: the ranks of the group share each row, see models/llama3/context_parallel.py."""
-    model.context = ContextParallel(group, method)
+def split_rows(model: Llama3, context: ContextParallel) -> None:
+    """Context parallelism: the ranks of a group share each row, see models/llama3/context_parallel.py.
+
+    Ids, targets and positions come as whole rows; hidden states and losses are of this rank's part.
+    """
+
+    def own_tables(module: nn.Module, inputs: Any, tables: Any) -> tuple[torch.Tensor, ...]:
+        return tuple(context.shard(table, dim=-2) for table in tables)
+
     for block in model.layers.values():
-        cast(TransformerBlock, block).attention.attend = model.context.attend
+        cast(TransformerBlock, block).attention.attend = context.attend
+    model.rotary.register_forward_hook(own_tables)
+    if context.method == "allgather":
+        model.find_documents = context.documents
+    if model.first:  # before tensor parallelism makes a DTensor of the ids
+        model.tok_embeddings.register_forward_pre_hook(lambda _, inputs: context.shard(inputs[0]), prepend=True)
+    if model.last:
+        model.output.register_forward_pre_hook(lambda _, inputs: (inputs[0], context.shard(inputs[1])))
 
 
 def compile_blocks(model: Llama3, splits_backward: bool = False) -> None:
@@ -85,13 +112,11 @@ def compile_blocks(model: Llama3, splits_backward: bool = False) -> None:
 
     Args:
         splits_backward: gradients of inputs and of weights are computed apart. A compiled block computes both together,
-            so it would do all of it twice; compiled is then only what lies between the matrix products.
+            so it would do all of it twice. Only what lies between the matrix products is compiled then.
     """
     if splits_backward:
-        from torch._functorch import config as functorch_config
-
         # The graph is kept between the two, so a compiled function must not reuse the memory of what it has saved.
-        functorch_config.donated_buffer = False
+        keep_saved_memory()
         rotate = torch.compile(rotate_both, fullgraph=True, dynamic=False)
         gate = torch.compile(swiglu, fullgraph=True, dynamic=False)
         for layer in model.layers.values():

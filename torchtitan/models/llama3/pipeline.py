@@ -5,13 +5,12 @@ head, on the last one; their gradients are summed, so that both copies get the s
 """
 
 import csv
-import inspect
 import re
+from itertools import pairwise
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import (
     BACKWARD_INPUT,
@@ -23,17 +22,17 @@ from torch.distributed.pipelining.schedules import (
     ScheduleInterleaved1F1B,
     ScheduleInterleavedZeroBubble,
     ScheduleZBVZeroBubble,
-    _Action,
-    _PipelineScheduleRuntime,
-    _validate_schedule,
     get_schedule_class,
 )
 from torch.distributed.tensor import DTensor
 
-from torchtitan.config.job_config import Parallelism
+from torchtitan.config.job_config import JobConfig, Parallelism
+from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.models.llama3.model import Llama3
 from torchtitan.tools.errors import ConfigError
+from torchtitan.tools.torch_private import free_schedule, load_actions, parse_action, validate_schedule
 
+V_SHAPED = (ScheduleZBVZeroBubble, ScheduleDualPipeV)
 SCHEDULES = ("1F1B", "GPipe", "Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
 
 
@@ -44,7 +43,7 @@ def schedule_class(config: Parallelism) -> type[Any]:
         ConfigError: there is none of this name.
     """
     if config.pipeline_parallel_schedule_csv is not None:
-        return _PipelineScheduleRuntime
+        return free_schedule()
     name = config.pipeline_parallel_schedule
     if name.lower() not in [known.lower() for known in SCHEDULES]:  # torch's lookup also finds abstract classes
         raise ConfigError(
@@ -66,7 +65,7 @@ def read_schedule(config: Parallelism) -> dict[int, list[Any]]:
     try:
         with open(path, newline="") as file:
             lines = [line for line in csv.reader(file) if line]
-        actions = {rank: [_Action.from_str(cell) for cell in line] for rank, line in enumerate(lines)}
+        actions = {rank: [parse_action(cell) for cell in line] for rank, line in enumerate(lines)}
     except (OSError, ValueError, csv.Error, RuntimeError) as error:
         raise ConfigError(f"{key}: it cannot be read ({error}).") from None
     for rank, own in actions.items():
@@ -75,23 +74,28 @@ def read_schedule(config: Parallelism) -> dict[int, list[Any]]:
     return actions
 
 
-def _stages_in(actions: dict[int, list[Any]]) -> dict[int, int]:
-    """The stages of a schedule, each with its rank."""
-    single = [(rank, part) for rank, own in actions.items() for a in own if a for part in (a.sub_actions or (a,))]
-    return {action.stage_index: rank for rank, action in single}
+def _computations(config: Parallelism) -> list[tuple[int, Any]]:
+    """The F, B, I and W of the config's schedule, each with its rank."""
+    every = [(rank, action) for rank, own in read_schedule(config).items() for action in own if action]
+    return [(rank, part) for rank, action in every for part in (action.sub_actions or (action,))]
+
+
+def _owners(config: Parallelism) -> dict[int, int]:
+    """The stages that the config's schedule names, each with its rank."""
+    return {action.stage_index: rank for rank, action in _computations(config)}
 
 
 def check_schedule(config: Parallelism, batch_size: int, num_stages: int) -> None:
-    """Whether a schedule can take batches of so many rows through so many stages.
+    """Refuse a schedule that cannot take batches of so many rows through so many stages.
 
     Raises:
-        ConfigError: it cannot.
+        ConfigError: why it cannot.
     """
     ranks, microbatches = config.pipeline_parallel_degree, batch_size // config.pipeline_parallel_microbatch_size
     what = f"{microbatches} microbatches (training.local_batch_size / pipeline_parallel_microbatch_size)"
     if config.pipeline_parallel_schedule_csv is not None:
         try:
-            _validate_schedule(read_schedule(config), ranks, num_stages, microbatches)
+            validate_schedule(read_schedule(config), ranks, num_stages, microbatches)
         except (AssertionError, KeyError, ValueError) as error:
             reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
             raise ConfigError(
@@ -99,11 +103,10 @@ def check_schedule(config: Parallelism, batch_size: int, num_stages: int) -> Non
                 f"take {what} through {num_stages} stages on {ranks} ranks ({reason})."
             ) from None
         return
-    kind = schedule_class(config)
+    kind, rounds = schedule_class(config), max(1, microbatches // ranks)
     key = f'parallelism.pipeline_parallel_schedule = "{config.pipeline_parallel_schedule}"'
     if kind in (Schedule1F1B, ScheduleDualPipeV) and microbatches < num_stages:
         raise ConfigError(f"{key}: {what} are fewer than its {num_stages} stages.")
-    rounds = max(1, microbatches // ranks)
     if kind in (ScheduleInterleaved1F1B, ScheduleInterleavedZeroBubble) and microbatches % rounds:
         raise ConfigError(f"{key}: {what} cannot be dealt out to {rounds} rounds of {ranks} ranks.")
 
@@ -118,67 +121,62 @@ def splits_backward(config: Parallelism) -> bool:
         return False
     if config.pipeline_parallel_schedule_csv is None:
         return config.pipeline_parallel_schedule.lower() in SPLIT_BACKWARD
-    every = [part for own in read_schedule(config).values() for a in own if a for part in (a.sub_actions or (a,))]
-    return any(action.computation_type in (BACKWARD_INPUT, BACKWARD_WEIGHT) for action in every)
+    return any(action.computation_type in (BACKWARD_INPUT, BACKWARD_WEIGHT) for _, action in _computations(config))
 
 
 def split_blocks(n_layers: int, config: Parallelism) -> list[range]:
     """The blocks of each stage, in order: by split points, by blocks a stage, or evenly.
 
-    Evenly means one stage a rank, two with a schedule of several, in a schedule of one's own as many as it names; and
-    embedding and head count like a block each.
+    Evenly means one stage a rank, or two with a schedule of several, or as many as a file names. Embedding and head
+    count like a block each.
 
     Raises:
         ConfigError: the stages do not fit the blocks, the ranks or the schedule.
     """
-    ranks = config.pipeline_parallel_degree
-    kind = schedule_class(config)
+    ranks, kind = config.pipeline_parallel_degree, schedule_class(config)
+    named = None if config.pipeline_parallel_schedule_csv is None else sorted(_owners(config))
     points, size = config.pipeline_parallel_split_points, config.pipeline_parallel_layers_per_stage
     if points:
+        key = "parallelism.pipeline_parallel_split_points"
         found = [re.fullmatch(r"layers\.(\d+)", point) for point in points]
         begins = [int(match[1]) for match in found if match]
         if len(begins) < len(points) or begins != sorted(set(begins)) or not 0 < begins[0] <= begins[-1] < n_layers:
             raise ConfigError(
-                f"parallelism.pipeline_parallel_split_points = {points}: they must be names of blocks in rising order, "
-                f"from layers.1 to layers.{n_layers - 1}."
+                f"{key} = {points}: they must be names of blocks in rising order, from layers.1 to "
+                f"layers.{n_layers - 1}."
             )
-        key = "parallelism.pipeline_parallel_split_points"
     elif size is not None:
-        begins = list(range(size, n_layers, size))
         key = "parallelism.pipeline_parallel_layers_per_stage"
+        begins = list(range(size, n_layers, size))
     else:
-        stages = ranks * (2 if issubclass(kind, PipelineScheduleMulti) else 1)
-        key = "parallelism.pipeline_parallel_degree"
-        if config.pipeline_parallel_schedule_csv is not None:
-            stages = max(1, len(_stages_in(read_schedule(config))))
-            key = "parallelism.pipeline_parallel_schedule_csv"
+        key = f"parallelism.pipeline_parallel_{'degree' if named is None else 'schedule_csv'}"
+        stages = ranks * (2 if issubclass(kind, PipelineScheduleMulti) else 1) if named is None else max(1, len(named))
         if stages > n_layers:
             raise ConfigError(f"{key} = {ranks}: {stages} stages are more than the model's {n_layers} blocks.")
         # Embedding and head are as much work as a block each, more or less.
         cuts = [round((n_layers + 2) * stage / stages) - 1 for stage in range(1, stages)]
         begins = [min(max(cut, stage), n_layers - stages + stage) for stage, cut in enumerate(cuts, start=1)]
     stages = len(begins) + 1
+    several = stages // ranks
     if stages % ranks:
         raise ConfigError(f"{key}: that makes {stages} stages, which cannot be dealt out to {ranks} ranks.")
-    if config.pipeline_parallel_schedule_csv is not None:
-        if set(own := _stages_in(read_schedule(config))) != set(range(stages)):
-            raise ConfigError(f"{key}: that makes {stages} stages, but the schedule names {sorted(own)}.")
-        return [range(a, b) for a, b in zip([0, *begins], [*begins, n_layers], strict=True)]
-    several = stages // ranks
-    if issubclass(kind, PipelineScheduleSingle) and several != 1:
+    if named is not None:
+        if named != list(range(stages)):
+            raise ConfigError(f"{key}: that makes {stages} stages, but the schedule names {named}.")
+    elif issubclass(kind, PipelineScheduleSingle) and several != 1:
         raise ConfigError(f"{key}: {kind.__name__} takes one stage a rank, not {several}.")
-    if issubclass(kind, PipelineScheduleMulti) and several == 1:
+    elif issubclass(kind, PipelineScheduleMulti) and several == 1:
         raise ConfigError(f"{key}: {kind.__name__} takes several stages a rank, not one.")
-    if kind in (ScheduleZBVZeroBubble, ScheduleDualPipeV) and several != 2:
+    elif kind in V_SHAPED and several != 2:
         raise ConfigError(f"{key}: {kind.__name__} takes two stages a rank, not {several}.")
-    return [range(a, b) for a, b in zip([0, *begins], [*begins, n_layers], strict=True)]
+    return [range(a, b) for a, b in pairwise([0, *begins, n_layers])]
 
 
 def own_stages(num_stages: int, rank: int, ranks: int, config: Parallelism) -> list[int]:
-    """The stages of one rank: every ranks-th, in schedules shaped like a V one from each end, or as one's own says."""
+    """The stages of one rank: every ranks-th, or one from each end in V-shaped schedules, or as a file says."""
     if config.pipeline_parallel_schedule_csv is not None:
-        return sorted(stage for stage, owner in _stages_in(read_schedule(config)).items() if owner == rank)
-    if schedule_class(config) in (ScheduleZBVZeroBubble, ScheduleDualPipeV):
+        return sorted(stage for stage, owner in _owners(config).items() if owner == rank)
+    if schedule_class(config) in V_SHAPED:
         return [rank, num_stages - 1 - rank]
     return list(range(rank, num_stages, ranks))
 
@@ -187,57 +185,51 @@ class Pipeline:
     """The stages of this rank, and their schedule.
 
     Args:
-        stages: this rank's, with their numbers, on their device.
+        stages: this rank's, by number, on their device.
         num_stages: of the whole pipeline.
-        mesh: of the ranks of the pipeline, 1-D.
-        config: the section "parallelism".
-        batch_size: rows of a batch.
-        hidden_shape: of the hidden states of one microbatch as they travel: [rows, positions, dim].
-        dtype: in which they do.
-        tensor_degree: ranks over which each stage's layers are split.
+        dtype: of the hidden states that travel between stages.
     """
 
     def __init__(
         self,
-        stages: list[tuple[int, Llama3]],
+        stages: dict[int, Llama3],
         num_stages: int,
-        mesh: DeviceMesh,
-        config: Parallelism,
-        batch_size: int,
-        hidden_shape: tuple[int, int, int],
-        dtype: torch.dtype,
+        config: JobConfig,
+        dims: ParallelDims,
         device: torch.device,
-        tensor_degree: int,
+        dtype: torch.dtype,
     ):
-        self.stages, self.num_stages, self.group = stages, num_stages, mesh.get_group()
-        self.dtype, self.device = dtype, device
-        self.rows = config.pipeline_parallel_microbatch_size
-        self.owner = [
-            next(r for r in range(mesh.size()) if s in own_stages(num_stages, r, mesh.size(), config))
-            for s in range(num_stages)
-        ]
+        self.stages, self.num_stages, self.dims, self.device, self.dtype = stages, num_stages, dims, device, dtype
+        part, mesh = config.parallelism, dims.mesh(device.type)["pp"]
+        self.group, self.rows = mesh.get_group(), part.pipeline_parallel_microbatch_size
+        owner = {s: r for r in range(mesh.size()) for s in own_stages(num_stages, r, mesh.size(), part)}
+        self.owner = [owner[stage] for stage in range(num_stages)]
         self.divisor = 1.0
-        self.tensor_degree = tensor_degree
-        # The ranks with the two ends, which share a tied embedding. Every rank takes part in making a group.
-        pipelines = _all_pipelines(mesh)
-        groups = [dist.new_group(sorted({ranks[self.owner[0]], ranks[self.owner[-1]]})) for ranks in pipelines]
-        own = next(i for i, ranks in enumerate(pipelines) if dist.get_rank() in ranks)
-        self.ends = cast(dist.ProcessGroup, groups[own])  # not for the ranks between
-        microbatches = batch_size // self.rows
+        # The ranks with the two ends, which share a tied embedding; the ranks between have no use for their group. All
+        # ranks take part in making the groups of all pipelines, whose ranks lie at equal distances.
+        stride = dist.get_world_size() // mesh.size()
+        ends = [[first + stride * self.owner[end] for end in (0, -1)] for first in range(stride)]
+        groups = [dist.new_group(sorted(set(ranks))) for ranks in ends]
+        self.ends = cast(dist.ProcessGroup, groups[dist.get_rank() % stride])
         made = []
-        for number, model in stages:
-            hidden = torch.empty(hidden_shape, dtype=dtype, device="meta")
-            ids = torch.empty(hidden_shape[0], 1, dtype=torch.int64, device="meta")
+        for number, model in stages.items():
+            hidden = torch.empty(self._hidden_shape(self.rows, config.training.seq_len), dtype=dtype, device="meta")
+            ids = torch.empty(self.rows, 1, dtype=torch.int64, device="meta")
             given = ids if model.first else hidden.requires_grad_()
             result = torch.empty((), device="meta") if model.last else torch.empty_like(hidden)
             shapes = {"input_args": given, "output_args": result.requires_grad_()}
             made.append(PipelineStage(model, number, num_stages, device, group=self.group, **shapes))
-        kind = schedule_class(config)
-        settings: dict[str, Any] = {"loss_fn": self._loss, "scale_grads": False}
-        single = issubclass(kind, PipelineScheduleSingle)
-        self.schedule = kind(made[0] if single else made, microbatches, **settings)
-        if config.pipeline_parallel_schedule_csv is not None:
-            self.schedule._load_csv(config.pipeline_parallel_schedule_csv)
+        kind = schedule_class(part)
+        given = made[0] if issubclass(kind, PipelineScheduleSingle) else made
+        microbatches = config.training.local_batch_size // self.rows
+        self.schedule: Any = kind(given, microbatches, loss_fn=self._loss, scale_grads=False)
+        if part.pipeline_parallel_schedule_csv is not None:
+            load_actions(self.schedule, part.pipeline_parallel_schedule_csv)
+
+    def _hidden_shape(self, rows: int, length: int) -> tuple[int, int, int]:
+        """Shape of this rank's hidden states of some rows between two stages: [rows, positions, dim]."""
+        (model, *_) = self.stages.values()
+        return rows, length // (self.dims.context * self.dims.tensor), model.args.dim
 
     def _loss(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         return output.sum() / self.divisor
@@ -250,48 +242,28 @@ class Pipeline:
         ``positions`` are on the CPU, where the documents of each microbatch are counted without waiting for a GPU.
         """
         self.divisor = divisor
-        rows = list(targets.split(self.rows))
-        kwargs: list[dict[str, Any]] = [{"targets": row} for row in rows]
+        packed: dict[str, Any] = {}
         if positions is not None:
-            on_device = positions.to(self.device, non_blocking=True).split(self.rows)
-            for given, here, there in zip(kwargs, positions.split(self.rows), on_device, strict=True):
-                given |= {"positions": there, "num_documents": int((here == 0).sum())}
-        numbers = [number for number, _ in self.stages]
-        args = [(ids,) for ids in tokens.split(self.rows)] if 0 in numbers else None
+            # Microbatches with fewer documents are filled up with empty ones.
+            documents = max(int((rows == 0).sum()) for rows in positions.split(self.rows))
+            packed = {"positions": positions.to(self.device, non_blocking=True), "num_documents": documents}
         losses: list[torch.Tensor] = []
-        last = rows if self.num_stages - 1 in numbers else None
-        self._step(args, kwargs, last, losses)
+        self.schedule.step(
+            *([tokens] if 0 in self.stages else []),
+            target=targets if self.num_stages - 1 in self.stages else None,
+            losses=losses,
+            return_outputs=False,
+            targets=targets,
+            **packed,
+        )
         return torch.stack(losses).sum() if losses else torch.zeros((), device=self.device)
-
-    def _step(
-        self,
-        args: list[tuple[torch.Tensor]] | None,
-        kwargs: list[dict[str, Any]],
-        targets: list[torch.Tensor] | None,
-        losses: list[torch.Tensor],
-    ) -> None:
-        """One run of the schedule over microbatches that are split already."""
-        schedule: Any = self.schedule
-        if "arg_mbs" in inspect.signature(schedule.step).parameters:
-            schedule.step(arg_mbs=args, kwarg_mbs=kwargs, target_mbs=targets, losses=losses, return_outputs=False)
-            return
-        # Before torch 2.14 step() takes whole batches only, and does no more than this.
-        stages = [schedule._stage] if isinstance(schedule, PipelineScheduleSingle) else schedule._stages
-        for stage in stages:
-            stage.has_backward = True
-            stage.clear_runtime_states()
-        schedule._step_microbatches(args, kwargs, targets, losses)
 
     def sum_tied_gradients(self) -> None:
         """Add the gradients of a tied embedding on the first stage and of the head on the last one."""
-        if not self.stages[0][1].args.tied:
-            return
-        copies = [
-            part.tok_embeddings.weight if part.first else part.output.weight
-            for _, part in self.stages
-            if part.first or part.last
-        ]
-        grads = [_local(copy.grad) for copy in copies if copy.grad is not None]
+        ends = [part for part in self.stages.values() if part.args.tied and (part.first or part.last)]
+        copies = [part.tok_embeddings.weight if part.first else part.output.weight for part in ends]
+        grads = [copy.grad for copy in copies if copy.grad is not None]
+        grads = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads]
         if len(grads) == 2:  # Schedules shaped like a V have both ends on one rank.
             grads[0] += grads[1]
             grads[1].copy_(grads[0])
@@ -301,34 +273,18 @@ class Pipeline:
     @torch.no_grad()
     def losses(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """The loss of each target of rows [B, S'], on all ranks of the pipeline; no schedule, one batch at a time."""
-        parts = dict(self.stages)
-        rank = dist.get_rank(self.group)
-        hidden = tokens
-        model = self.stages[0][1]
-        length = targets.shape[1] if model.context is None else targets.shape[1] // model.context.size
-        shape = (len(tokens), length // self.tensor_degree, model.args.dim)
-        for number in range(self.num_stages):
-            before, here = self.owner[number - 1] if number else None, self.owner[number]
-            if before is not None and before != here:
-                if rank == before:
-                    dist.send(hidden.contiguous(), group=self.group, group_dst=here)
-                elif rank == here:
-                    hidden = torch.empty(shape, dtype=self.dtype, device=self.device)
-                    dist.recv(hidden, group=self.group, group_src=before)
-            if number in parts:
-                hidden = parts[number](hidden, targets)
-        last = rank == self.owner[-1]
-        result = hidden.contiguous() if last else torch.empty(len(tokens), length, device=self.device)
+        rank, hidden = dist.get_rank(self.group), tokens
+        for number, (before, here) in enumerate(pairwise((self.owner[0], *self.owner))):
+            if before != here and rank == before:
+                dist.send(hidden.contiguous(), group=self.group, group_dst=here)
+            elif before != here and rank == here:
+                hidden = torch.empty(self._hidden_shape(*targets.shape), dtype=self.dtype, device=self.device)
+                dist.recv(hidden, group=self.group, group_src=before)
+            if number in self.stages:
+                hidden = self.stages[number](hidden, targets)
+        if rank == self.owner[-1]:
+            result = hidden.contiguous()
+        else:
+            result = torch.empty(len(targets), targets.shape[1] // self.dims.context, device=self.device)
         dist.broadcast(result, group=self.group, group_src=self.owner[-1])
         return result
-
-
-def _all_pipelines(mesh: DeviceMesh) -> list[list[int]]:
-    """The ranks of every pipeline of the run, from its first rank to its last: ranks at equal distances."""
-    ranks = mesh.size()
-    stride = dist.get_world_size() // ranks
-    return [list(range(start, start + ranks * stride, stride)) for start in range(stride)]
-
-
-def _local(gradient: torch.Tensor) -> torch.Tensor:
-    return gradient.to_local() if isinstance(gradient, DTensor) else gradient

@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from torchtitan.models.llama3.args import Llama3Args
 from torchtitan.models.llama3.model import Llama3
 from torchtitan.tools.errors import UserError
+from torchtitan.tools.torch_private import local_region
 
 _LAYER_NAMES = {
     "attention.wq.weight": "self_attn.q_proj.weight",
@@ -68,7 +69,7 @@ def materialize(model: Llama3, device: torch.device, seq_len: int, buffers: torc
     """
     model.to_empty(device=device)
     model.tie()
-    model.reset_buffers(seq_len, buffers or device)
+    model.rotary.reset(seq_len, buffers or device)
 
 
 @torch.no_grad()
@@ -87,7 +88,7 @@ def init_random(model: Weighted, seed: int) -> None:
         std = model.args.dim**-0.5
         if name.endswith(("wo.weight", "w2.weight")):
             std /= math.sqrt(2 * model.args.n_layers)
-        # A device has random numbers of its own: small models are the same on every one.
+        # Devices draw different random numbers: a small model comes from the CPU, so that it is the same on all.
         full = torch.empty(parameter.shape, device="cpu" if parameter.numel() <= _DRAWN_ON_CPU else parameter.device)
         digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
         full.normal_(0.0, std, generator=torch.Generator(full.device).manual_seed(int.from_bytes(digest[:7], "big")))
@@ -172,13 +173,9 @@ def _fill(parameter: torch.Tensor, read: Callable[[tuple[slice, ...]], torch.Ten
     if not isinstance(parameter, DTensor):
         parameter.copy_(read(tuple(slice(0, size) for size in parameter.shape)))
         return
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
-    if 0 in shape:
-        return
-    region = tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
-    parameter.to_local().copy_(read(region))
+    own = parameter.to_local()
+    if own.numel():
+        own.copy_(read(local_region(parameter)))
 
 
 class SafetensorsFolder:
