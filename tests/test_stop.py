@@ -30,6 +30,11 @@ STEPS = 25
 # --- signals
 
 
+def is_running(process: int) -> bool:
+    state = Path(f"/proc/{process}/stat")
+    return state.exists() and state.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
 def start(options: list[str], ranks: int, log: Path) -> subprocess.Popen:
     command = [sys.executable, "-m", "torchtitan.train", *options]
     if ranks > 1:
@@ -50,7 +55,7 @@ def wait_for_step(process: subprocess.Popen, log: Path, step: int) -> None:
 MORE = [pytest.param(ranks, signal.SIGUSR1, marks=pytest.mark.slow) for ranks in (1, 2)]
 
 
-@pytest.mark.parametrize(("ranks", "number"), [(1, signal.SIGTERM), *MORE])
+@pytest.mark.parametrize(("ranks", "number"), [(1, signal.SIGTERM), (1, signal.SIGINT), *MORE])
 def test_a_signal_ends_a_run_in_order_and_it_goes_on(arguments, tmp_path, ranks, number):
     options = ("--training.steps", str(STEPS), "--checkpoint.interval", "1000", "--validation.no-enabled")
     whole, cut, log = tmp_path / "whole", tmp_path / "cut", tmp_path / "log"
@@ -59,7 +64,8 @@ def test_a_signal_ends_a_run_in_order_and_it_goes_on(arguments, tmp_path, ranks,
     wait_for_step(process, log, 3)
     # Of two ranks only the last one is told.
     os.kill(descendants(process.pid)[-1] if ranks > 1 else process.pid, number)
-    assert process.wait(timeout=60) == 0, log.read_text()[-2000:]
+    assert process.wait(timeout=60) == (130 if number == signal.SIGINT else 0), log.read_text()[-2000:]
+    assert "Traceback" not in log.read_text()
     (stopped,) = find_steps(cut / "run" / "checkpoint")
     assert 3 <= stopped < STEPS
     assert f"stopped at step {stopped} of {STEPS} by {number.name}; the same command goes on" in log.read_text()
@@ -82,6 +88,51 @@ def test_torchrun_passes_a_signal_on(arguments, tmp_path, mode):
     assert "by SIGTERM; the same command goes on" in log.read_text()
     (stopped,) = set(re.findall(r"stopped at step (\d+) of", log.read_text()))
     assert find_steps(tmp_path / "run" / "checkpoint")[-1] == int(stopped)
+
+
+def test_a_second_interrupt_stops_at_once(tmp_path):
+    """One that follows within a moment is torchrun's, which passes on what the terminal has sent already."""
+    script = (
+        "import time\nfrom torchtitan.tools.signals import stop_requests\n"
+        "with stop_requests() as stop:\n    print('ready', flush=True)\n"
+        "    for _ in range(600):\n        time.sleep(0.1)\n        print(stop.name, flush=True)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "ready\n"
+    for _ in range(2):
+        process.send_signal(signal.SIGINT)
+        while process.stdout.readline() != "SIGINT\n":
+            pass
+    time.sleep(1.1)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=20) == 130
+
+
+def test_ranks_end_with_a_torchrun_that_is_killed(arguments, tmp_path):
+    log = tmp_path / "log"
+    options = ("--training.steps", "100000", "--checkpoint.interval", "100000", "--validation.no-enabled")
+    process = start(arguments(tmp_path, 2, *options), 2, log)
+    wait_for_step(process, log, 3)
+    ranks = descendants(process.pid)
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 60
+    while any(is_running(rank) for rank in ranks):
+        assert time.monotonic() < deadline, "ranks outlive torchrun"
+        time.sleep(0.1)
+
+
+def test_a_run_folder_in_use_is_refused_with_the_process_that_has_it(arguments, tmp_path, capfd):
+    log = tmp_path / "log"
+    options = ("--training.steps", "100000", "--checkpoint.interval", "100000", "--validation.no-enabled")
+    process = start(arguments(tmp_path, 1, *options), 1, log)
+    wait_for_step(process, log, 1)
+    assert train.main(arguments(tmp_path, 1, *options)) == 2
+    assert f"run: process {process.pid} on " in capfd.readouterr().err
+    process.kill()
+    process.wait()
+    launch(arguments(tmp_path, 1, "--training.steps", "2", *options[2:]), 1)
 
 
 def test_what_is_started_under_a_shield_outlives_a_signal():

@@ -14,10 +14,11 @@ import json
 import os
 import random
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from importlib import import_module
@@ -73,9 +74,10 @@ from torchtitan.models.llama3.weights import init_random, load_hf
 from torchtitan.models.loss import IGNORE_INDEX
 from torchtitan.models.mx import check_mx
 from torchtitan.rules import check
-from torchtitan.tools.errors import UserError
+from torchtitan.tools.errors import UserError, run_command
+from torchtitan.tools.locks import locked
 from torchtitan.tools.logging import init_logger, logger, quiet_transformers
-from torchtitan.tools.signals import StopRequest, stop_requests
+from torchtitan.tools.signals import StopRequest, end_with_parent, stop_requests
 from torchtitan.tools.utils import DTYPES, GarbageCollection
 
 # How long a rank waits for the data of the others.
@@ -609,6 +611,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run a training; returns the exit code."""
     init_logger()
     quiet_transformers()
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun may be killed before it can end its ranks
+        end_with_parent(signal.SIGTERM)
     try:
         config = ConfigManager().parse_args(argv)
         if config.memory_estimation.enabled:
@@ -631,10 +635,13 @@ def main(argv: list[str] | None = None) -> int:
             if config.checkpoint.last_save_in_hf and rank() == 0 and not hf_folder(inputs, done).exists():
                 save_hf(inputs, done)
             return 0
-        trainer = build(inputs)
-        # Signals are noted until the last save is written.
-        with stop_requests() as trainer.stop, closing(inputs.checkpoints), closing(trainer.metrics):
-            train(trainer)
+        with locked(inputs.folder) if rank() == 0 else nullcontext():
+            trainer = build(inputs)
+            # Signals are noted until the last save is written.
+            with stop_requests() as trainer.stop, closing(inputs.checkpoints), closing(trainer.metrics):
+                train(trainer)
+            if trainer.stop.name == "SIGINT":
+                return 130
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         if dist.is_initialized() and world_size() > 1:
@@ -651,4 +658,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

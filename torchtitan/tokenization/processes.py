@@ -1,6 +1,5 @@
 """Many processes, each a worker, and how far they are."""
 
-import ctypes
 import multiprocessing
 import signal
 import sys
@@ -25,6 +24,7 @@ from torchtitan.tokenization.worker import ShardTokenizer, relative
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.logging import quiet_transformers
 from torchtitan.tools.memory import tune_malloc
+from torchtitan.tools.signals import end_with_parent
 
 _LOG_SECONDS = 10.0
 _SEND_SECONDS = 0.2
@@ -106,7 +106,7 @@ def check_share(plan: Plan, counts: Counts, at_least: int) -> None:
 
 def _work(plan: Plan, device: torch.device, threads: int, channel: Any) -> None:
     """A worker process: does the jobs that the parent sends."""
-    _die_with_parent()
+    end_with_parent(signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent ends the others.
     signal.signal(signal.SIGTERM, _exit_cleanly)
     shown = Counts()
@@ -148,13 +148,6 @@ def settle(device: torch.device) -> None:
     torch.set_num_threads(1)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-
-
-def _die_with_parent() -> None:
-    """Have the system end this process with its parent, however that ends."""
-    if sys.platform == "linux":
-        with suppress(OSError, AttributeError):
-            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def _exit_cleanly(number: int, frame: Any) -> None:

@@ -1,13 +1,19 @@
-"""Stopping a run from outside: SIGTERM, and SIGUSR1, which Slurm sends before it takes a node away."""
+"""Stopping a run from outside: Ctrl-C, SIGTERM, and SIGUSR1, which Slurm sends before it takes a node away."""
 
+import ctypes
+import os
 import signal
+import sys
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing import resource_tracker
 from types import FrameType
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+# A terminal sends Ctrl-C to torchrun and its ranks, and torchrun passes it on to the ranks once more.
+REPEAT_SECONDS = 1.0
 
 
 class StopRequest:
@@ -15,12 +21,21 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.name: str | None = None
+        self._interrupted = 0.0
 
     def __bool__(self) -> bool:
         return self.name is not None
 
     def receive(self, number: int, frame: FrameType | None) -> None:
-        """The handler: it only takes a note, so that what is under way, such as a save, is finished."""
+        """The handler: it only takes a note, so that what is under way, such as a save, is finished.
+
+        A second Ctrl-C ends the process at once.
+        """
+        if number == signal.SIGINT and self._interrupted:
+            if time.monotonic() - self._interrupted > REPEAT_SECONDS:
+                os._exit(130)
+        elif number == signal.SIGINT:
+            self._interrupted = time.monotonic()
         self.name = signal.Signals(number).name
 
 
@@ -52,3 +67,10 @@ def shielded() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def end_with_parent(number: int) -> None:
+    """Have the system send this process a signal when its parent ends, however that ends (on Linux)."""
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(1, number)  # PR_SET_PDEATHSIG
