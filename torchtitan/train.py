@@ -359,6 +359,19 @@ def build_loader(
     return SpeechDataLoader(streams, mixture, base.stream, inputs.codec, base.tokenizer, settings, ranks, bad_rows)
 
 
+def require_same_data(checkpoint: Path, state: dict[str, Any], inputs: Inputs) -> None:
+    """Refuse a checkpoint of other data.
+
+    Raises:
+        UserError: the data are others.
+    """
+    if state["data"] and state["data_fingerprint"] != inputs.train_data.fingerprint:
+        raise UserError(
+            f"{checkpoint}: it was made with other data (files, rows, weights or limits), in which its place means "
+            f"nothing, so it cannot be resumed; {NEW_RUN}"
+        )
+
+
 def load(trainer: Trainer, checkpoint: Path, weights_only: bool) -> None:
     """Continue from a checkpoint: all of it, or only its weights.
 
@@ -378,11 +391,7 @@ def load(trainer: Trainer, checkpoint: Path, weights_only: bool) -> None:
                 f"{checkpoint}: it was made with training.seed = {seed}, and another seed orders the data in another "
                 f"way, so it cannot be resumed; {NEW_RUN}"
             )
-        if state["data_fingerprint"] != trainer.inputs.train_data.fingerprint:
-            raise UserError(
-                f"{checkpoint}: it was made with other data (files, rows, weights or limits), in which its place means "
-                f"nothing, so it cannot be resumed; {NEW_RUN}"
-            )
+        require_same_data(checkpoint, state, trainer.inputs)
         trainer.loader.load_state_dict(state["data"])
         trainer.data_state = state["data"]
     trainer.step, trainer.tokens_seen = state["step"], state["tokens_seen"]
@@ -630,6 +639,10 @@ def main(argv: list[str] | None = None) -> int:
     logger.info("%s", config.job.description)
     try:
         if inputs.latest and (done := read_state(inputs.latest)["step"]) >= config.training.steps:
+            if rank() == 0 and "dataloader" not in config.checkpoint.exclude_from_loading:
+                if not inputs.train_data.indices:
+                    inputs.train_data.count_rows(config.training.read_retries)
+                require_same_data(inputs.latest, read_state(inputs.latest), inputs)
             logger.info("nothing to do: the run is at step %d of %d (%s)", done, config.training.steps, inputs.latest)
             # The run may have been killed while it wrote the model.
             if config.checkpoint.last_save_in_hf and rank() == 0 and not hf_folder(inputs, done).exists():
