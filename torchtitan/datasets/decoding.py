@@ -133,7 +133,11 @@ class RecordingDecoder:
 
 
 def decode_ahead(
-    rows: Generator[Row | None], decoder: RecordingDecoder, pool: Executor | None, seconds: float
+    rows: Generator[Row | None],
+    decoder: RecordingDecoder,
+    pool: Executor | None,
+    seconds: float,
+    number: int = MOST_AHEAD,
 ) -> Generator[Decoded | None]:
     """Recordings in the order of their rows, decoded ahead of their use.
 
@@ -141,6 +145,7 @@ def decode_ahead(
         rows: are read in a thread of their own; None is passed on.
         pool: the threads that decode. Without any, a recording is decoded when it is taken.
         seconds: how much audio may wait. A longer recording waits alone.
+        number: how many recordings may wait.
     """
     room = _Room(round(seconds * SAMPLE_RATE))
 
@@ -159,7 +164,7 @@ def decode_ahead(
                     room.take(expected)
                     yield pool.submit(decode, row, expected)
 
-    ahead = prefetch(started(), MOST_AHEAD if pool else 1, "reader")
+    ahead = prefetch(started(), number if pool else 1, "reader")
     try:
         for item in ahead:
             if isinstance(item, Future):

@@ -98,8 +98,8 @@ class RecordingEncoder:
         self.encodes = any(isinstance(stream, AudioStream) for stream in streams)
         on_gpu = codec is not None and codec.device.type == "cuda"
         self.part_size = ranks.world_size * max(batch_size, GPU_CLIPS if on_gpu and self.encodes else 1)
-        # Audio that may wait: a batch, and what the threads have in hand.
-        self._seconds_ahead = (batch_size + 2 * max(1, num_workers)) * (decoder.max_seconds or 20.0)
+        # Recordings that may wait: a batch, and what the threads have in hand.
+        self._ahead = batch_size + 2 * max(1, num_workers)
         self._cache: dict[tuple[int, int], Encoded] = {}
         self._cache_bytes = 0
 
@@ -124,7 +124,8 @@ class RecordingEncoder:
                     if number not in decoding:
                         rows = self._read(number, stream, int(draws[places[0]]), ending)
                         workers = pool if self.num_workers else None
-                        ahead = decode_ahead(rows, self.decoder, workers, self._seconds_ahead)
+                        seconds = self._ahead * (self.decoder.max_seconds or 20.0)
+                        ahead = decode_ahead(rows, self.decoder, workers, seconds, self._ahead)
                         decoding[number] = stack.enter_context(closing(ahead))
                     mine = stream.order.readers(draws[places], self.ranks.world_size) == self.ranks.rank
                     own += [(start + int(place), decoding[number]) for place in places[mine]]
