@@ -49,10 +49,10 @@ from torchtitan.components.validate import ValidationResult, Validator
 from torchtitan.config.job_config import JobConfig
 from torchtitan.config_manager import ConfigManager, from_dict, run_name, to_dict
 from torchtitan.datasets.bad_rows import BAD_ROWS_FILE, BadRows
+from torchtitan.datasets.corpora import FoundData, find_data, open_corpora
 from torchtitan.datasets.recordings import Ranks
 from torchtitan.datasets.samples import Counters
 from torchtitan.datasets.sources import sources_from_config
-from torchtitan.datasets.streams import FoundData, find_data, open_streams
 from torchtitan.distributed.parallel_dims import ParallelDims, accumulation_steps
 from torchtitan.distributed.utils import (
     broadcast_object,
@@ -341,7 +341,7 @@ def build_loader(
         max_frames = min(max_frames, base.stream.max_frames(part.seq_len))
     seed, packing = training.seed or 0, training.packing == "best_fit"
     mixes = split and bool(data.files)  # pieces in code shards are drawn one by one
-    streams, mixture = open_streams(data, seed, max_frames, split, training.read_retries, shuffle=not validation)
+    corpora, mixture = open_corpora(data, seed, max_frames, split, training.read_retries, shuffle=not validation)
     settings = LoaderSettings(
         training.task,
         part.seq_len,
@@ -363,7 +363,7 @@ def build_loader(
         num_bad_files=len(data.bad_files),
     )
     ranks = Ranks(rank(), world_size(), group, (dims.data_rank, dims.data_degree))
-    return SpeechDataLoader(streams, mixture, base.stream, inputs.codec, base.tokenizer, settings, ranks, bad_rows)
+    return SpeechDataLoader(corpora, mixture, base.stream, inputs.codec, base.tokenizer, settings, ranks, bad_rows)
 
 
 def load(trainer: Trainer, checkpoint: Path, weights_only: bool) -> None:
