@@ -14,8 +14,8 @@ def main() -> None:
     """Parse the command line and run."""
     import tyro
 
-    from torchtitan.tokenization.plan import Options
     from torchtitan.tokenization.run import tokenize
+    from torchtitan.tokenization.spec import Options
 
     options = tyro.cli(Options, description=__doc__, use_underscores=True)
     print(tokenize(options))

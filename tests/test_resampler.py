@@ -27,8 +27,8 @@ from torchtitan.datasets.shards import ShardedCodes, find_shards
 from torchtitan.eval.benchmark import Options as Evaluation
 from torchtitan.eval.benchmark import command
 from torchtitan.eval.suites import SLM21
-from torchtitan.tokenization.plan import Options
 from torchtitan.tokenization.run import tokenize
+from torchtitan.tokenization.spec import Options
 from torchtitan.tools.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
