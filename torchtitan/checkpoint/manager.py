@@ -1,4 +1,4 @@
-"""Checkpoints: folders of torch.distributed.checkpoint that say by themselves what they are.
+"""Checkpoints: folders of torch.distributed.checkpoint that need no further information.
 
     <run>/checkpoint/step-100/
         *.distcp, .metadata     tensors: "model.<name>" and "optimizer.<name>.<state>", sharded
@@ -6,8 +6,8 @@
                                 size and checksum of each .distcp file
         hf/                     config.json and tokenizer for the Hugging Face format
 
-Nothing but tensors goes through torch.distributed.checkpoint; the rest is JSON. A checkpoint is written under another
-name and renamed when it is complete, so a folder called step-N is whole.
+Only tensors go through torch.distributed.checkpoint; the rest is JSON. A checkpoint is written under another name, and
+renamed when it is complete. So a folder called step-N is complete.
 """
 
 import base64
@@ -44,7 +44,7 @@ from torchtitan.tools.signals import shielded
 STATE_FILE = "train_state.json"
 HF_FOLDER = "hf"
 FORMAT = 2
-# How long a rank waits for the others to write their files, and for rank 0 to delete older checkpoints.
+# How long a rank waits until the others have written their files, and rank 0 has deleted older checkpoints.
 SAVE_TIMEOUT = timedelta(hours=1)
 # Parts of a checkpoint that checkpoint.exclude_from_loading can name.
 EXCLUDABLE = ("optimizer", "lr_scheduler", "dataloader", "random")
@@ -66,11 +66,11 @@ def check_saving(config: JobConfig, refuse: Refuse) -> None:
             if value_of(config, key):
                 refuse(key, "nothing is saved unless checkpoint.enable_checkpoint = true")
     if set(part.exclude_from_loading) - set(EXCLUDABLE):
-        refuse("checkpoint.exclude_from_loading", f"there are only {', '.join(EXCLUDABLE)}")
+        refuse("checkpoint.exclude_from_loading", f"the parts are {', '.join(EXCLUDABLE)}")
 
 
 def find_steps(folder: Path) -> list[int]:
-    """Steps of the complete checkpoints in a folder, in rising order."""
+    """Steps of the complete checkpoints in a folder, in ascending order."""
     steps = []
     for path in folder.glob("step-*"):
         match = re.fullmatch(r"step-(\d+)", path.name)
@@ -80,7 +80,7 @@ def find_steps(folder: Path) -> list[int]:
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """The step folder that a path stands for: itself, or the latest step in it (or in its ``checkpoint`` folder).
+    """The step folder of a path: itself, or the latest step in it (or in its ``checkpoint`` folder).
 
     Raises:
         UserError: there is no complete checkpoint.
@@ -100,10 +100,10 @@ def is_hf_folder(folder: Path) -> bool:
 
 
 def find_start(name: str, weights_only: bool) -> Path:
-    """What checkpoint.initial_load_path stands for: a checkpoint, or a model in Hugging Face format.
+    """The folder of checkpoint.initial_load_path: a checkpoint, or a model in Hugging Face format.
 
     Raises:
-        UserError: neither is there, or more than weights is wanted of a model.
+        UserError: there is neither, or more than the weights of a model is wanted.
     """
     path = Path(name).expanduser()
     if not is_hf_folder(path):
@@ -117,7 +117,7 @@ def find_start(name: str, weights_only: bool) -> Path:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """The train_state.json of a step folder.
+    """The content of the train_state.json of a step folder.
 
     Raises:
         UserError: it is damaged or of another format.
@@ -127,12 +127,12 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     except (OSError, json.JSONDecodeError) as error:
         raise UserError(f"{checkpoint / STATE_FILE}: it cannot be read ({error}).") from None
     if state.get("format") != FORMAT:
-        raise UserError(f"{checkpoint}: a checkpoint of format {state.get('format')}, this version reads {FORMAT}.")
+        raise UserError(f"{checkpoint}: its format is {state.get('format')}, but this version reads {FORMAT}.")
     return state
 
 
 def damage_of(checkpoint: Path, share: tuple[int, int] = (0, 1), quick: bool = False) -> str | None:
-    """What is wrong with a checkpoint, if anything is; ``share`` as in find_damage, ``quick``: only by files' sizes."""
+    """What is wrong with a checkpoint, or None. ``share`` as in find_damage; ``quick`` checks only sizes of files."""
     try:
         state = read_state(checkpoint)
     except UserError as error:
@@ -141,10 +141,10 @@ def damage_of(checkpoint: Path, share: tuple[int, int] = (0, 1), quick: bool = F
 
 
 def load_full_parameters(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """All parameters of a checkpoint, whole, in fp32, on the CPU; needs no process group.
+    """All parameters of a checkpoint, unsharded, in fp32, on the CPU. It needs no process group.
 
     Raises:
-        UserError: it is damaged, or not to be trusted.
+        UserError: the checkpoint is damaged or not to be trusted.
     """
     metadata = read_metadata(checkpoint / ".metadata").state_dict_metadata
     tensors = {
@@ -157,16 +157,15 @@ def load_full_parameters(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 
 def wait_for_compute() -> None:
-    """Return when the device has made the last update: what copies the tensors has a stream of its own, which does not
-    wait for the one that computes."""
+    """Wait until the device has made the last update. Copies run on another CUDA stream, which does not wait for it."""
     if torch.cuda.is_available():
         torch.cuda.current_stream().synchronize()
 
 
 def named_tensors(model: Weighted, optimizer: AnyOptimizer | None = None) -> Iterator[tuple[str, torch.Tensor]]:
-    """The weights and, if there is one, the state of the optimizer, as a checkpoint names them.
+    """The weights, and the state of the optimizer if there is one, under their names in checkpoints.
 
-    A name can come twice: a pipeline shaped like a V has a tied weight at both of its ends on one rank.
+    A name can occur twice: a V-shaped pipeline schedule has both ends, and so both uses of a tied weight, on one rank.
     """
     for name, parameter in model.weights():
         yield f"model.{name}", parameter.detach()
@@ -179,11 +178,11 @@ class CheckpointManager:
     """Saves and loads the checkpoints of one run.
 
     Args:
-        folder: where the step-N folders lie.
-        keep_latest_k: older checkpoints are deleted once a new one is complete; 0 keeps all.
-        async_mode: save while training goes on: "async" copies the tensors, then writes in a thread;
-            "async_with_pinned_mem" copies them to pinned memory while the next step computes its gradients, and writes
-            in a process of its own.
+        folder: folder of the step-N folders.
+        keep_latest_k: number of checkpoints to keep when a new one is complete; 0 keeps all.
+        async_mode: save while training goes on. "async" copies the tensors, and a thread writes them.
+            "async_with_pinned_mem" copies them to pinned memory while the next step computes its gradients, and a
+            separate process writes them.
     """
 
     def __init__(
@@ -193,7 +192,7 @@ class CheckpointManager:
         async_mode: Literal["disabled", "async", "async_with_pinned_mem"] = "disabled",
     ):
         self.folder, self.keep_latest_k, self.async_mode = folder, keep_latest_k, async_mode
-        # Of saves: they must not mix with the collectives of training, nor end after their short timeout.
+        # The process group of saves, apart from the collectives of training and their short timeout.
         self._group: Any = None
         self._stager: Any = None
         self._staging: Future[Any] | None = None
@@ -209,12 +208,12 @@ class CheckpointManager:
         write_hf_files: Callable[[Path], None],
         dtype: torch.dtype = torch.float32,
     ) -> Path:
-        """Save one step; called by all ranks. In the background, if so chosen: :meth:`wait` waits for it.
+        """Save one step. All ranks call it. With ``async_mode`` it returns early, and :meth:`wait` waits for the save.
 
         Args:
-            optimizer: None saves the weights alone, in ``dtype``.
-            state: JSON, the same on all ranks.
-            write_hf_files: called on rank 0 with the folder for config.json and tokenizer.
+            optimizer: None saves only the weights, in ``dtype``.
+            state: JSON, equal on all ranks.
+            write_hf_files: writes config.json and tokenizer into a folder; called on rank 0.
 
         Raises:
             UserError: the save before this one failed.
@@ -254,12 +253,12 @@ class CheckpointManager:
         return target
 
     def _write_in_background(self, tensors: dict[str, torch.Tensor], partial: Path) -> "Future[Any]":
-        """Start writing; the tensors may change as soon as :meth:`wait_for_staging` returns."""
+        """Start writing. The tensors may change when :meth:`wait_for_staging` has returned."""
         settings: dict[str, Any] = {"checkpoint_id": partial, "process_group": self._group}
         if self.async_mode == "async":
             return cast("Future[Any]", dcp.async_save(tensors, **settings))
         if self._stager is not None and not getattr(self._stager._state_dict_stager, "_deepcopy_dispatch", True):
-            self._stager.close()  # one of torch 2.11 serves once
+            self._stager.close()  # torch 2.11 can use a stager only once
             self._stager = None
         if self._stager is None:
             cuda = torch.cuda.is_available()
@@ -280,7 +279,7 @@ class CheckpointManager:
         self._complete(partial, target, whole)
 
     def _complete(self, partial: Path, target: Path, whole: dict[str, Any]) -> None:
-        """Once all ranks have written their files: checksums, train_state.json, the name, and older steps deleted."""
+        """When all ranks have written their files: add checksums and train_state.json, rename, delete older steps."""
         rank = dist.get_rank()
         own = {path.name: [path.stat().st_size, checksum(path)] for path in partial.glob(f"__{rank}_*.distcp")}
         gathered: list[dict[str, list[int]]] = [{} for _ in range(dist.get_world_size())]
@@ -301,22 +300,22 @@ class CheckpointManager:
         if (damage := find_damage(target, {})) is not None:
             logger.warning("%s No older checkpoint is deleted.", damage)
             return
-        # Later steps are there when the run went back to an earlier one; the new one must outlive them.
+        # Only older steps are deleted. Later ones exist if the run went back to an earlier step.
         older = [old for old in find_steps(self.folder) if old < whole["step"]]
         for old in older[: max(0, len(older) + 1 - self.keep_latest_k)]:
             shutil.rmtree(self.folder / f"step-{old}", ignore_errors=True)
 
     def wait_for_staging(self) -> None:
-        """Return when the tensors of a save in the background have been copied and may change."""
+        """Wait until a background save has copied the tensors, so that they may change."""
         if self._staging is not None:
             self._staging.result()
             self._staging = None
 
     def wait(self) -> None:
-        """Return when no save is under way.
+        """Wait until no save is running.
 
         Raises:
-            UserError: it failed.
+            UserError: the save failed.
         """
         self.wait_for_staging()
         pending, self._pending = self._pending, None
@@ -332,7 +331,7 @@ class CheckpointManager:
         return UserError(f"{self.folder}: the checkpoint could not be saved ({reason}).")
 
     def _clean(self) -> None:
-        """Remove what saves that were interrupted have left."""
+        """Remove the leftovers of interrupted saves."""
         for leftover in self.folder.glob(".step-*"):
             step = self.folder / leftover.name[1:].removesuffix(".replaced")
             if leftover.name.endswith(".replaced") and not step.exists():
@@ -341,10 +340,10 @@ class CheckpointManager:
                 shutil.rmtree(leftover, ignore_errors=True)
 
     def close(self) -> None:
-        """Wait for a save that is under way, and end what saving in the background has started.
+        """Wait for a running save, and end the threads and processes of background saves.
 
         Raises:
-            UserError: it failed.
+            UserError: the save failed.
         """
         try:
             self.wait()
@@ -356,9 +355,9 @@ class CheckpointManager:
                 _end_process()
 
     def newest_intact(self, group: Any = None) -> Path | None:
-        """The newest complete checkpoint whose files are as they were written.
+        """The newest complete checkpoint without damage.
 
-        Called by all ranks, which share the work. Damaged ones are set aside, and named in a warning.
+        All ranks call it and share the work. Damaged checkpoints are renamed, and a warning names them.
         """
         rank = dist.get_rank()
         while True:
@@ -376,13 +375,13 @@ class CheckpointManager:
 
     @staticmethod
     def damage(checkpoint: Path, group: Any = None) -> str | None:
-        """What any rank finds wrong with a checkpoint; called by all, which share the work."""
+        """The damage of a checkpoint, or None. All ranks call it and share the work."""
         found: list[str | None] = [None] * dist.get_world_size()
         dist.all_gather_object(found, damage_of(checkpoint, (dist.get_rank(), len(found))), group=group)
         return next((reason for reason in found if reason), None)
 
     def latest(self, load_step: int = -1) -> Path | None:
-        """The checkpoint to resume from: the latest one that seems whole, or that of ``load_step``; None without one.
+        """The checkpoint to resume from: the latest one with whole files, or that of ``load_step``; None without one.
 
         Raises:
             UserError: ``load_step`` has no complete checkpoint.
@@ -394,7 +393,7 @@ class CheckpointManager:
         return next((path for path in candidates if load_step >= 0 or damage_of(path, quick=True) is None), None)
 
     def set_aside_after(self, step: int) -> None:
-        """Rename the checkpoints after ``step``, so that a run that goes back is not overtaken by its old self."""
+        """Rename the checkpoints after ``step``, so that a run that went back does not resume from them."""
         for later in (later for later in find_steps(self.folder) if later > step):
             path = self.folder / f"step-{later}"
             path.rename(path.with_name(f"{path.name}.set-aside-{time.time_ns()}"))
@@ -402,7 +401,7 @@ class CheckpointManager:
 
 
 def _end_process() -> None:
-    """End the process that torch keeps for saves: Python would send it a SIGTERM, which it never receives, and wait."""
+    """End torch's process for saves. Python would wait for it, because it does not receive Python's SIGTERM."""
     saver, _async_process_executor._CHECKPOINT_PROCESS = _async_process_executor._CHECKPOINT_PROCESS, None
     if saver is not None:
         saver._save_process.kill()
@@ -415,12 +414,12 @@ def load_checkpoint(
     optimizer: AnyOptimizer | None,
     args: Llama3Args,
 ) -> dict[str, Any]:
-    """Read a checkpoint into a model and, unless it is None, an optimizer, whatever their sharding.
+    """Read a checkpoint into a model and an optimizer (unless that is None), whatever their sharding.
 
-    Returns its train_state.json.
+    Returns the train_state.json.
 
     Raises:
-        UserError: the checkpoint is of a model of other sizes, or holds only weights where more is needed.
+        UserError: the model has other sizes than that of the checkpoint, or the checkpoint has no optimizer state.
     """
     state = read_state(checkpoint)
     if state["model_args"] != json.loads(json.dumps(args.to_dict())):
@@ -428,8 +427,8 @@ def load_checkpoint(
         raise UserError(f"{checkpoint}: the checkpoint's model differs from the configured one in {differing}.")
     if optimizer is not None and state["model_only"]:
         raise UserError(
-            f"{checkpoint}: this checkpoint holds only weights, so a run cannot be resumed from it; "
-            "start a new one from it with checkpoint.initial_load_path."
+            f"{checkpoint}: this checkpoint has only weights, so a run cannot resume from it; "
+            "start a new run from it with checkpoint.initial_load_path."
         )
     named = list(named_tensors(model, optimizer))
     tensors = dict(named)
@@ -448,7 +447,7 @@ def _random_state() -> dict[str, str]:
 
 
 def restore_random_state(state: dict[str, str]) -> None:
-    """Set this rank's random state as it was saved."""
+    """Restore the saved random state of this rank."""
     torch.set_rng_state(_decode(state["cpu"]))
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(_decode(state["cuda"]))
