@@ -334,7 +334,7 @@ def build_loader(
     assert data is not None
     if rank() == 0:
         for path, reason in data.bad_files:
-            bad_rows.add(path, f"what cannot be read of the file is left out: {reason}")
+            bad_rows.add(path, f"the unreadable part of the file is left out: {reason}")
     # A piece of a split recording never has to be cut, so it fits a row.
     max_frames, split = max_frames_of(training.max_seconds), training.long_clips == "split"
     if split:

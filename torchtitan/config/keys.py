@@ -151,7 +151,6 @@ Refuse = Callable[[str, str], None]
 
 
 def value_of(config: JobConfig, key: str) -> Any:
-    """The value of "section.key"."""
     section, name = key.split(".")
     return getattr(getattr(config, section), name)
 

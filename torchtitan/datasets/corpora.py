@@ -57,7 +57,6 @@ class CodeItem(NamedTuple):
 
     @property
     def key(self) -> str:
-        """The name of the recording."""
         return self.shards.key(self.number)
 
     @property

@@ -135,7 +135,6 @@ class RowPacker:
             yield from islice(self._window_rows(window, place, end), place.row, None)
 
     def _window_rows(self, window: list[Sample], begin: Place, end: Place) -> Iterator[PackedRow]:
-        """The rows of one window."""
         found: Sequence[Sample | None] = window
         facts = [[sample.draw, sample.start, sample.length] for sample in window]
         if begin.window:

@@ -175,7 +175,6 @@ class AudioDataset:
         self._group_starts = np.array(starts, dtype=np.int64)
 
     def __len__(self) -> int:
-        """Number of rows."""
         return self._length
 
     def read(self, rows: Sequence[int]) -> Iterator[tuple[int, Row]]:

@@ -64,7 +64,7 @@ class Options:
     batch_size: int = 16
     """Clips in one forward pass of the model."""
     max_seconds: float = 20.0
-    """Clips are cut to this length."""
+    """Clips are cut to this many seconds."""
     splits: list[str] = field(default_factory=lambda: ["train"])
     """Splits of the data sets. Other splits than train become part of the task names: sWUGGY_dev, sWUGGY_test."""
     dataset_revision: str | None = None
@@ -75,7 +75,7 @@ class Options:
     """Method that resamples recordings to 24 kHz: torchaudio, soxr_hq or ffmpeg. Default: the one in the model's
     config.json, else torchaudio."""
     targets: str | None = None
-    """Tokens that are scored: all, semantic, acoustic, or q0, q1, ... for one quantizer. Default: as the benchmark."""
+    """Scored tokens: all, semantic, acoustic, or q0, q1, ... for one quantizer. Default: those of the benchmark."""
     reduction: Literal["mean", "sum"] = "mean"
     """Whether a clip's score is the mean or the sum of the negative log-likelihoods of these tokens."""
     audio_end: bool = True

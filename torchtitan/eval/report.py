@@ -38,7 +38,7 @@ class Options:
     results: list[Path]
     """Folders with a samples.parquet in them or below them."""
     targets: str | None = None
-    """Tokens that are scored: all, semantic, acoustic, or q0, q1, ... for one quantizer. Default: as the benchmark."""
+    """Scored tokens: all, semantic, acoustic, or q0, q1, ... for one quantizer. Default: those of the benchmark."""
     reduction: Literal["mean", "sum"] = "mean"
     """Whether a clip's score is the mean or the sum of the negative log-likelihoods of these tokens."""
     audio_end: bool = True
@@ -57,7 +57,6 @@ class Options:
     """Seed of the bootstrap."""
 
     def rule(self, benchmark: Benchmark | None) -> Rule:
-        """How clips are scored."""
         targets = self.targets or (benchmark.rule.targets if benchmark else "all")
         return Rule(targets, self.audio_end, self.reduction, self.ties, self.window_ms)
 

@@ -308,7 +308,6 @@ def is_running(process: int) -> bool:
 
 
 def count_rows(path: Path, num_rows: int) -> Counts:
-    """The counts of a shard or part."""
     batches, header = read_part(path)
     return Counts(
         rows=num_rows,
