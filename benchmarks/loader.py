@@ -26,10 +26,10 @@ from models import fill_rows, make_codec, make_train_step
 from torchtitan.audio.codec import Codec
 from torchtitan.audio.token_stream import TokenStream
 from torchtitan.components.dataloader import Batch, LoaderSettings, SpeechDataLoader, max_frames_of
+from torchtitan.datasets.corpora import find_data, open_corpora
 from torchtitan.datasets.hf_dataset import Source
 from torchtitan.datasets.packing import best_fit_decreasing
 from torchtitan.datasets.shards import Recording, merge_parts, shard_name, write_part
-from torchtitan.datasets.streams import find_data, open_streams
 from torchtitan.models.llama3.args import Llama3Args
 from torchtitan.models.loss import IGNORE_INDEX
 
@@ -77,10 +77,10 @@ def write_shards(folder: Path, count: int, low: float, high: float) -> list[int]
 def our_loader(path: Path, seq_len: int, batch: int, packing: bool, codec: Codec | None = None) -> SpeechDataLoader:
     """The trainer's loader, shuffled and endless."""
     found = find_data([Source(name="benchmark", path=str(path))], 0)
-    streams, mixture = open_streams(found, 0, max_frames_of(20.0), False, 0)
+    corpora, mixture = open_corpora(found, 0, max_frames_of(20.0), False, 0)
     window = 2048 if packing else 1
     settings = LoaderSettings("a2a", seq_len, batch, 20.0, packing=packing, window=window, num_workers=4)
-    return SpeechDataLoader(streams, mixture, STREAM, codec, None, settings)
+    return SpeechDataLoader(corpora, mixture, STREAM, codec, None, settings)
 
 
 def plain_loader(path: Path, seq_len: int, batch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

@@ -27,9 +27,9 @@ from torchtitan.audio.waveform import SAMPLE_RATE, load_audio
 from torchtitan.datasets.decoding import num_threads
 from torchtitan.datasets.readers import AudioDataset
 from torchtitan.tokenization import worker
-from torchtitan.tokenization.plan import Plan, prepare
 from torchtitan.tokenization.processes import settle
 from torchtitan.tokenization.run import choose_devices
+from torchtitan.tokenization.spec import Spec, prepare
 
 
 @dataclass
@@ -63,13 +63,13 @@ class Work:
     of: int
     barrier: Any
 
-    def plan(self) -> Plan:
+    def spec(self) -> Spec:
         """The tokenization of the clips, a shard for each process."""
         output = f"{self.output}/{self.of}-{self.share}"
-        options = tokenization.plan.Options(self.dataset, output, audio_tokenizer=self.audio_tokenizer)
-        plan = prepare(replace(options, num_quantizers=QUANTIZERS, max_bad_share=1.0))
-        rows = min(self.clips, plan.num_rows)
-        return replace(plan, num_rows=rows, rows_per_shard=-(-rows // self.of))
+        options = tokenization.spec.Options(self.dataset, output, audio_tokenizer=self.audio_tokenizer)
+        spec = prepare(replace(options, num_quantizers=QUANTIZERS, max_bad_share=1.0))
+        rows = min(self.clips, spec.num_rows)
+        return replace(spec, num_rows=rows, rows_per_shard=-(-rows // self.of))
 
 
 def plain(work: Work) -> tuple[float, float]:
@@ -80,7 +80,7 @@ def plain(work: Work) -> tuple[float, float]:
     tokenizer = AutoTokenizer.from_pretrained(harness.ROOT / "assets" / "llama-small")
     extend_tokenizer(tokenizer, QUANTIZERS)
     model = MimiModel.from_pretrained(work.audio_tokenizer, dtype=torch.float32).eval().to(work.device)
-    plan = work.plan()
+    spec = work.spec()
 
     @torch.no_grad()
     def ids_of(waveform: torch.Tensor) -> list[int]:
@@ -92,7 +92,7 @@ def plain(work: Work) -> tuple[float, float]:
     ids_of(torch.zeros(5 * SAMPLE_RATE))
     work.barrier.wait()
     begin, seconds = time.perf_counter(), 0.0
-    for _, row in AudioDataset(plan.source, plan.index).read(range(plan.num_rows)):
+    for _, row in AudioDataset(spec.source, spec.index).read(range(spec.num_rows)):
         waveform = load_audio(row.audio)  # type: ignore[arg-type]
         ids_of(waveform)
         seconds += waveform.numel() / SAMPLE_RATE
@@ -102,7 +102,7 @@ def plain(work: Work) -> tuple[float, float]:
 def ours(work: Work) -> tuple[float, float]:
     """(seconds of audio, seconds it took) of one process of ours, which does its share of the rows."""
     settle(work.device)
-    plan, seconds = work.plan(), []
+    spec, seconds = work.spec(), []
     stream = TokenStream(128_256, QUANTIZERS, 128_000)
 
     def to_ids(path: Path, recordings: list, header: dict) -> None:
@@ -115,12 +115,12 @@ def ours(work: Work) -> tuple[float, float]:
             seconds.append(counts.seconds)
 
     worker.write_part = to_ids  # type: ignore[assignment]
-    tokenizer = worker.ShardTokenizer(plan, work.device, num_threads(work.device, work.of), report)
+    tokenizer = worker.ShardTokenizer(spec, work.device, num_threads(work.device, work.of), report)
     tokenizer.codec.encode([torch.zeros(5 * SAMPLE_RATE)] * (1 if work.device.type == "cpu" else 16))
     work.barrier.wait()
     begin = time.perf_counter()
-    if work.share < plan.num_shards:
-        tokenizer.make_parts(work.share, range(plan.num_parts(work.share)))
+    if work.share < spec.num_shards:
+        tokenizer.make_parts(work.share, range(spec.num_parts(work.share)))
     return sum(seconds), time.perf_counter() - begin
 
 

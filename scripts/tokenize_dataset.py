@@ -9,8 +9,8 @@ same command is given again. Rows that cannot be used are listed in bad_rows.tsv
 
 import tyro
 
-from torchtitan.tokenization.plan import Options
 from torchtitan.tokenization.run import tokenize
+from torchtitan.tokenization.spec import Options
 from torchtitan.tools.errors import run_command
 
 if __name__ == "__main__":

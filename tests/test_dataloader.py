@@ -22,10 +22,10 @@ from torchtitan.components.dataloader import Batch, LoaderSettings, SpeechDataLo
 from torchtitan.config.job_config import Training
 from torchtitan.datasets import order, recordings
 from torchtitan.datasets.bad_rows import BadRows
+from torchtitan.datasets.corpora import find_data, open_corpora
 from torchtitan.datasets.hf_dataset import Source
 from torchtitan.datasets.recordings import Ranks
 from torchtitan.datasets.sources import sources_from_config
-from torchtitan.datasets.streams import find_data, open_streams
 from torchtitan.models.loss import IGNORE_INDEX
 from torchtitan.tools import retries
 from torchtitan.tools.errors import UserError
@@ -70,12 +70,12 @@ def make_loader(codec, tokenizer, speech_folder):
         max_frames = max_frames_of(options["max_seconds"])
         if split:
             max_frames = min(max_frames, stream.max_frames(options["seq_len"]))
-        streams, mixture = open_streams(found, seed, max_frames, split, 0, shuffle=endless)
+        corpora, mixture = open_corpora(found, seed, max_frames, split, 0, shuffle=endless)
         texts, bad_rows = options.pop("tokenizer", tokenizer), options.pop("bad_rows", None)
         ranks = Ranks(options.pop("rank", 0), options.pop("world_size", 1), share=options.pop("share", None))
         ids = TokenStream.from_tokenizer(texts)
         chosen = LoaderSettings(num_bad_files=len(found.bad_files), **options)
-        return SpeechDataLoader(streams, mixture, ids, own_codec, texts, chosen, ranks, bad_rows)
+        return SpeechDataLoader(corpora, mixture, ids, own_codec, texts, chosen, ranks, bad_rows)
 
     return make
 
@@ -823,7 +823,7 @@ def test_special_tokens_in_a_transcription_make_a_bad_row(make_loader, tmp_path,
     path = write_rows(tmp_path / "train-0.parquet", rows)
     (batch,) = take(make_loader(path, task="tts"))
     assert batch.tokens.shape[0] == 1
-    assert sum("contains the name of an audio token or a special one" in message for message in log) == 2
+    assert sum("contains the name of an audio token or of a special token" in message for message in log) == 2
 
 
 def test_ordinary_text_that_a_tokenizer_calls_special_is_text(
@@ -841,7 +841,7 @@ def test_ordinary_text_that_a_tokenizer_calls_special_is_text(
     for task in ("tts", "asr"):
         (batch,) = take(make_loader(path, task=task, tokenizer=own))
         assert str(text)[1:-1] in str(batch.tokens.flatten().tolist())
-    assert sum("skipped" in message and "special one" in message for message in log) == 2
+    assert sum("skipped" in message and "special token" in message for message in log) == 2
 
 
 def test_bad_rows_are_not_listed_again_by_a_resumed_run(make_loader, bad_file, tmp_path):

@@ -352,7 +352,7 @@ def test_weights_alone_are_saved_in_their_dtype(two_ranks):
 
 def test_run_cannot_be_resumed_from_weights_alone(two_ranks, bases):
     model = loaded(bases["tied"])
-    with pytest.raises(UserError, match="holds only weights, so a run cannot be resumed"):
+    with pytest.raises(UserError, match="has only weights, so a run cannot resume"):
         load_checkpoint(two_ranks[0] / "weights" / "step-1", model, build_optimizer(model, SETTINGS), model.args)
 
 
@@ -449,7 +449,7 @@ def test_other_format_is_refused(saved, tmp_path):
     saved(1)
     path = tmp_path / "step-1" / "train_state.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "format": 99}))
-    with pytest.raises(UserError, match="a checkpoint of format 99, this version reads 2"):
+    with pytest.raises(UserError, match="its format is 99, but this version reads 2"):
         read_state(tmp_path / "step-1")
 
 

@@ -281,7 +281,7 @@ def test_a_tasks_own_folder_runs_that_task_alone(tmp_path):
 
 def test_missing_column_is_named_with_what_is_there(tmp_path):
     write_task(tmp_path / "sWUGGY", [(wav(0.1, 1), wav(0.1, 2))], ("positive", "wrong"))
-    with pytest.raises(DataError, match="'negative'; there are positive, wrong"):
+    with pytest.raises(DataError, match="'negative'; the columns are positive, wrong"):
         open_tasks(str(tmp_path), SLM21.tasks, SLM21.columns, False)
 
 
@@ -400,7 +400,7 @@ def test_columns_without_audio_are_refused(tmp_path):
     (tmp_path / "sWUGGY").mkdir()
     table = pa.table({"positive": [[0.1, 0.2]], "negative": ["a.wav"]})
     pq.write_table(table, tmp_path / "sWUGGY" / "train-0.parquet")
-    with pytest.raises(DataError, match=r"'positive' of task sWUGGY must hold audio as \{bytes, path\} or \{array"):
+    with pytest.raises(DataError, match=r"'positive' of task sWUGGY must contain audio as \{bytes, path\} or \{array"):
         open_tasks(str(tmp_path / "sWUGGY"), SLM21.tasks, SLM21.columns, False)
 
 
@@ -508,7 +508,7 @@ def test_unreadable_clip_leaves_its_pair_out_and_everything_is_written(model_fol
     assert result["pairs"] == 1
     assert json.loads((folder / "accuracy.json").read_text())["sWUGGY"] in (0, 1)
     assert [left["pair"] for left in result["left_out"]] == [1, 2, 3]
-    for left, reason in zip(result["left_out"], ["not a readable", "holds no audio", "is empty"], strict=True):
+    for left, reason in zip(result["left_out"], ["not a readable", "the row has no audio", "is empty"], strict=True):
         assert reason in left["reason"]
     samples = pq.read_table(folder / "samples.parquet")
     assert samples.num_rows == 8

@@ -35,16 +35,16 @@ def make_loader(settings: dict, rank: int = 0, world_size: int = 1, num_workers:
     from torchtitan.audio.codec import Codec
     from torchtitan.audio.token_stream import extend_tokenizer
     from torchtitan.components.dataloader import LoaderSettings, SpeechDataLoader, max_frames_of
+    from torchtitan.datasets.corpora import find_data, open_corpora
     from torchtitan.datasets.hf_dataset import Source
     from torchtitan.datasets.recordings import Ranks
-    from torchtitan.datasets.streams import find_data, open_streams
 
     tokenizer = AutoTokenizer.from_pretrained(settings["model"])
     stream = extend_tokenizer(tokenizer, 4)
     found = find_data([Source(name="speech", path=settings["data"])], 0)
-    streams, mixture = open_streams(found, 5, max_frames_of(20.0), False, 0)
+    corpora, mixture = open_corpora(found, 5, max_frames_of(20.0), False, 0)
     return SpeechDataLoader(
-        streams,
+        corpora,
         mixture,
         stream,
         Codec.load(settings["codec"], 4),

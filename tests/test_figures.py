@@ -137,7 +137,7 @@ def test_metrics_of_a_step_that_was_run_twice_are_the_later_ones(tmp_path):
     path.write_text('{"step": 2, "loss": 3.0}\n{"step": 3, "loss": 2.5}\n{"step": 2, "loss": 2.0}\n')
     assert read_metrics(path) == {"loss": {2: 2.0, 3: 2.5}}
     path.write_text('{"step": 2, "loss": 3.0}\n{"step": 3, "lo')
-    with pytest.raises(UserError, match=r"metrics\.jsonl: line 2 does not hold"):
+    with pytest.raises(UserError, match=r"metrics\.jsonl: line 2 does not contain"):
         read_metrics(path)
 
 
@@ -226,7 +226,7 @@ def test_missing_input_is_named_and_the_others_are_drawn(options, capsys, name, 
     [
         ("results.json", "[]", "not a file of results"),
         ("results.json", '{"machine": "a", "software": "b", "note": "", "results": []}', "results are needed"),
-        ("metrics.jsonl", "nothing", "line 1 does not hold the figures of a step"),
+        ("metrics.jsonl", "nothing", "line 1 does not contain the figures of a step"),
         ("metrics.jsonl", '{"step": 1, "lr": 0.1}', "it holds no loss"),
         ("output.wav", "noise", "not a readable audio file"),
     ],

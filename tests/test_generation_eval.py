@@ -19,8 +19,8 @@ from torchtitan.eval.generation import Options, command
 from torchtitan.eval.scorers import (
     Judge,
     Naturalness,
+    PromptedSpeech,
     Repetition,
-    Sample,
     ScoreError,
     SpeakerSimilarity,
     TextLikelihood,
@@ -34,8 +34,8 @@ from torchtitan.tools.errors import UserError
 CPU = torch.device("cpu")
 
 
-def of_words(text: str | None, before: str | None = None) -> Sample:
-    return Sample(torch.ones(10), torch.ones(10), text, before)
+def of_words(text: str | None, before: str | None = None) -> PromptedSpeech:
+    return PromptedSpeech(torch.ones(10), torch.ones(10), text, before)
 
 
 # --- formulas
@@ -177,23 +177,25 @@ def test_speaker_similarity_is_the_cosine_of_x_vectors(models):
 
     first, second = sound(0.5, 1), sound(0.4, 9)
     scorer = SpeakerSimilarity(models["speaker_model"], CPU)
-    assert scorer(Sample(first, first)) == pytest.approx(1)
+    assert scorer(PromptedSpeech(first, first)) == pytest.approx(1)
     model = WavLMForXVector.from_pretrained(models["speaker_model"]).eval()
     vectors = []
     for waveform in (first, second):
         samples = torchaudio.functional.resample(waveform, 24_000, 16_000)
         with torch.no_grad():
             vectors.append(model(((samples - samples.mean()) / samples.std(correction=0))[None]).embeddings[0])
-    assert scorer(Sample(first, second)) == pytest.approx(float(torch.cosine_similarity(*vectors, dim=0)), abs=1e-4)
+    assert scorer(PromptedSpeech(first, second)) == pytest.approx(
+        float(torch.cosine_similarity(*vectors, dim=0)), abs=1e-4
+    )
     for short, reason in ((torch.zeros(0), "empty"), (torch.zeros(100), "too short")):
         with pytest.raises(ScoreError, match=reason):
-            scorer(Sample(first, short))
+            scorer(PromptedSpeech(first, short))
 
 
 def test_naturalness_is_what_the_hub_model_says(models):
     scorer = Naturalness(models["utmos"], CPU)
     steady = torch.full((24_000,), 0.25)
-    assert scorer(Sample(steady, steady)) == pytest.approx(0.25, abs=0.02)
+    assert scorer(PromptedSpeech(steady, steady)) == pytest.approx(0.25, abs=0.02)
 
 
 def test_mean_nll_of_a_transcript(models, make_tokenizer):
@@ -280,7 +282,7 @@ def test_a_judge_is_asked_and_understood(endpoint, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("given", "reason", "tries"),
     [
-        ([(200, "I cannot say.")], "holds no score", 1),
+        ([(200, "I cannot say.")], "has no score", 1),
         ([(200, "Score: 9")], "not from 1 to 5", 1),
         ([(401, "")], "answers 401", 1),
         ([(500, "")] * 3, "answers 500", 3),
@@ -305,7 +307,7 @@ def test_a_judge_that_is_busy_is_asked_again(endpoint, monkeypatch):
 
 def test_prompt_files_that_cannot_be_used(tmp_path):
     (tmp_path / "prompt.txt").write_text("Is it good?")
-    with pytest.raises(UserError, match=r"no \{continuation\}"):
+    with pytest.raises(UserError, match=r"must contain \{continuation\}"):
         Judge("http://x", "m", str(tmp_path / "prompt.txt"))
     with pytest.raises(UserError, match="cannot be read"):
         Judge("http://x", "m", str(tmp_path / "none.txt"))

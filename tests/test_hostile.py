@@ -101,7 +101,7 @@ def test_only_regular_files_are_opened(tmp_path):
     lines = [{"audio": "/dev/zero"}, {"audio": "pipe.wav"}]
     (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     for row in rows_of(tmp_path / "metadata.jsonl"):
-        with pytest.raises(AudioError, match=r"its audio: (this is no regular file|there is no such file)\."):
+        with pytest.raises(AudioError, match=r"its audio: (this is not a regular file|there is no such file)\."):
             decode_row(row, 20.0, 5)
 
 

@@ -175,7 +175,7 @@ def test_what_the_hub_does_not_have_is_said_at_once(hub_here, monkeypatch):
     with pytest.raises(UserError, match=r"^llm-jp/Llama-Mimi-2B: the hub has no such model"):
         SpeechLM.load("llm-jp/Llama-Mimi-2B", device="cpu")
     with pytest.raises(
-        UserError, match=r"nothing to evaluate: nobody/SALMon is no folder, and the hub has no data set"
+        UserError, match=r"nothing to evaluate: nobody/SALMon is not a folder, and the hub has no data set"
     ):
         open_tasks("nobody/SALMon", SALMON.tasks, SALMON.columns, True)
     with pytest.raises(UserError, match=r"the hub has no such model \("):

@@ -150,11 +150,11 @@ def test_what_kaldi_makes_when_it_reads_is_refused(tmp_path, wav, value, said, s
     [
         ("utt", "must have an utterance, a recording, a start and an end"),
         ("utt a 0 1 0 x", "must have an utterance, a recording, a start and an end"),
-        ("utt a x 1", "is wrong: its start 'x' is no time in seconds"),
-        ("utt a -1 1", "is wrong: its start '-1' is no time in seconds"),
-        ("utt a 0 inf", "is wrong: its end 'inf' is no time in seconds"),
-        ("utt a 0 -2", "is wrong: its end '-2' is no time in seconds"),
-        ("utt a 0 1 left", "is wrong: its end or channel is no number"),
+        ("utt a x 1", "is wrong: its start 'x' is not a time in seconds"),
+        ("utt a -1 1", "is wrong: its start '-1' is not a time in seconds"),
+        ("utt a 0 inf", "is wrong: its end 'inf' is not a time in seconds"),
+        ("utt a 0 -2", "is wrong: its end '-2' is not a time in seconds"),
+        ("utt a 0 1 left", "is wrong: its end or channel is not a number"),
         ("utt a 2 1", "is wrong: it ends before it starts"),
         ("utt c 0 1", "names the recording 'c', which is not in wav.scp"),
     ],
@@ -264,23 +264,23 @@ def test_rows_of_recordings_are_their_supervisions(tmp_path, wav, monkeypatch, e
     [
         (
             cut(recording("rm -rf x", kind="command")),
-            "recording 'rec' has a source of type 'command', and only those of",
+            "recording 'rec' has a source of type 'command', and only type 'file'",
         ),
-        (cut(recording("https://x", kind="url")), "recording 'rec' has a source of type 'url', and only those of"),
-        (cut(recording("", kind="shar")), "has a source of type 'shar', and only those of type 'file' are read"),
+        (cut(recording("https://x", kind="url")), "recording 'rec' has a source of type 'url', and only type 'file'"),
+        (cut(recording("", kind="shar")), "has a source of type 'shar', and only type 'file' is read"),
         (cut(recording("x.wav", transforms=[{"name": "Speed"}])), "has transforms (Speed), which are not applied"),
         (cut(recording("x.wav"), channel=7), "recording 'rec' has channel 7 in 0 files, not in one"),
         (cut(recording("x.wav", channels=(0, 1, 2)), channel=[0, 2]), "only one or all of a file are read"),
         (cut(None, features={"type": "fbank"}), "the cut has no recording, and features are not read"),
         (cut(recording("x.wav"), type="PaddingCut"), "a PaddingCut is not read, only a cut of one recording is"),
         ({"id": "cut", "type": "MixedCut", "tracks": []}, "a MixedCut is not read, only a cut of one recording is"),
-        (cut(recording("x.wav"), start=-1), "start -1 is no time in seconds"),
-        (cut(recording("x.wav"), duration=None), "duration None is no time in seconds"),
-        ({"id": "cut"}, "the line is neither a cut nor a recording, nor a supervision beside its recordings"),
+        (cut(recording("x.wav"), start=-1), "start -1 is not a time in seconds"),
+        (cut(recording("x.wav"), duration=None), "duration None is not a time in seconds"),
+        ({"id": "cut"}, "the line is neither a cut nor a recording, nor a supervision of a recording"),
         ({"id": "cut", "sources": []}, "recording 'cut' has its channels in 0 files, not in one"),
-        ({**recording("x.wav"), "id": "cut", "sources": [{}, {}]}, "the line is not as lhotse writes it (KeyError: "),
+        ({**recording("x.wav"), "id": "cut", "sources": [{}, {}]}, "this is not a valid lhotse line (KeyError: "),
         ({"id": "cut", "sources": recording("x.wav")["sources"] * 2}, "has its channels in 2 files, not in one"),
-        (cut({"id": "rec", "sources": 3}), "the line is not as lhotse writes it (TypeError"),
+        (cut({"id": "rec", "sources": 3}), "this is not a valid lhotse line (TypeError"),
     ],
 )
 def test_what_lhotse_makes_when_it_reads_is_refused(tmp_path, wav, line, said):
@@ -290,7 +290,7 @@ def test_what_lhotse_makes_when_it_reads_is_refused(tmp_path, wav, line, said):
     write(path, cut(recording(wav)), line, "{", "[]")
     good, bad, cut_off, other = rows_of(path)
     assert good.error is None and said in bad.error and name_of(bad) == "cut"
-    assert (cut_off.error, other.error) == ("the line is no JSON", "the line is no JSON object")
+    assert (cut_off.error, other.error) == ("the line is not JSON", "the line is not a JSON object")
 
 
 def test_a_supervision_without_its_recording(tmp_path, wav):
@@ -303,7 +303,7 @@ def test_a_supervision_without_its_recording(tmp_path, wav):
     )
     a, b = rows_of(tmp_path, format="lhotse")
     assert a.error == "there is no recording 'other' for this supervision" and b.error is None
-    assert "these are supervisions; give the recordings beside them, or the folder" in refused(
+    assert "these are supervisions; give the file of recordings beside it, or the folder" in refused(
         tmp_path / "supervisions.jsonl"
     )
 
@@ -345,7 +345,7 @@ def test_packed_manifests_that_are_too_large_or_damaged(tmp_path, wav, monkeypat
     monkeypatch.setattr(lists, "UNPACKED_BYTES", size)
     assert len(rows_of(path)) == 100
     monkeypatch.setattr(lists, "UNPACKED_BYTES", size - 1)
-    assert refused(path) == f"{path}: the file has more than {size - 1:,} bytes when it is unpacked; unpack it."
+    assert refused(path) == f"{path}: the file has more than {size - 1:,} bytes when unpacked; unpack it."
     path.write_bytes(path.read_bytes()[:-30])
     assert refused(path).startswith(f"{path}: ")
     path.write_bytes(b"no gzip at all")
@@ -436,11 +436,11 @@ def test_offset_and_duration_cut_a_row_of_nemo(tmp_path, wav, name):
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"offset": "x"}, "offset 'x' is no time in seconds"),
-        ({"offset": -0.5}, "offset -0.5 is no time in seconds"),
-        ({"offset": [1]}, "offset [1] is no time in seconds"),
-        ({"offset": 1, "duration": 0}, "duration 0 is no length of a part"),
-        ({"offset": 1, "duration": "long"}, "duration 'long' is no length of a part"),
+        ({"offset": "x"}, "offset 'x' is not a time in seconds"),
+        ({"offset": -0.5}, "offset -0.5 is not a time in seconds"),
+        ({"offset": [1]}, "offset [1] is not a time in seconds"),
+        ({"offset": 1, "duration": 0}, "duration 0 is not a valid length"),
+        ({"offset": 1, "duration": "long"}, "duration 'long' is not a valid length"),
     ],
 )
 def test_wrong_offsets(tmp_path, wav, values, said):

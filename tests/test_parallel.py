@@ -506,7 +506,7 @@ def test_degrees_that_do_not_fit_the_model_are_refused(options, sentence):
             ["--parallelism.tensor_parallel_degree", "2", "--parallelism.enable_async_tensor_parallel"],
             "training.compile",
         ),
-        (["--training.audio_head", "--training.task", "tts"], "not made of audio tokens"),
+        (["--training.audio_head", "--training.task", "tts"], "tokens that are not audio tokens"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(options, sentence):

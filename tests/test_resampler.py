@@ -21,14 +21,14 @@ from torchtitan.audio.codec import Codec
 from torchtitan.audio.waveform import load_audio, require_resampler, resample
 from torchtitan.checkpoint.speech_lm import SpeechLM
 from torchtitan.components.dataloader import LoaderSettings, SpeechDataLoader, max_frames_of
+from torchtitan.datasets.corpora import find_data, open_corpora
 from torchtitan.datasets.hf_dataset import Source
 from torchtitan.datasets.shards import ShardedCodes, find_shards
-from torchtitan.datasets.streams import find_data, open_streams
 from torchtitan.eval.benchmark import Options as Evaluation
 from torchtitan.eval.benchmark import command
 from torchtitan.eval.suites import SLM21
-from torchtitan.tokenization.plan import Options
 from torchtitan.tokenization.run import tokenize
+from torchtitan.tokenization.spec import Options
 from torchtitan.tools.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -150,8 +150,8 @@ def test_stored_codes_and_those_made_in_training_are_the_same(tmp_path, mimi_fol
     tokenizer = make_tokenizer()
     ids = extend_tokenizer(tokenizer, 4)
     found = find_data([Source(name="talks", path=str(data))], 0)
-    streams, mixture = open_streams(found, 0, max_frames_of(20.0), False, 0, shuffle=False)
-    loader = SpeechDataLoader(streams, mixture, ids, codec, tokenizer, LoaderSettings("a2a", 64, 3, 20.0))
+    corpora, mixture = open_corpora(found, 0, max_frames_of(20.0), False, 0, shuffle=False)
+    loader = SpeechDataLoader(corpora, mixture, ids, codec, tokenizer, LoaderSettings("a2a", 64, 3, 20.0))
     rows = next(iter(loader)).tokens
     for row, codes in zip(rows, expected, strict=True):
         sample = ids.sample(codes)

@@ -119,7 +119,7 @@ def test_recordings_are_read_back(written):
     assert codes.name == "talks"
     assert codes.header["audio_tokenizer"] == "kyutai/mimi"
     assert "shard" not in codes.header
-    assert codes.failed == [(f"bad:{s}:{p}", "no audio") for s, parts in enumerate(PARTS) for p in range(len(parts))]
+    assert codes.bad_rows == [(f"bad:{s}:{p}", "no audio") for s, parts in enumerate(PARTS) for p in range(len(parts))]
 
 
 def test_files_may_come_in_any_order(written):
@@ -186,7 +186,7 @@ def test_pickled_sets_notice_that_a_file_changed(copied, tmp_path):
     write_part(parts[0], [EXPECTED[0]] * 4, {"failed": [], "left_out": 0})
     merge_parts(parts, Path(copied[1]), header_of(1))
     codes = pickle.loads(pickled)
-    with pytest.raises(ShardError, match=r"00001-of-00003\.arrow: the shard has changed since it was opened first"):
+    with pytest.raises(ShardError, match=r"00001-of-00003\.arrow: the shard has changed since it was first opened"):
         codes.codes(6)
 
 
@@ -217,7 +217,7 @@ def test_no_files_are_refused():
 
 
 def test_missing_shards_are_named(copied):
-    with pytest.raises(ShardError, match=r"1 of the 3 shards are not there \(codes-00001-of-00003.arrow\); finish"):
+    with pytest.raises(ShardError, match=r"1 of the 3 shards are missing \(codes-00001-of-00003.arrow\); finish"):
         ShardedCodes([copied[0], copied[2]])
 
 
@@ -229,7 +229,7 @@ def test_file_that_is_not_there_is_named(copied):
 
 def test_shard_given_twice_is_refused(copied):
     shutil.copy(copied[0], copied[1])
-    with pytest.raises(ShardError, match=r"codes-00001-of-00003\.arrow: it is shard 0 of its set, as"):
+    with pytest.raises(ShardError, match=r"codes-00001-of-00003\.arrow: it has the number 0, as"):
         ShardedCodes(copied)
 
 
@@ -276,7 +276,7 @@ def test_any_damaged_byte_is_refused_or_harmless(copied):
         except ShardError as error:
             reason = str(error)
             found += 1
-        assert reason is None or str(path) in reason or "3 shards are not there" in reason
+        assert reason is None or str(path) in reason or "3 shards are missing" in reason
     assert found > 100
 
 
@@ -324,7 +324,7 @@ def test_other_arrow_files_are_refused(copied):
 
 
 def test_newer_format_is_refused(tmp_path):
-    with pytest.raises(ShardError, match="its format is 2, this version reads 1"):
+    with pytest.raises(ShardError, match="its format is 2, but this version reads 1"):
         ShardedCodes(write_set(tmp_path, format=2))
 
 
@@ -377,11 +377,11 @@ def test_the_same_hub_name_is_accepted_without_loading(written):
 @pytest.mark.parametrize(
     ("asked", "told"),
     [
-        ((5, "exact", "full"), "they hold 4 quantizers and 5 are asked for"),
-        ((4, "aligned", "full"), "codec_padding is exact in them and aligned is asked for"),
-        ((4, "exact", "codec"), "codec_window is full in them and codec is asked for"),
-        ((4, "exact", "full", "ffmpeg"), "resampler is torchaudio in them and ffmpeg is asked for"),
-        ((5, "aligned", "full"), "quantizers and 5 are asked for, and codec_padding is exact"),
+        ((5, "exact", "full"), "they have 4 quantizers, but 5 are needed"),
+        ((4, "aligned", "full"), "codec_padding is exact in them, but aligned is needed"),
+        ((4, "exact", "codec"), "codec_window is full in them, but codec is needed"),
+        ((4, "exact", "full", "ffmpeg"), "resampler is torchaudio in them, but ffmpeg is needed"),
+        ((5, "aligned", "full"), "quantizers, but 5 are needed, and codec_padding is exact"),
     ],
 )
 def test_contradicting_settings_are_all_named(of_codec, mimi_folder, asked, told):
@@ -397,7 +397,7 @@ def test_other_weights_are_refused(of_codec, mimi_folder, tmp_path, same_name):
     model = MimiModel.from_pretrained(mimi_folder, dtype=torch.float32)
     model.quantizer.acoustic_residual_vector_quantizer.layers[2].codebook.embed_sum[7] += 1
     model.save_pretrained(folder)
-    with pytest.raises(ShardError, match=f"whose weights are others than those of {folder}"):
+    with pytest.raises(ShardError, match=f"whose weights differ from those of {folder}"):
         of_codec.check_codec(str(folder), 4, "exact", "full")
 
 

@@ -154,7 +154,7 @@ def test_what_is_not_on_the_hub_says_how_to_get_it(name, monkeypatch, tmp_path):
 
 def test_folder_without_a_fitting_file(tmp_path):
     touch(tmp_path, "clean/validation-0.parquet")
-    assert refused("peoples_speech", tmp_path).startswith(f"{tmp_path}: no file fits **/train-*.parquet there")
+    assert refused("peoples_speech", tmp_path).startswith(f"{tmp_path}: no file there matches **/train-*.parquet")
 
 
 # --- any other folder
@@ -168,7 +168,10 @@ def test_single_file_is_taken_as_it_is(tmp_path):
         assert find_files(described({"name": "peoples_speech", "path": path})[0]) == [path]
         assert find_files(described(path=path)[0]) == [path]
     touch(tmp_path, "notes.txt", "a.tar.gz")
-    for name, said in (("notes.txt", "no kind of file"), ("a.tar.gz", "compressed files are not read; unpack")):
+    for name, said in (
+        ("notes.txt", "this kind of file is not read"),
+        ("a.tar.gz", "compressed files are not read; unpack"),
+    ):
         with pytest.raises(UserError, match=said):
             find_files(Source("mine", str(tmp_path / name)))
 
@@ -206,13 +209,11 @@ def test_two_formats_need_a_word(tmp_path):
 
 def test_compressed_tars_ask_to_be_unpacked(tmp_path):
     touch(tmp_path, "train/a.tar.gz", "train/b.tgz")
-    assert "train/a.tar.gz is compressed and not read as it is; unpack it first" in refused(
-        Source("mine", str(tmp_path)), tmp_path
-    )
+    assert "train/a.tar.gz is compressed; unpack it first" in refused(Source("mine", str(tmp_path)), tmp_path)
 
 
 def test_an_empty_folder(tmp_path):
-    assert refused(Source("mine", str(tmp_path)), tmp_path).startswith(f"{tmp_path}: no ")
+    assert refused(Source("mine", str(tmp_path)), tmp_path).startswith(f"{tmp_path}: there are no ")
     assert "no tars of split 'train'" in refused(
         Source("mine", str(tmp_path)), tmp_path, format="webdataset", split="train"
     )
@@ -407,9 +408,9 @@ def test_another_split_of_a_built_in_data_set(tmp_path):
 @pytest.mark.parametrize(
     ("table", "parts"),
     [
-        ({"name": "mine"}, ["name = 'mine' is no built-in", "peoples_speech", "path"]),
-        ({"split": "train"}, ["path must say where the data lie"]),
-        ({"path": ".", "revision": "main"}, ["revision = 'main' is of the hub", "path = '.' is local"]),
+        ({"name": "mine"}, ["name = 'mine' is not a built-in", "peoples_speech", "path"]),
+        ({"split": "train"}, ["path must say where the data are"]),
+        ({"path": ".", "revision": "main"}, ["revision = 'main' needs a hub name", "path = '.' is local"]),
         ({"path": ".", "fromat": "audio"}, ["no key fromat", "did you mean format?"]),
         ({"path": ".", "format": "mp3"}, ['format = "mp3"', '"webdataset"']),
         ({"path": ".", "weight": "much"}, ['weight = "much"', "a number"]),

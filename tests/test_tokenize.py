@@ -21,11 +21,11 @@ from torchtitan.audio.waveform import load_audio, resample
 from torchtitan.datasets import encoding
 from torchtitan.datasets.hf_dataset import Source
 from torchtitan.datasets.shards import ShardedCodes, ShardError, find_shards
-from torchtitan.tokenization import plan as planning
 from torchtitan.tokenization import processes as many
+from torchtitan.tokenization import spec as specs
 from torchtitan.tokenization import worker as work
-from torchtitan.tokenization.plan import Counts, Options
 from torchtitan.tokenization.run import tokenize
+from torchtitan.tokenization.spec import Counts, Options
 from torchtitan.tools.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,7 +51,7 @@ def data(tmp_path_factory, make_sound, write_rows) -> Path:
 
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch):
-    monkeypatch.setattr(planning, "PART_ROWS", 3)
+    monkeypatch.setattr(specs, "PART_ROWS", 3)
     monkeypatch.setattr(many, "tune_malloc", lambda: None)  # this is the process of all tests
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
@@ -76,7 +76,7 @@ def reference(options, tmp_path_factory) -> dict[str, bytes]:
     """Files of an undisturbed run of one process."""
     output = tmp_path_factory.mktemp("reference") / "codes"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(planning, "PART_ROWS", 3)
+        patch.setattr(specs, "PART_ROWS", 3)
         patch.setattr(many, "tune_malloc", lambda: None)
         tokenize(replace(options, output=str(output)))
     return files_of(output)
@@ -209,7 +209,7 @@ def test_failing_rows_and_files_are_listed(reference, tmp_path):
     ]
     for (key, reason), row in zip(lines, (10, 3, 9), strict=False):
         assert BAD[row] in reason and "AudioError" not in reason
-        assert (key, reason) in codes.failed
+        assert (key, reason) in codes.bad_rows
     totals = json.loads(reference["tokenization.json"])["totals"]
     assert totals == {
         "recordings": NUM_ROWS - 3,
@@ -244,20 +244,20 @@ def test_ranks_of_torchrun_give_the_same_bytes(reference, options, tmp_path, mon
         told = tokenize(replace(options, output=str(tmp_path / "codes"), num_processes=None))
         done = {int(name[6:11]) for name in files_of(tmp_path / "codes") if name.startswith("codes-")}
         assert done == {0: {0, 2, 3}, 1: {0, 1, 2, 3}, 2: {2}}[rank]
-        assert ("others are not yet" in told) == (rank != 1)
+        assert ("other ranks are not" in told) == (rank != 1)
     assert files_of(tmp_path / "codes") == reference
 
 
 def test_ranks_are_the_processes(options, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
-    with pytest.raises(UserError, match="num_processes is for runs without torchrun"):
+    with pytest.raises(UserError, match="num_processes is only for runs without torchrun"):
         tokenize(replace(options, output=str(tmp_path), num_processes=2))
 
 
 def test_finished_output_says_so(reference, options, tmp_path):
     output = write_files(tmp_path / "codes", reference)
-    assert tokenize(replace(options, output=str(output))).startswith("all was done already")
+    assert tokenize(replace(options, output=str(output))).startswith("everything was already done")
     assert files_of(output) == reference
 
 
@@ -282,7 +282,7 @@ def test_limits_of_a_source_leave_rows_out(options, data, tmp_path):
     left_out = NUM_ROWS - len(codes) - len(BAD)
     assert left_out > 0
     assert f"{left_out} rows are shorter or longer than the source's limits" in told
-    with pytest.raises(UserError, match=r"dataset 'other' must be one of its sources, which are short\."):
+    with pytest.raises(UserError, match=r"dataset 'other' must be one of its sources \(short\)\."):
         tokenize(replace(chosen, dataset="other"))
 
 
@@ -296,7 +296,7 @@ def test_recording_that_the_codec_refuses_is_listed(options, tmp_path, monkeypat
 
     monkeypatch.setattr(Codec, "encode", picky)
     tokenize(replace(options, output=str(tmp_path / "codes"), max_bad_share=0.5))
-    failed = dict(ShardedCodes(find_shards(tmp_path / "codes")).failed)
+    failed = dict(ShardedCodes(find_shards(tmp_path / "codes")).bad_rows)
     assert failed["train-00000-of-00002.parquet:2 (clip-2)"] == "its audio cannot be encoded (this clip is too odd)."
     assert len(failed) == len(BAD) + len([i for i in range(NUM_ROWS) if i % 5 == 2 and i not in BAD])
 
@@ -310,12 +310,12 @@ def test_groups_of_a_gpu_do_not_depend_on_where_a_run_began(options, tmp_path, m
         "encode",
         lambda self, waves: [seen.append([w.numel() for w in waves])] and [torch.zeros(8, 1).long()] * len(waves),
     )
-    plan = planning.prepare(replace(options, output=str(tmp_path / "codes")))
-    worker = work.ShardTokenizer(plan, torch.device("cpu"), 1, lambda kind, counts: None)
+    spec = specs.prepare(replace(options, output=str(tmp_path / "codes")))
+    worker = work.ShardTokenizer(spec, torch.device("cpu"), 1, lambda kind, counts: None)
     worker.make_parts(1, [0, 1, 2])
     together, seen[:] = list(seen), []
     for part in range(3):
-        plan.part_path(1, part).unlink()
+        spec.part_path(1, part).unlink()
         worker.make_parts(1, [part])
     assert together == seen
     assert max(map(len, seen)) > 1
@@ -407,7 +407,7 @@ def test_dead_worker_is_reported_and_the_others_end(long_options, capfd):
     assert os.waitstatus_to_exitcode(status_of(process)) == 2
     assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
     told = capfd.readouterr().err
-    assert f"(pid {workers[1]}) was ended by SIGKILL, perhaps for lack of memory, " in told
+    assert f"(pid {workers[1]}) was ended by SIGKILL, perhaps because memory ran out, " in told
     assert "at codes-0000" in told or "before its first shard" in told  # the other worker may have been faster
     assert "run the same command again to continue" in told
     assert has_parts(output)
@@ -431,7 +431,7 @@ def test_leftovers_of_killed_processes_are_removed(reference, options, tmp_path)
     (output / "codes-00001-of-00004.partial" / "part-0000").touch()
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    host = planning.socket.gethostname()
+    host = specs.socket.gethostname()
     (output / f".codes-00001-of-00004.arrow.{host}-{dead.pid}.tmp").touch()
     living = f".codes-00002-of-00004.arrow.{host}-{os.getpid()}.tmp"
     (output / living).touch()
@@ -450,13 +450,13 @@ def test_text_that_is_no_unicode_is_stored(options, make_sound, tmp_path):
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_damaged_part_is_made_again(reference, options, tmp_path, processes):
-    plan = planning.prepare(replace(options, output=str(tmp_path / "codes")))
-    plan.partial_folder(0).mkdir()
-    plan.part_path(0, 1).write_bytes(b"ARROW1 and no more")
+    spec = specs.prepare(replace(options, output=str(tmp_path / "codes")))
+    spec.partial_folder(0).mkdir()
+    spec.part_path(0, 1).write_bytes(b"ARROW1 and no more")
     if processes == 2:  # as its parent shares out the work
-        planning.survey(plan, [0])
-        assert many._Jobs(plan, [0], 1).next() == (0, [0])
-        assert not plan.part_path(0, 1).exists()
+        specs.survey(spec, [0])
+        assert many._Jobs(spec, [0], 1).next() == (0, [0])
+        assert not spec.part_path(0, 1).exists()
     tokenize(replace(options, output=str(tmp_path / "codes")))
     assert files_of(tmp_path / "codes") == reference
 
@@ -474,7 +474,7 @@ def test_damaged_shard_is_named(reference, options, tmp_path):
 
 def test_unfinished_output_is_no_data_set(reference, tmp_path):
     output = write_files(tmp_path / "codes", {k: v for k, v in reference.items() if "00003" not in k})
-    with pytest.raises(ShardError, match=r"1 of the 4 shards are not there \(codes-00003-of-00004.arrow\)"):
+    with pytest.raises(ShardError, match=r"1 of the 4 shards are missing \(codes-00003-of-00004.arrow\)"):
         ShardedCodes(find_shards(output))
 
 
@@ -495,7 +495,7 @@ def test_unfinished_output_is_no_data_set(reference, tmp_path):
 def test_changed_settings_are_refused(reference, options, tmp_path, changes, told):
     output = write_files(tmp_path / "codes", reference)
     with pytest.raises(
-        UserError, match=rf"{output}: it holds a tokenization with other settings: .*{told}; give anoth"
+        UserError, match=rf"{output}: the folder has a tokenization with other settings: .*{told}; give anoth"
     ):
         tokenize(replace(options, output=str(output), **changes))
     assert files_of(output) == reference
@@ -505,7 +505,7 @@ def test_changed_data_are_refused(reference, options, data, tmp_path):
     copy = write_files(tmp_path / "talks", files_of(data))
     (copy / "train-00001-of-00002.parquet").unlink()
     output = write_files(tmp_path / "codes", reference)
-    with pytest.raises(UserError, match="other settings: the data are others"):
+    with pytest.raises(UserError, match="other settings: the data differ"):
         tokenize(replace(options, dataset=str(copy), output=str(output)))
 
 
@@ -526,7 +526,7 @@ def test_changed_codec_is_refused_and_a_copy_of_it_is_not(reference, options, mi
 
 def test_foreign_shards_are_not_mixed_with(reference, options, tmp_path):
     output = write_files(tmp_path / "codes", {k: v for k, v in reference.items() if k != "tokenization.json"})
-    with pytest.raises(UserError, match=r"codes-00000-of-00004\.arrow lies there without tokenization\.json"):
+    with pytest.raises(UserError, match=r"codes-00000-of-00004\.arrow is there without tokenization\.json"):
         tokenize(replace(options, output=str(output)))
 
 
@@ -580,7 +580,7 @@ def test_full_disk_loses_nothing(reference, options, tmp_path, monkeypatch):
     assert len(kept) == 1 + 1 + 1  # settings, a shard, a part of the next
     assert kept["codes-00000-of-00004.arrow"] == reference["codes-00000-of-00004.arrow"]
     monkeypatch.undo()
-    monkeypatch.setattr(planning, "PART_ROWS", 3)
+    monkeypatch.setattr(specs, "PART_ROWS", 3)
     tokenize(replace(options, output=str(output)))
     assert files_of(output) == reference
 
@@ -642,21 +642,23 @@ def test_command_line(options, reference, tmp_path):
         command, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": str(ROOT)}
     )
     assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith(f"error: {output}: it holds a tokenization with other settings")
+    assert done.stderr.splitlines()[-1].startswith(
+        f"error: {output}: the folder has a tokenization with other settings"
+    )
 
 
 # --- parts
 
 
 def test_progress_counts_resumed_work_once(options, tmp_path, capsys, monkeypatch):
-    plan = planning.prepare(replace(options, output=str(tmp_path / "codes")))
+    spec = specs.prepare(replace(options, output=str(tmp_path / "codes")))
     monkeypatch.setattr(many, "_LOG_SECONDS", 0.0)
-    progress = many.Progress(plan, Counts(rows=12, seconds=3600.0, failed=1), 24)
-    progress.report("rows", Counts(rows=3, seconds=1800.0, failed=1))
-    progress.report("part", Counts(rows=3, seconds=1800.0, failed=1))
+    progress = many.Progress(spec, Counts(rows=12, seconds=3600.0, bad=1), 24)
+    progress.report("rows", Counts(rows=3, seconds=1800.0, bad=1))
+    progress.report("part", Counts(rows=3, seconds=1800.0, bad=1))
     told = capsys.readouterr().err
     assert "talks: 15 of 24 rows (62.5 %), 1.50 h of audio, " in told
-    assert "2 failed, 0:00:00 left" in told
+    assert "2 bad, 0:00:00 left" in told
 
 
 @pytest.mark.parametrize(

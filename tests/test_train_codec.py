@@ -220,7 +220,7 @@ def test_unreadable_file_and_recordings_are_named(data, tmp_path, capsys, caplog
     (tmp_path / "data" / "train-1.parquet").write_bytes(b"PAR1 and nothing more")
     train(options(tmp_path / "data", tmp_path / "mimi", continuous_steps=1))
     assert "1 of 9 recordings cannot be used and are left out; " in capsys.readouterr().out
-    assert any("train-1.parquet: what cannot be read of the file is left out" in text for text in caplog.messages)
+    assert any("train-1.parquet: the unreadable part of the file is left out" in text for text in caplog.messages)
 
 
 def test_command_line_names_wrong_input(tmp_path):

@@ -1,9 +1,9 @@
 """Settings from a TOML file and the command line.
 
-A value is the key's default (torchtitan/config/job_config.py, the manual), unless the TOML file given with
-``--job.config_file`` sets it, unless the command line sets it (``--training.steps 20``). Nothing is silently ignored:
-a key that is not known is an error, and so is a retired key that asks for something. All errors are one sentence,
-raised as :class:`~torchtitan.tools.errors.ConfigError`.
+The command line (``--training.steps 20``) overrides the TOML file of ``--job.config_file``, which overrides the
+defaults of the manual (torchtitan/config/job_config.py). Nothing is silently ignored: an unknown key is an error, and
+so is a retired key with a value that would have an effect. An error is one sentence, raised as
+:class:`~torchtitan.tools.errors.ConfigError`.
 """
 
 import ast
@@ -44,13 +44,13 @@ else:
 
 
 def extended(module: str) -> Schema:
-    """The settings here and those of another module's dataclass JobConfig (experimental.custom_args_module).
+    """Our settings, and those of another module's dataclass JobConfig (experimental.custom_args_module).
 
-    Its fields are sections, which may have the names of ours; what we have too must be the same there.
+    The fields of that JobConfig are sections, which may have the names of ours. Keys that exist in both must be equal.
 
     Raises:
-        ConfigError: it cannot be imported, or it has no such class, or a key that is ours otherwise or of no type that
-            a file can have.
+        ConfigError: the module cannot be imported, has no such class, has one of our keys with another type or default,
+            or has a key of a type that files cannot have.
     """
     key = f"experimental.custom_args_module = {show(module)}"
     try:
@@ -63,11 +63,11 @@ def extended(module: str) -> Schema:
     for name, kind in theirs.types.items():
         section, _, last = name.partition(".")
         if name in TYPES and (kind, values[section][last]) != (TYPES[name], DEFAULTS[name]):
-            raise ConfigError(f"{key}: {name} is a key of this project, with another type or default.")
+            raise ConfigError(f"{key}: this project has the key {name} with another type or default.")
         plain = without_none(kind)[0]
         readable = plain in (bool, int, float, str, list[str]) or get_origin(plain) is Literal
         if name not in TYPES and not readable:
-            raise ConfigError(f"{key}: the type of {name} is none that a file can have.")
+            raise ConfigError(f"{key}: a file cannot have the type of {name}.")
     sections: dict[str, type] = {}
     for name, cls in theirs.sections.items():
         ours = SECTIONS.get(name)
@@ -82,10 +82,10 @@ _RETIRED_SECTIONS = {key.split(".")[0] for key in RETIRED}
 
 
 def _without_retired(values: dict[str, Any], origins: dict[str, str]) -> dict[str, Any]:
-    """The values of keys that mean something; a retired key must ask for nothing."""
+    """The values without retired keys, whose values must have no effect."""
     for key, retired in RETIRED.items():
         value = values.get(key, retired.accepted[0])
-        written = [json.dumps(accepted) for accepted in retired.accepted]  # as a command line has it
+        written = [json.dumps(accepted) for accepted in retired.accepted]  # as on a command line
         if value not in (*retired.accepted, *written):
             allowed = " or ".join(show(accepted) for accepted in retired.accepted)
             raise ConfigError(
@@ -114,7 +114,7 @@ def _unknown(key: str, origin: str, schema: Schema) -> ConfigError:
     section, _, name = key.partition(".")
     known = schema.sections
     problem = f"section {section} has no key {name}" if section in known else f"there is no section {section}"
-    # A slip of the fingers, else the right name in the wrong section, else whatever is near.
+    # A typing error, else the right name in the wrong section, else the most similar key.
     close = difflib.get_close_matches(key, schema.types, n=1, cutoff=0.8)
     close = close or [other for other in schema.types if other.split(".")[1] == name]
     close = close or difflib.get_close_matches(key, schema.types, n=1)
@@ -123,14 +123,14 @@ def _unknown(key: str, origin: str, schema: Schema) -> ConfigError:
 
 
 def _read_table(table: dict[str, Any], origin: str, schema: Schema) -> dict[str, Any]:
-    """A nested table, as of a TOML file, to {"section.key": value}, with names and types checked."""
+    """Turn the nested table of a TOML file into {"section.key": value}, with names and types checked."""
     values: dict[str, Any] = {}
     for section, keys in table.items():
         if not isinstance(keys, dict):
-            raise ConfigError(f"{said(section, keys, origin)}: this is outside of any [section].")
+            raise ConfigError(f"{said(section, keys, origin)}: it is outside of any [section].")
         if section not in schema.sections and section not in _RETIRED_SECTIONS:
             close = difflib.get_close_matches(section, schema.sections, n=1)
-            hint = f"did you mean [{close[0]}]?" if close else f"there are {', '.join(schema.sections)}."
+            hint = f"did you mean [{close[0]}]?" if close else f"the sections are {', '.join(schema.sections)}."
             raise ConfigError(f"[{section}] {origin}: there is no such section; {hint}")
         for name, value in keys.items():
             key = f"{section}.{name}"
@@ -142,12 +142,14 @@ def _read_table(table: dict[str, Any], origin: str, schema: Schema) -> dict[str,
                 raise _unknown(key, origin, schema)
             value = _read(key, value, origin, schema)
             if values.setdefault(own, value) != value:
-                raise ConfigError(f"{said(key, value, origin)}: {_other_name(key)} is the same setting, set otherwise.")
+                raise ConfigError(
+                    f"{said(key, value, origin)}: {_other_name(key)} is the same setting and has another value."
+                )
     return values
 
 
 def _read_toml(path: str) -> dict[str, Any]:
-    """A file as the nested table that it is, with nothing checked."""
+    """The nested table of a file, without checks."""
     try:
         with open(path, "rb") as file:
             return tomllib.load(file)
@@ -160,7 +162,7 @@ def _read_toml(path: str) -> dict[str, Any]:
 
 
 def _option(argv: list[str], key: str) -> Any:
-    """What a command line sets one key to, before the names of the others are known; None if it does not."""
+    """The value of one key on a command line whose other keys are not known yet; None if it is not set."""
     found = None
     for option, after in itertools.pairwise([*argv, "--"]):
         name, equals, text = option.partition("=")
@@ -170,7 +172,7 @@ def _option(argv: list[str], key: str) -> Any:
 
 
 def _read_command_line(argv: list[str], schema: Schema) -> dict[str, Any]:
-    """["--training.steps", "20"] to {"training.steps": 20}, with names and types checked."""
+    """Turn ["--training.steps", "20"] into {"training.steps": 20}, with names and types checked."""
     values: dict[str, Any] = {}
     rest = list(argv)
 
@@ -209,7 +211,7 @@ def _read_command_line(argv: list[str], schema: Schema) -> dict[str, Any]:
 
 
 def _build(values: dict[str, Any], schema: Schema) -> JobConfig:
-    """{"section.key": value} to a config. Keys not given have their defaults."""
+    """Turn {"section.key": value} into a config. Other keys have their defaults."""
     config = schema.config()
     for key, value in values.items():
         section, name = key.split(".")
@@ -222,9 +224,9 @@ class ConfigManager:
 
     def parse_args(self, argv: list[str] | None = None) -> JobConfig:
         """
-        The settings that `argv` (by default this process's) asks for: defaults, over them the file named by
-        `--job.config_file`, over that the command line. Raises `ConfigError` for anything that cannot be right on any
-        machine; `torchtitan.rules.check` does the rest. `--help` prints the manual and exits.
+        The settings of the command line `argv` (default: that of this process) and of its `--job.config_file`. Raises
+        `ConfigError` for settings that no machine could run; `torchtitan.rules.check` checks the rest. `--help` prints
+        the manual and exits.
         """
         argv = sys.argv[1:] if argv is None else argv
         if "--help" in argv or "-h" in argv:
@@ -240,24 +242,24 @@ class ConfigManager:
         given = _read_command_line(argv, schema)
         from_file = _read_table(table, f"in {path}", schema)
         if "job.config_file" in from_file:
-            raise ConfigError(f"job.config_file in {path}: it can only be given on the command line.")
+            raise ConfigError(f"job.config_file in {path}: only the command line can set it.")
         origins = dict.fromkeys(from_file, f"in {path}") | dict.fromkeys(given, COMMAND_LINE)
         config = _build(_without_retired(from_file | given, origins), schema)
-        from torchtitan.rules import check_values  # imports torch, which --help does without
+        from torchtitan.rules import check_values  # imports torch, which --help does not need
 
         check_values(config, origins)
         return config
 
 
 def to_dict(config: JobConfig) -> dict[str, Any]:
-    """Nested and ready for JSON, the form in which checkpoints keep it."""
+    """The settings as a nested dictionary for JSON, as checkpoints store it."""
     return asdict(config)
 
 
 def from_dict(table: dict[str, Any]) -> JobConfig:
-    """The reverse of `to_dict`. Keys that are missing have their defaults; unknown ones raise `ConfigError`.
+    """The reverse of `to_dict`. Missing keys have their defaults. Unknown keys raise `ConfigError`.
 
-    Those that came from a module (experimental.custom_args_module) are left out: a file must not say what is imported.
+    Keys of experimental.custom_args_module are left out, because a checkpoint must not decide what is imported.
     """
     if table.get("experimental", {}).get("custom_args_module"):
         known = {section: keys for section, keys in table.items() if section in SECTIONS}
@@ -267,13 +269,13 @@ def from_dict(table: dict[str, Any]) -> JobConfig:
 
 
 def run_name(config: JobConfig) -> str:
-    """Name of the run and of its folder: the same for the same settings, so that a run finds its checkpoints."""
+    """Name of the run and of its folder. Equal settings give equal names, so that a run finds its checkpoints."""
     if config.job.wandb_run_name:
         return config.job.wandb_run_name
     model = os.path.basename(os.path.abspath(config.model.name))
     dataset = config.training.dataset
     if config.training.source and dataset == DEFAULTS["training.dataset"]:
-        # Other data must not resume from the folder of a run on the default data set.
+        # A run on other data must not resume from a run on the default data set.
         names = [
             str(table.get("name") or os.path.basename(table["path"].rstrip("/"))) for table in config.training.source
         ]
@@ -289,7 +291,7 @@ def run_name(config: JobConfig) -> str:
 
 
 def explanations(sections: dict[str, type] | None = None) -> dict[str, str]:
-    """{"section.key": its explanation}, read from the source: the text directly under each key."""
+    """{"section.key": its explanation}, which is the text directly under each key in the source."""
     texts: dict[str, str] = {}
     for section, cls in (SECTIONS if sections is None else sections).items():
         (parsed,) = ast.parse(inspect.getsource(cls)).body
@@ -310,8 +312,8 @@ def manual() -> str:
     lines = [
         "usage: torchrun --nproc_per_node=N -m torchtitan.train --job.config_file FILE.toml [--section.key VALUE ...]",
         "",
-        "Settings on the command line win over those in the file, which win over the defaults. A switch is set by",
-        "--section.key and unset by --section.no-key; a list is written a,b,c.",
+        "The command line overrides the file, which overrides the defaults. --section.key sets a switch, and",
+        "--section.no-key unsets it. A list is written a,b,c.",
     ]
     for section, cls in SECTIONS.items():
         lines += ["", f"[{section}] {inspect.getdoc(cls)}"]

@@ -1,7 +1,7 @@
-"""One list of all rules about settings, each of which stands beside the code that needs it.
+"""The list of all rules about settings. Each rule is defined beside the code that needs it.
 
-:func:`check_values` holds on any machine and runs when settings are read. :func:`check` adds what depends on the number
-of ranks and on this machine's files, before a process group exists.
+:func:`check_values` runs when settings are read, and does not depend on the machine. :func:`check` also checks what
+depends on the number of ranks and on the files of this machine. It runs before a process group exists.
 """
 
 import os
@@ -20,7 +20,7 @@ from torchtitan.tools.hub import HUB_NAME
 
 
 def check_samples(config: JobConfig, refuse: Refuse) -> None:
-    """Refuse rows in which no frame fits, and what needs samples without a transcription."""
+    """Refuse rows that are too short for a frame, and settings that need samples without a transcription."""
     training, shortest = config.training, config.model.num_quantizers + 3
     for key, length in row_lengths(config).items():
         if length < shortest:
@@ -29,7 +29,7 @@ def check_samples(config: JobConfig, refuse: Refuse) -> None:
     if training.long_clips == "split" and training.task != "a2a":
         refuse("training.long_clips", f"the transcription of task {training.task} belongs to the whole recording")
     if training.audio_head and training.task != "a2a":
-        refuse("training.audio_head", f"the transcription of task {training.task} is not made of audio tokens")
+        refuse("training.audio_head", f"the transcription of task {training.task} has tokens that are not audio tokens")
 
 
 RULES = (
@@ -48,10 +48,10 @@ def check_values(config: JobConfig, origins: dict[str, str] | None = None) -> No
     """Refuse values that no machine could run with.
 
     Args:
-        origins: where the value of a key is from, for the message.
+        origins: where the value of each key comes from, for the message.
 
     Raises:
-        ConfigError: what is wrong.
+        ConfigError: a value is wrong.
     """
 
     def refuse(key: str, expected: str) -> None:
@@ -69,20 +69,20 @@ def check_values(config: JobConfig, origins: dict[str, str] | None = None) -> No
 
 
 def check(config: JobConfig, world_size: int) -> None:
-    """Refuse what cannot run here, on so many ranks: values, arithmetic, files.
+    """Refuse settings that cannot run on this machine and on this number of ranks.
 
     Raises:
-        ConfigError: what is wrong.
+        ConfigError: a setting is wrong.
     """
     check_values(config)
     accumulation_steps(config, world_size)
     if config.parallelism.enable_compiled_autograd and (world_size > 1 or config.training.enable_cpu_offload):
         raise ConfigError(
-            "parallelism.enable_compiled_autograd = true: FSDP2, which splits or offloads the model, keeps its part of "
-            "the backward pass out of compiled graphs, so it works on one rank alone, without enable_cpu_offload."
+            "parallelism.enable_compiled_autograd = true: FSDP2, which shards or offloads the model, keeps its part of "
+            "the backward pass out of compiled graphs, so it only works on one rank and without enable_cpu_offload."
         )
     if config.checkpoint.create_seed_checkpoint and world_size > 1:
-        raise ConfigError(f"checkpoint.create_seed_checkpoint = true: it is made by one rank, not by {world_size}.")
+        raise ConfigError(f"checkpoint.create_seed_checkpoint = true: one rank makes it, not {world_size}.")
 
     for key, kind in (("model.name", "model"), ("model.audio_tokenizer", "codec")):
         section, field_name = key.split(".")
@@ -103,10 +103,10 @@ def check(config: JobConfig, world_size: int) -> None:
 
 
 def check_local(key: str, value: str | None, what: str, files: bool = False) -> None:
-    """A local folder (or file) must be there; a hub name (owner/name) is left to whoever downloads it.
+    """Check that a local folder (or file) exists. A hub name (owner/name) is checked by the download.
 
     Raises:
-        ConfigError: it is neither.
+        ConfigError: the value is neither.
     """
     found = value is None or os.path.isdir(value) or (files and os.path.isfile(value))
     if not found and not HUB_NAME.fullmatch(value or ""):

@@ -51,10 +51,10 @@ from torchtitan.config.job_config import JobConfig
 from torchtitan.config.keys import row_lengths
 from torchtitan.config_manager import ConfigManager, from_dict, run_name, to_dict
 from torchtitan.datasets.bad_rows import BAD_ROWS_FILE, BadRows
+from torchtitan.datasets.corpora import FoundData, find_data, open_corpora
 from torchtitan.datasets.recordings import Ranks
 from torchtitan.datasets.samples import Counters
 from torchtitan.datasets.sources import sources_from_config
-from torchtitan.datasets.streams import FoundData, find_data, open_streams
 from torchtitan.distributed.parallel_dims import ParallelDims, accumulation_steps
 from torchtitan.distributed.utils import (
     broadcast_object,
@@ -327,14 +327,14 @@ def build_loader(
     assert data is not None
     if rank() == 0:
         for path, reason in data.bad_files:
-            bad_rows.add(path, f"what cannot be read of the file is left out: {reason}")
+            bad_rows.add(path, f"the unreadable part of the file is left out: {reason}")
     # A piece of a split recording never has to be cut, so it fits a row.
     max_frames, split = max_frames_of(training.max_seconds), training.long_clips == "split"
     if split:
         max_frames = min(max_frames, base.stream.max_frames(part.seq_len))
     seed, packing = training.seed or 0, training.packing == "best_fit"
     mixes = split and bool(data.files)  # pieces in code shards are drawn one by one
-    streams, mixture = open_streams(data, seed, max_frames, split, training.read_retries, shuffle=not validation)
+    corpora, mixture = open_corpora(data, seed, max_frames, split, training.read_retries, shuffle=not validation)
     settings = LoaderSettings(
         training.task,
         part.seq_len,
@@ -356,7 +356,7 @@ def build_loader(
         num_bad_files=len(data.bad_files),
     )
     ranks = Ranks(rank(), world_size(), group, (dims.data_rank, dims.data_degree))
-    return SpeechDataLoader(streams, mixture, base.stream, inputs.codec, base.tokenizer, settings, ranks, bad_rows)
+    return SpeechDataLoader(corpora, mixture, base.stream, inputs.codec, base.tokenizer, settings, ranks, bad_rows)
 
 
 def require_same_data(checkpoint: Path, state: dict[str, Any], inputs: Inputs) -> None:

@@ -1,4 +1,4 @@
-"""A trained model in Hugging Face format, readable by transformers 5 and by 4.53 alike."""
+"""Export a trained model in Hugging Face format, which transformers 4.53 and 5 can read."""
 
 import json
 import shutil
@@ -20,13 +20,13 @@ MAX_SHARD_BYTES = 5 * 10**9
 
 
 def export_checkpoint(checkpoint: Path, output: Path, dtype: torch.dtype) -> Path:
-    """Write a checkpoint in Hugging Face format; the output folder appears when it is complete.
+    """Write a checkpoint in Hugging Face format. The output folder appears when it is complete.
 
     Raises:
-        UserError: the checkpoint is incomplete or damaged, or the output folder holds something already.
+        UserError: the checkpoint is incomplete or damaged, or the output folder is not empty.
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"{output}: there is something already; give another --output or remove it.")
+        raise UserError(f"{output}: it already exists; give another --output or remove it.")
     step = find_checkpoint(checkpoint)
     state = read_state(step)
     if not (step / HF_FOLDER).is_dir():
@@ -43,17 +43,17 @@ def export_checkpoint(checkpoint: Path, output: Path, dtype: torch.dtype) -> Pat
 
 
 def full_hf_tensors(checkpoint: Path, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-    """All weights of a step folder as transformers names them.
+    """All weights of a step folder, under their names in transformers.
 
     Raises:
-        UserError: it is damaged, or not to be trusted.
+        UserError: the checkpoint is damaged or not to be trusted.
     """
     args = Llama3Args(**read_state(checkpoint)["model_args"])
     yield from to_hf_tensors(args, load_full_parameters(checkpoint), dtype)
 
 
 def write_hf_files(folder: Path, args: Llama3Args, tokenizer: Any, stream: TokenStream, config: Model) -> None:
-    """Write everything but the weights: config.json, generation_config.json and the tokenizer."""
+    """Write everything except the weights: config.json, generation_config.json and the tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(folder)
     _suit_every_version(folder)
@@ -73,7 +73,7 @@ def write_hf_files(folder: Path, args: Llama3Args, tokenizer: Any, stream: Token
 
 
 def write_weights(folder: Path, args: Llama3Args, state: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
-    """Write full parameters (under our names) as safetensors of at most 5 GB each, and their dtype into config.json."""
+    """Write parameters (under our names) as safetensors of at most 5 GB each, and their dtype into config.json."""
     from huggingface_hub import split_torch_state_dict_into_shards
     from safetensors.torch import save_file
 
@@ -135,20 +135,20 @@ Continue a spoken prompt with `python inference.py --model_name FOLDER --prompt 
 
 
 def absolute_if_local(name: str) -> str:
-    """A local folder by its absolute path, so that it is found from any working directory; a hub name as it is."""
+    """The absolute path of a local folder, which is valid in any working directory. Hub names stay as they are."""
     path = Path(name).expanduser()
     return str(path.resolve()) if path.is_dir() else name
 
 
 def _suit_every_version(folder: Path) -> None:
-    """Write the tokenizer's config as every version of transformers reads it. 4.53 fails at what version 5 writes:
-    the name of the class, and a list of further special tokens."""
+    """Rewrite the tokenizer's config for all versions of transformers. Version 4.53 cannot read the name of the class
+    and the list of further special tokens that version 5 writes."""
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text())
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
     if isinstance(config.get("extra_special_tokens"), list):
         config["additional_special_tokens"] = config.pop("extra_special_tokens")
-    for key in ("is_local", "local_files_only"):  # of this machine, not of the tokenizer
+    for key in ("is_local", "local_files_only"):  # facts of this machine, not of the tokenizer
         config.pop(key, None)
     _write_json(path, config)
 

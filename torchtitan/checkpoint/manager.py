@@ -1,4 +1,4 @@
-"""Checkpoints: folders of torch.distributed.checkpoint that say by themselves what they are.
+"""Checkpoints: folders of torch.distributed.checkpoint that need no further information.
 
     <run>/checkpoint/step-100/
         *.distcp, .metadata     tensors: "model.<name>" and "optimizer.<name>.<state>", sharded
@@ -6,8 +6,8 @@
                                 size and checksum of each .distcp file
         hf/                     config.json and tokenizer for the Hugging Face format
 
-Nothing but tensors goes through torch.distributed.checkpoint; the rest is JSON. A checkpoint is written under another
-name and renamed when it is complete, so a folder called step-N is whole.
+Only tensors go through torch.distributed.checkpoint; the rest is JSON. A checkpoint is written under another name, and
+renamed when it is complete. So a folder called step-N is complete.
 """
 
 import base64
@@ -83,7 +83,7 @@ def check_saving(config: JobConfig, refuse: Refuse) -> None:
             if not part.enable_checkpoint and value_of(config, key) != DEFAULTS[key]:
                 refuse(key, f"nothing is {what} unless checkpoint.enable_checkpoint = true")
     if set(part.exclude_from_loading) - set(EXCLUDABLE):
-        refuse("checkpoint.exclude_from_loading", f"there are only {', '.join(EXCLUDABLE)}")
+        refuse("checkpoint.exclude_from_loading", f"the parts are {', '.join(EXCLUDABLE)}")
 
 
 def step_of(name: str) -> int | None:
@@ -103,7 +103,7 @@ def _is_complete(checkpoint: Path) -> bool:
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """The step folder that a path stands for: itself, or the latest step in it (or in its ``checkpoint`` folder).
+    """The step folder of a path: itself, or the latest step in it (or in its ``checkpoint`` folder).
 
     Raises:
         UserError: there is no complete checkpoint.
@@ -123,10 +123,10 @@ def is_hf_folder(folder: Path) -> bool:
 
 
 def find_start(name: str, weights_only: bool) -> Path:
-    """What checkpoint.initial_load_path stands for: a checkpoint, or a model in Hugging Face format.
+    """The folder of checkpoint.initial_load_path: a checkpoint, or a model in Hugging Face format.
 
     Raises:
-        UserError: neither is there, or more than weights is wanted of a model.
+        UserError: there is neither, or more than the weights of a model is wanted.
     """
     path = Path(name).expanduser()
     if not is_hf_folder(path):
@@ -140,7 +140,7 @@ def find_start(name: str, weights_only: bool) -> Path:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """The train_state.json of a step folder.
+    """The content of the train_state.json of a step folder.
 
     Raises:
         FormatError: it is of another format.
@@ -179,10 +179,10 @@ def damage_of(checkpoint: Path, share: tuple[int, int] = (0, 1), quick: bool = F
 
 
 def load_full_parameters(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """All parameters of a checkpoint, whole, in fp32, on the CPU; needs no process group.
+    """All parameters of a checkpoint, unsharded, in fp32, on the CPU. It needs no process group.
 
     Raises:
-        UserError: it is damaged, or not to be trusted.
+        UserError: the checkpoint is damaged or not to be trusted.
     """
     metadata = read_metadata(checkpoint / ".metadata").state_dict_metadata
     tensors = {
@@ -209,9 +209,9 @@ def wait_for_compute() -> None:
 
 
 def named_tensors(model: Weighted, optimizer: AnyOptimizer | None = None) -> Iterator[tuple[str, torch.Tensor]]:
-    """The weights and, if there is one, the state of the optimizer, as a checkpoint names them.
+    """The weights, and the state of the optimizer if there is one, under their names in checkpoints.
 
-    A name can come twice: a pipeline shaped like a V has a tied weight at both of its ends on one rank.
+    A name can occur twice: a V-shaped pipeline schedule has both ends, and so both uses of a tied weight, on one rank.
     """
     for name, parameter in model.weights():
         yield f"model.{name}", parameter.detach()
@@ -224,11 +224,11 @@ class CheckpointManager:
     """Saves and loads the checkpoints of one run.
 
     Args:
-        folder: where the step-N folders lie.
-        keep_latest_k: older checkpoints are deleted once a new one is complete; 0 keeps all.
-        async_mode: save while training goes on: "async" copies the tensors, then writes in a thread;
-            "async_with_pinned_mem" copies them to pinned memory while the next step computes its gradients, and writes
-            in a process of its own.
+        folder: folder of the step-N folders.
+        keep_latest_k: number of checkpoints to keep when a new one is complete; 0 keeps all.
+        async_mode: save while training goes on. "async" copies the tensors, and a thread writes them.
+            "async_with_pinned_mem" copies them to pinned memory while the next step computes its gradients, and a
+            separate process writes them.
     """
 
     def __init__(
@@ -254,12 +254,12 @@ class CheckpointManager:
         write_hf_files: Callable[[Path], None],
         dtype: torch.dtype = torch.float32,
     ) -> Path:
-        """Save one step; called by all ranks. In the background, if so chosen: :meth:`wait` waits for it.
+        """Save one step. All ranks call it. With ``async_mode`` it returns early, and :meth:`wait` waits for the save.
 
         Args:
-            optimizer: None saves the weights alone, in ``dtype``.
-            state: JSON, the same on all ranks.
-            write_hf_files: called on rank 0 with the folder for config.json and tokenizer.
+            optimizer: None saves only the weights, in ``dtype``.
+            state: JSON, equal on all ranks.
+            write_hf_files: writes config.json and tokenizer into a folder; called on rank 0.
 
         Raises:
             UserError: the save before this one failed.
@@ -298,7 +298,7 @@ class CheckpointManager:
         return target
 
     def _write_in_background(self, tensors: dict[str, torch.Tensor], partial: Path) -> "Future[Any]":
-        """Start writing; the tensors may change as soon as :meth:`wait_for_staging` returns."""
+        """Start writing. The tensors may change when :meth:`wait_for_staging` has returned."""
         settings: dict[str, Any] = {"checkpoint_id": partial, "process_group": self._group}
         if self.async_mode == "async":
             return cast("Future[Any]", dcp.async_save(tensors, **settings))
@@ -344,22 +344,22 @@ class CheckpointManager:
         if (damage := find_damage(target, {})) is not None:
             logger.warning("%s No older checkpoint is deleted.", damage)
             return
-        # Later steps are there when the run went back to an earlier one; the new one must outlive them.
+        # Only older steps are deleted. Later ones exist if the run went back to an earlier step.
         older = [old for old in find_steps(self.folder) if old < whole["step"]]
         for old in older[: max(0, len(older) + 1 - self.keep_latest_k)]:
             shutil.rmtree(self.folder / f"step-{old}", ignore_errors=True)
 
     def wait_for_staging(self) -> None:
-        """Return when the tensors of a save in the background have been copied and may change."""
+        """Wait until a background save has copied the tensors, so that they may change."""
         if self._staging is not None:
             self._staging.result()
             self._staging = None
 
     def wait(self) -> None:
-        """Return when no save is under way.
+        """Wait until no save is running.
 
         Raises:
-            UserError: it failed.
+            UserError: the save failed.
         """
         self.wait_for_staging()
         pending, self._pending = self._pending, None
@@ -374,7 +374,7 @@ class CheckpointManager:
         return UserError(f"{self.folder}: the checkpoint could not be saved ({last_line(error)}).")
 
     def _clean(self) -> None:
-        """Remove what saves that were interrupted have left."""
+        """Remove the leftovers of interrupted saves."""
         for leftover in self.folder.glob(".step-*"):
             step = self.folder / leftover.name[1:].removesuffix(".replaced")
             if leftover.name.endswith(".replaced") and not step.exists():
@@ -383,10 +383,10 @@ class CheckpointManager:
                 _remove(leftover)
 
     def close(self) -> None:
-        """Wait for a save that is under way, and end what saving in the background has started.
+        """Wait for a running save, and end the threads and processes of background saves.
 
         Raises:
-            UserError: it failed.
+            UserError: the save failed.
         """
         try:
             self.wait()
@@ -398,9 +398,9 @@ class CheckpointManager:
                 end_saving_process()
 
     def newest_intact(self, group: Any = None) -> Path | None:
-        """The newest complete checkpoint whose files are as they were written.
+        """The newest complete checkpoint without damage.
 
-        Called by all ranks, which share the work. Damaged ones are set aside, and named in a warning.
+        All ranks call it and share the work. Damaged checkpoints are renamed, and a warning names them.
         """
         rank = dist.get_rank()
         while True:
@@ -421,7 +421,7 @@ class CheckpointManager:
         return next((reason for reason in gather_objects(damage_of(checkpoint, share), group) if reason), None)
 
     def latest(self, load_step: int = -1) -> Path | None:
-        """The checkpoint to resume from: the latest one that seems whole, or that of ``load_step``; None without one.
+        """The checkpoint to resume from: the latest one with whole files, or that of ``load_step``; None without one.
 
         Raises:
             UserError: ``load_step`` has no complete checkpoint.
@@ -433,7 +433,7 @@ class CheckpointManager:
         return next((path for path in candidates if load_step >= 0 or damage_of(path, quick=True) is None), None)
 
     def set_aside_after(self, step: int) -> None:
-        """Rename the checkpoints after ``step``, so that a run that goes back is not overtaken by its old self."""
+        """Rename the checkpoints after ``step``, so that a run that went back does not resume from them."""
         for later in (later for later in find_steps(self.folder) if later > step):
             path = self.folder / f"step-{later}"
             path.rename(path.with_name(f"{path.name}.set-aside-{time.time_ns()}"))
@@ -446,12 +446,12 @@ def load_checkpoint(
     optimizer: AnyOptimizer | None,
     args: Llama3Args,
 ) -> dict[str, Any]:
-    """Read a checkpoint into a model and, unless it is None, an optimizer, whatever their sharding.
+    """Read a checkpoint into a model and an optimizer (unless that is None), whatever their sharding.
 
-    Returns its train_state.json.
+    Returns the train_state.json.
 
     Raises:
-        UserError: the checkpoint is of a model of other sizes, or holds only weights where more is needed.
+        UserError: the model has other sizes than that of the checkpoint, or the checkpoint has no optimizer state.
     """
     state = read_state(checkpoint)
     if state["model_args"] != json.loads(json.dumps(args.to_dict())):
@@ -459,8 +459,8 @@ def load_checkpoint(
         raise UserError(f"{checkpoint}: the checkpoint's model differs from the configured one in {differing}.")
     if optimizer is not None and state["model_only"]:
         raise UserError(
-            f"{checkpoint}: this checkpoint holds only weights, so a run cannot be resumed from it; "
-            "start a new one from it with checkpoint.initial_load_path."
+            f"{checkpoint}: this checkpoint has only weights, so a run cannot resume from it; "
+            "start a new run from it with checkpoint.initial_load_path."
         )
     named = list(named_tensors(model, optimizer))
     tensors = dict(named)

@@ -1,4 +1,4 @@
-"""Reading the files of a checkpoint without trusting them.
+"""Read the files of a checkpoint without trusting them.
 
 torch.distributed.checkpoint lists what a folder holds in ``.metadata``, a pickle that could run any code. Here it may
 name only the few classes that real metadata consist of. Items that are no tensors are pickles too: our checkpoints have
@@ -23,7 +23,7 @@ from torchtitan.tools.errors import UserError, last_line
 
 _METADATA = "torch.distributed.checkpoint.metadata"
 _DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
-# What the metadata of torch 2.11 to 2.14 are made of.
+# The names in the metadata of torch 2.11 to 2.14.
 _ALLOWED = {
     *((_METADATA, name) for name in ("Metadata", "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING")),
     *((_METADATA, name) for name in ("TensorStorageMetadata", "ChunkStorageMetadata", "BytesStorageMetadata")),
@@ -39,7 +39,7 @@ _ALLOWED = {
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _ALLOWED:
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs")
+            raise pickle.UnpicklingError(f"it contains {module}.{name}, which no checkpoint needs")
         return super().find_class(module, name)
 
 
@@ -55,19 +55,19 @@ def read_metadata(path: Path) -> Metadata:
             raise pickle.UnpicklingError(f"it holds a {type(metadata).__name__}")
         items = dict(metadata.state_dict_metadata)
         places = {info.relative_path for info in (metadata.storage_data or {}).values()}
-    except Exception as error:  # A damaged pickle raises whatever it likes.
+    except Exception as error:  # A damaged pickle may raise anything.
         raise UserError(f"{path}: the checkpoint's metadata are damaged or not to be trusted ({error}).") from None
     for name, item in items.items():
         if not isinstance(item, TensorStorageMetadata):
-            raise UserError(f"{path.parent}: {name} is no tensor; such items may run code when read, so it is refused.")
+            raise UserError(f"{path.parent}: {name} is not a tensor; reading it could run code, so it is refused.")
     for place in places:
         if place != Path(place).name:
-            raise UserError(f"{path}: the checkpoint's metadata name a file elsewhere, {place}.")
+            raise UserError(f"{path}: the checkpoint's metadata name a file in another folder, {place}.")
     return metadata
 
 
 class CheckpointReader(FileSystemReader):
-    """torch's reader of checkpoint folders, without free unpickling."""
+    """torch's reader of checkpoint folders, without plain unpickling."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         metadata = read_metadata(Path(self.path) / ".metadata")
@@ -78,21 +78,21 @@ class CheckpointReader(FileSystemReader):
     def read_data(self, plan: Any, planner: Any) -> Any:
         for item in plan.items:
             if item.type == LoadItemType.BYTE_IO:
-                raise UserError(f"{self.path}: {item.storage_index.fqn} is no tensor, so it is refused.")
+                raise UserError(f"{self.path}: {item.storage_index.fqn} is not a tensor, so it is refused.")
         return super().read_data(plan, planner)
 
 
 def read_tensors(tensors: dict[str, torch.Tensor], checkpoint: Path, no_dist: bool = False) -> None:
-    """Fill tensors, sharded or not, from a checkpoint folder; called by all ranks unless ``no_dist``.
+    """Fill tensors, sharded or not, from a checkpoint folder. All ranks call it, unless ``no_dist`` is set.
 
     Raises:
-        UserError: the folder is damaged, is not to be trusted, or lacks a tensor.
+        UserError: the folder is damaged, not to be trusted, or lacks a tensor.
     """
     try:
-        with warnings.catch_warnings():  # of loading without a process group, which is meant
+        with warnings.catch_warnings():  # about loading without a process group, which is intended
             warnings.simplefilter("ignore", UserWarning)
             reader = CheckpointReader(checkpoint)
-            reader.read_metadata()  # what it refuses is passed over in dcp.load of torch 2.11
+            reader.read_metadata()  # checks first, because dcp.load of torch 2.11 ignores its errors
             dcp.load(tensors, storage_reader=reader, no_dist=no_dist)
     except UserError:
         raise
@@ -110,11 +110,11 @@ def checksum(path: Path) -> int:
 
 
 def find_damage(checkpoint: Path, files: dict[str, list[int]], share: tuple[int, int] = (0, 1)) -> str | None:
-    """What is wrong with the files of a checkpoint, if anything is.
+    """What is wrong with the files of a checkpoint, or None.
 
     Args:
-        files: name to size and checksum, as they were written; without it only sizes are known, from the metadata.
-        share: this rank's number and the number of ranks among which the files are dealt out.
+        files: size and checksum of each file when it was written. Other files are only checked for their minimum size.
+        share: this rank's number and the number of ranks that share the files.
     """
     try:
         metadata = read_metadata(checkpoint / ".metadata")
@@ -130,5 +130,5 @@ def find_damage(checkpoint: Path, files: dict[str, list[int]], share: tuple[int,
         if path.stat().st_size < needed[name]:
             return f"{path}: the file is cut off."
         if name in files and files[name] != [path.stat().st_size, checksum(path)]:
-            return f"{path}: the file is not as it was written."
+            return f"{path}: the file has changed since it was written."
     return None

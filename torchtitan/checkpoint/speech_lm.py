@@ -1,4 +1,4 @@
-"""A speech language model at rest: a Llama in Hugging Face format, its tokenizer and its codec.
+"""A trained speech language model: a Llama in Hugging Face format, its tokenizer and its codec.
 
 What inference and the evaluations load, published checkpoints and exported ones alike. config.json says which codec
 made the training codes, and how. A checkpoint that does not say gets the settings of the published ones.
@@ -23,15 +23,15 @@ from torchtitan.tools.utils import DTYPES
 
 @dataclass
 class SpeechLM:
-    """A loaded model with everything that turns audio into its ids and back.
+    """A loaded model, with everything that turns audio into its tokens and back.
 
     Attributes:
-        name: the hub name or folder it was loaded from.
-        model: a transformers causal language model in eval mode, without gradients.
-        stream: the id layout, Q included (``stream.num_quantizers``).
-        codec: the codec with the checkpoint's conventions, on the model's device.
-        folder: of the weights, where they are not from the hub; of a training run, its latest checkpoint.
-        revision: the commit of a model from the hub.
+        name: hub name or folder that it was loaded from.
+        model: a causal language model of transformers in eval mode, without gradients.
+        stream: the token stream, with Q (``stream.num_quantizers``).
+        codec: the codec with the conventions of the checkpoint, on the model's device.
+        folder: folder of the weights, if they are not from the hub; for a training run, its latest checkpoint.
+        revision: commit of a model from the hub.
     """
 
     name: str
@@ -57,15 +57,14 @@ class SpeechLM:
         A folder may also be a training checkpoint, unconverted, or hold some, of which the latest is taken.
 
         Args:
-            audio_tokenizer: the codec's hub name or folder; None takes the one named in the model's config.json.
-            device: None takes cuda if there is one, then mps, then cpu.
-            resampler: one of :data:`~torchtitan.audio.waveform.RESAMPLERS`; None takes the one named in the model's
-                config.json.
-            dtype: of the language model (the codec is always fp32); None is bfloat16 on cuda, float32 elsewhere.
+            audio_tokenizer: hub name or folder of the codec. Default: the codec in the model's config.json.
+            device: default: cuda if there is one, then mps, then cpu.
+            resampler: one of :data:`~torchtitan.audio.waveform.RESAMPLERS`. Default: that of the model's config.json.
+            dtype: precision of the language model (the codec is always fp32). Default: bfloat16 on cuda, else float32.
 
         Raises:
-            UserError: the folder or hub id does not exist, is no causal language model, has no audio tokens, its
-                codec cannot be loaded, it was trained with another resampler, or there is no such device.
+            UserError: the model does not exist, is not a causal language model, has no audio tokens or was trained with
+                another resampler; its codec cannot be loaded; or there is no such device.
         """
         from safetensors import SafetensorError
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
@@ -101,7 +100,7 @@ class SpeechLM:
         rows = model.get_input_embeddings().weight.shape[0]
         if rows < stream.vocab_size:
             raise UserError(
-                f"{model_name}: the model has {rows:,} embeddings, its tokenizer {stream.vocab_size:,} ids."
+                f"{model_name}: the model has {rows:,} embeddings, but its tokenizer has {stream.vocab_size:,} ids."
             )
         conventions = conventions_of(config.to_dict())
         trained_with = conventions["resampler"]
@@ -131,12 +130,12 @@ class SpeechLM:
 
     @property
     def max_length(self) -> int:
-        """The longest sequence of ids the model was made for."""
+        """The context of the model, in tokens."""
         return self.model.config.max_position_embeddings
 
 
 def _training_checkpoint(name: str) -> Path | None:
-    """The step folder of a training checkpoint that a name stands for; None if it is none."""
+    """The step folder of a training checkpoint or run; None for other names."""
     path = Path(name).expanduser()
     if not path.is_dir() or (path / "config.json").is_file():
         return None
@@ -147,7 +146,7 @@ def _training_checkpoint(name: str) -> Path | None:
 
 
 def choose_device(name: str | torch.device | None = None) -> torch.device:
-    """The device of a name; None takes cuda if there is one, then mps, then cpu.
+    """The device of a name. None stands for cuda if there is one, then mps, then cpu.
 
     Raises:
         UserError: the name is unknown, or there is no such device here.

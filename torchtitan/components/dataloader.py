@@ -21,12 +21,12 @@ from torchtitan.audio.codec import FRAME_SIZE, Codec
 from torchtitan.audio.token_stream import TokenStream
 from torchtitan.audio.waveform import SAMPLE_RATE
 from torchtitan.datasets.bad_rows import MIN_JUDGED, BadRows, require_usable
+from torchtitan.datasets.corpora import AudioCorpus, CodeCorpus
 from torchtitan.datasets.decoding import RecordingDecoder
 from torchtitan.datasets.order import Mixture
 from torchtitan.datasets.packing import PackedRow, Place, RowPacker
 from torchtitan.datasets.recordings import Part, Ranks, RecordingEncoder
 from torchtitan.datasets.samples import Counters, Sample, SampleMaker, TextEncoder
-from torchtitan.datasets.streams import AudioStream, CodeStream
 from torchtitan.models.loss import IGNORE_INDEX
 from torchtitan.tools.prefetch import prefetch
 
@@ -101,10 +101,10 @@ class SpeechDataLoader:
     """Batches of one rank.
 
     Args:
-        streams: what to draw from.
+        corpora: where items are drawn from.
         mixture: in which order; it is finite for validation.
         stream: the token stream.
-        codec: the codec, on the device that is to encode; None if all streams are codes.
+        codec: the codec, on the device that is to encode; None if all corpora hold codes.
         tokenizer: for the text of tasks ``tts`` and ``asr``; unused otherwise.
         settings: how batches are made.
         ranks: who loads together.
@@ -113,7 +113,7 @@ class SpeechDataLoader:
 
     def __init__(
         self,
-        streams: Sequence[AudioStream | CodeStream],
+        corpora: Sequence[AudioCorpus | CodeCorpus],
         mixture: Mixture,
         stream: TokenStream,
         codec: Codec | None,
@@ -130,7 +130,7 @@ class SpeechDataLoader:
         decoder = RecordingDecoder(limit, settings.read_retries, resampler)
         texts = TextEncoder(settings.task, stream, tokenizer)
         self.encoder = RecordingEncoder(
-            streams, mixture, codec, decoder, texts, self.ranks, settings.batch_size, settings.num_workers
+            corpora, mixture, codec, decoder, texts, self.ranks, settings.batch_size, settings.num_workers
         )
         piece = max_frames if settings.split else None
         self.samples = SampleMaker(stream, settings.seq_len, piece, settings.end_cut)

@@ -1,4 +1,4 @@
-"""What can be set: the keys of the manual with their types, the values they allow, and the keys that are retired."""
+"""The keys of the manual with their types, their allowed values, and the retired keys of TorchTitan."""
 
 import json
 from collections.abc import Callable
@@ -7,18 +7,18 @@ from typing import Any, get_type_hints
 
 from torchtitan.config.job_config import JobConfig
 
-# The type of keys whose values are tables, each a data set.
+# The type of keys whose value is a list of tables, one per data set.
 TABLES = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class Schema:
-    """What can be set.
+    """The sections and keys that can be set.
 
     Attributes:
-        config: all sections.
-        sections: their classes by name.
-        types: of all keys, "section.key".
+        config: the dataclass of all sections.
+        sections: the class of each section by its name.
+        types: the type of each key "section.key".
     """
 
     config: type[JobConfig]
@@ -27,7 +27,7 @@ class Schema:
 
     @staticmethod
     def of(config: type[JobConfig]) -> "Schema":
-        """What a class of sections says, in its order."""
+        """The schema of a dataclass of sections, in its order."""
         sections = get_type_hints(config)
         types = {f"{s}.{key}": kind for s, cls in sections.items() for key, kind in get_type_hints(cls).items()}
         return Schema(config, sections, types)
@@ -40,11 +40,11 @@ DEFAULTS: dict[str, Any] = {f"{s}.{key}": v for s, table in asdict(JobConfig()).
 
 @dataclass(frozen=True)
 class Retired:
-    """A key of TorchTitan that has no meaning here. Files may still set it to a value that asks for nothing.
+    """A key of TorchTitan that has no meaning here. Files may still set it to a value that has no effect.
 
     Attributes:
         reason: why other values are refused.
-        accepted: the values that ask for nothing.
+        accepted: the values that have no effect.
     """
 
     reason: str
@@ -52,7 +52,7 @@ class Retired:
 
 
 _NO_EXPERTS = "the model has no experts"
-_NO_TORCHFT = "TorchFT is not used; a run that failed goes on from its last checkpoint"
+_NO_TORCHFT = "TorchFT is not used; a failed run resumes from its last checkpoint"
 RETIRED: dict[str, Retired] = {
     "job.use_for_integration_test": Retired("it marks files of TorchTitan's own tests", (False, True)),
     "parallelism.expert_parallel_degree": Retired(_NO_EXPERTS, (1,)),
@@ -70,11 +70,11 @@ RETIRED: dict[str, Retired] = {
     "fault_tolerance.fragment_sync_delay": Retired(_NO_TORCHFT, (0,)),
     "fault_tolerance.fragment_update_alpha": Retired(_NO_TORCHFT, (0.0,)),
 }
-# Second names of keys.
+# Other names of keys.
 RENAMED = {"compile.enable": "training.compile", "evaluation.evaluation_freq": "evaluation.freq"}
 
 
-# A test, and how it is said.
+# A test of a value, and the text that describes it.
 Range = tuple[Callable[[Any], bool], str]
 
 
@@ -146,12 +146,11 @@ RANGES: dict[str, Range] = {
 }
 
 
-# How a rule refuses the value of a key: by its name, with what it must be.
+# The function with which a rule refuses a value. Its arguments are the key, and a text that says what is wrong.
 Refuse = Callable[[str, str], None]
 
 
 def value_of(config: JobConfig, key: str) -> Any:
-    """The value of "section.key"."""
     section, name = key.split(".")
     return getattr(getattr(config, section), name)
 
@@ -172,5 +171,5 @@ def show(value: Any) -> str:
 
 
 def said(key: str, value: Any, origin: str | None = None) -> str:
-    """``key = value``, and where it is from."""
+    """``key = value``, and where the value comes from."""
     return f"{key} = {show(value)}" + (f" {origin}" if origin else "")

@@ -1,4 +1,4 @@
-"""Values as files and command lines write them, checked against the type of their key."""
+"""Read the values of files and command lines, and check their types."""
 
 import math
 import types
@@ -6,7 +6,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from torchtitan.config.keys import show
 
-# Where a value is from that no file gave.
+# The origin of a value that no file gave.
 COMMAND_LINE = "on the command line"
 
 
@@ -18,6 +18,7 @@ def without_none(kind: Any) -> tuple[Any, bool]:
 
 
 def expected(kind: Any) -> str:
+    """The values of a type, in words."""
     kind, optional = without_none(kind)
     if get_origin(kind) is Literal:
         said = "one of " + ", ".join(show(choice) for choice in get_args(kind))
@@ -29,7 +30,7 @@ def expected(kind: Any) -> str:
 
 
 def typed(kind: Any, value: Any) -> Any:
-    """`value` as `kind`. Raises ValueError. The only conversions: int to float, "a,b" to a list, "" to none."""
+    """`value` as `kind`. It only converts int to float, "a,b" to a list, and "" to none. Raises ValueError."""
     kind, optional = without_none(kind)
     if optional and (value is None or value == ""):
         return None
@@ -51,7 +52,7 @@ def typed(kind: Any, value: Any) -> Any:
 
 
 def from_text(kind: Any, text: str) -> Any:
-    """What a command line says, as `kind`. Raises ValueError."""
+    """A text of the command line as `kind`. Raises ValueError."""
     plain, optional = without_none(kind)
     if optional and text.lower() == "none":
         return None

@@ -1,4 +1,4 @@
-"""Recordings that cannot be used: named in one place, and too many of them end the work."""
+"""Bad rows: recordings that cannot be used. They are listed in one file, and too many of them end the run."""
 
 from pathlib import Path
 
@@ -6,15 +6,15 @@ from torchtitan.tools.errors import UserError
 from torchtitan.tools.logging import logger
 
 BAD_ROWS_FILE = "bad_rows.tsv"
-# A few rows at the start prove nothing: from so many on, the share of the bad ones is looked at.
+# Number of rows from which on the share of bad rows is checked: a few rows at the start prove nothing.
 MIN_JUDGED = 1000
 
 
 class BadRows:
-    """Names every recording that could not be used: once in the log, and once in a file, over resumed runs too.
+    """Names every bad row once in the log and once in a file, also over resumed runs.
 
     Args:
-        file: lines of name, tab, reason.
+        file: has lines of name, tab, reason.
     """
 
     def __init__(self, file: Path | None = None):
@@ -40,20 +40,20 @@ class BadRows:
 
 
 def one_line(text: str) -> str:
-    """A text without line breaks, tabs and what UTF-8 cannot hold: file names need not be text."""
+    """A text without line breaks, tabs and characters that UTF-8 cannot encode, which file names may contain."""
     return " ".join(text.encode(errors="replace").decode().split())
 
 
 def require_usable(bad: int, rows: int, max_share: float, setting: str, file: Path | None) -> None:
-    """Stop when too many recordings are bad.
+    """Stop if too many rows are bad.
 
     Args:
-        bad: of the ``rows``.
-        setting: the name of ``max_share``.
-        file: where they are listed.
+        bad: number of bad rows among ``rows``.
+        setting: the name of the setting ``max_share``.
+        file: the list of bad rows.
 
     Raises:
-        UserError: more than ``max_share`` are.
+        UserError: the share of bad rows is above ``max_share``.
     """
     if bad > max_share * rows:
         listed = f"; {file} lists them" if file else ""

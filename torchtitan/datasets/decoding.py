@@ -1,6 +1,6 @@
-"""Recordings to waveforms, decoded by threads ahead of their use: for training, tokenization and evaluations alike.
+"""Threads decode recordings to waveforms ahead of their use, for training, tokenization and evaluations.
 
-A recording that cannot be used is a :class:`Decoded` with a ``reason``, never an exception.
+A bad recording becomes a :class:`Decoded` with a ``reason``, never an exception.
 """
 
 import math
@@ -23,28 +23,28 @@ from torchtitan.tools.errors import first_line
 from torchtitan.tools.logging import logger
 from torchtitan.tools.prefetch import prefetch
 
-# Most recordings that wait, however short they are.
+# Maximum number of decoded recordings that wait, however short they are.
 MOST_AHEAD = 256
-# FLAC of speech has about this many bytes a second: a guess where no header gives the length.
+# Speech in FLAC has about this many bytes per second: a guess for recordings whose duration is not stated.
 _BYTES_PER_SECOND = 16_000
 
 
 class UnreadError(AudioError):
-    """A recording could not be read, which may pass; any other AudioError is a verdict on what was read."""
+    """A recording could not be read, which may succeed later. Other AudioErrors say that its content is bad."""
 
 
 def decode_row(
     row: Row, max_seconds: float | None, retries: int, resampler: str = "torchaudio", name: str = "its audio"
 ) -> tuple[torch.Tensor, float]:
-    """The waveform of a row, as :func:`load_beginning` gives it, and the length of the whole row in seconds.
+    """The waveform of a row from :func:`load_beginning`, and the length of the whole row in seconds.
 
-    A recording in a local file of its own that fails is read once more, as patiently as tables are.
+    If decoding a local audio file fails, the file is read again with retries, as tables are.
 
     Args:
-        name: what messages call the recording.
+        name: the recording's name in messages.
 
     Raises:
-        AudioError: it cannot be used, whatever the reason.
+        AudioError: the recording is bad, for any reason.
     """
     if row.error is not None:
         raise UnreadError(row.error)
@@ -69,17 +69,19 @@ def decode_row(
                 raise UnreadError(f"{name}: {'there is no such file' if missing else reason}.") from None
     except AudioError:
         raise
-    except Exception as error:  # one recording must not end anything, whatever it brings about
+    except Exception as error:  # one recording must not end the run, whatever it raises
         raise AudioError(f"{name}: cannot be decoded ({type(error).__name__}: {error}).") from None
 
 
 @dataclass
 class Decoded:
-    """A recording on its way to codes.
+    """A recording after decoding.
 
-    It has a ``waveform`` (float32 [n] at 24 kHz), a ``reason`` why it has none, or neither: then its source's limits
-    leave it out. ``seconds`` is the length of the whole recording, also where the waveform was cut. ``lasts`` is false
-    where the recording could not be read, which may pass.
+    Attributes:
+        waveform: float32 [n] at 24 kHz; None for a bad recording, and for one outside the limits of its source.
+        seconds: length of the whole recording, even if the waveform was cut.
+        reason: why the recording is bad; None if it is not.
+        lasts: False if the recording could not be read, which may succeed later.
     """
 
     row: Row
@@ -98,10 +100,10 @@ class RecordingDecoder:
     """Decodes recordings.
 
     Attributes:
-        max_seconds: recordings are cut at this.
-        retries: how often the reading of a recording's own file is tried again.
+        max_seconds: recordings are cut to this length.
+        retries: how often a failed read of an audio file is tried again.
         resampler: one of :data:`~torchtitan.audio.waveform.RESAMPLERS`.
-        name: what messages call a recording; None calls it by its key.
+        name: the recording's name in messages; None stands for its key.
     """
 
     max_seconds: float | None = None
@@ -121,7 +123,7 @@ class RecordingDecoder:
         return Decoded(row, waveform if row.is_admitted(seconds) else None, seconds)
 
     def expected_samples(self, row: Row) -> int:
-        """How long the waveform of a row is going to be, as far as can be told before it is decoded."""
+        """An estimate of the length of a row's waveform before it is decoded."""
         seconds = row.seconds
         if seconds is None and row.audio is not None:
             size = row.size
@@ -142,9 +144,9 @@ def decode_ahead(
     """Recordings in the order of their rows, decoded ahead of their use.
 
     Args:
-        rows: are read in a thread of their own; None is passed on.
-        pool: the threads that decode. Without any, a recording is decoded when it is taken.
-        seconds: how much audio may wait. A longer recording waits alone.
+        rows: rows, which a separate thread reads; None is passed on.
+        pool: threads that decode. None: a recording is decoded when it is taken.
+        seconds: how much decoded audio may wait. A longer recording waits alone.
         number: how many recordings may wait.
     """
     room = _Room(round(seconds * SAMPLE_RATE))
@@ -179,14 +181,14 @@ def decode_ahead(
 
 
 class _Room:
-    """Room for decoded audio, in samples."""
+    """Limits the decoded audio that waits, in samples."""
 
     def __init__(self, size: int):
         self._size, self._held, self._closed = size, 0, False
         self._changed = threading.Condition()
 
     def take(self, samples: int) -> None:
-        """Wait until there is room. What is too long for it gets all of it."""
+        """Wait until there is room. A recording that is longer than the limit waits until no other is held."""
         with self._changed:
             self._changed.wait_for(lambda: self._closed or not self._held or self._held + samples <= self._size)
             self._held += samples
@@ -203,7 +205,7 @@ class _Room:
 
 
 def num_threads(device: torch.device, num_processes: int = 1) -> int:
-    """How many threads are to decode: a codec on a CPU takes most of a core, one on a GPU leaves the cores to them."""
+    """Number of threads that decode: one beside a codec on the CPU, which needs the cores itself, else up to 8."""
     return 1 if device.type == "cpu" else max(1, min(8, num_cores() // max(1, num_processes)))
 
 
@@ -212,14 +214,14 @@ def num_cores() -> int:
 
 
 def frames_of(seconds: float) -> int:
-    """Frames that a recording of some length has."""
+    """Number of frames of a recording of this length."""
     return math.ceil(seconds * FRAME_RATE - 1e-6)
 
 
 def open_recordings(path: str) -> AudioDataset:
-    """The recordings of a data set that has nothing but a path: a folder, a file or a hub name.
+    """The recordings of a data set without further settings: of a folder, a file or a hub name.
 
-    Files that cannot be read are named in a warning.
+    A warning names files that cannot be read.
 
     Raises:
         UserError: there is no such data set, or it holds codes.
@@ -227,5 +229,5 @@ def open_recordings(path: str) -> AudioDataset:
     source = sources_from_config(SimpleNamespace(source=[{"path": path}]))[0]
     index = index_files(source, find_files(source))
     for file, reason in index.bad_files:
-        logger.warning(f"{file}: what cannot be read of the file is left out: {reason}")
+        logger.warning(f"{file}: the unreadable part of the file is left out: {reason}")
     return AudioDataset(source, index)

@@ -1,4 +1,4 @@
-"""Waveforms to codes, in groups. A recording that spoils its group costs itself alone."""
+"""Encode waveforms in groups. A recording that makes its group fail is the only one that is lost."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
@@ -11,9 +11,9 @@ from torchtitan.datasets.decoding import Decoded
 
 T = TypeVar("T")
 
-# Minimum seconds of audio in a group, by the type of the codec's device. A CPU gains nothing from groups.
+# Minimum seconds of audio in a group, by the type of the codec's device. Groups do not help a CPU.
 GROUP_SECONDS = {"cpu": 0.0, "cuda": 1280.0, "mps": 1280.0}
-# Seconds of decoded audio that may wait to be encoded. 1,000 s are 96 MB.
+# Maximum seconds of decoded audio that waits for the codec. 1,000 s take 96 MB.
 AHEAD_SECONDS = {"cpu": 120.0, "cuda": 2560.0, "mps": 600.0}
 
 
@@ -21,8 +21,8 @@ def encode_decoded(decoded: Iterable[Decoded], codec: Codec) -> Iterator[tuple[D
     """Encode recordings in groups of :data:`GROUP_SECONDS`.
 
     Yields:
-        each recording in order, and its codes (int64 [Q, T]), the reason why it has none, or None where the limits of
-        its source leave it out.
+        each recording in order, with its codes (int64 [Q, T]), with the reason why it is bad, or with None if it is
+        outside the limits of its source.
     """
     group: list[Decoded] = []
     seconds = 0.0
@@ -42,10 +42,10 @@ def _encode_group(group: list[Decoded], codec: Codec) -> Iterator[tuple[Decoded,
 
 
 def encode_each(encode: Callable[[list[T]], list[torch.Tensor]], clips: list[T]) -> list[torch.Tensor | str]:
-    """The codes of each of some clips, or the reason why it has none.
+    """The codes of each clip, or the reason why it is bad.
 
     Args:
-        encode: gives the codes [Q, T] of clips. If it fails with several, each is tried alone.
+        encode: gives the codes [Q, T] of clips. If it fails with several clips, each clip is tried alone.
 
     Raises:
         torch.OutOfMemoryError: one clip alone does not fit into the device's memory.
@@ -56,7 +56,7 @@ def encode_each(encode: Callable[[list[T]], list[torch.Tensor]], clips: list[T])
         return list(encode(clips))
     except Exception as error:
         if torch.cuda.is_initialized():
-            torch.cuda.synchronize()  # raises where the GPU itself has failed
+            torch.cuda.synchronize()  # raises if the GPU itself has failed
         if len(clips) == 1:
             if isinstance(error, torch.OutOfMemoryError):
                 raise

@@ -1,7 +1,7 @@
-"""Files of data sets, local or on the hub, whose reads are tried again.
+"""Files of data sets, local or on the hub, with retries.
 
-Reads that fail for a reason that may pass (network, file system) are tried again here, at the lowest level: all that is
-raised above is :class:`Damage`, which no second try repairs.
+A read that fails for a temporary reason (network, file system) is tried again here, at the lowest level. The modules
+above raise only :class:`Damage`, which is never tried again.
 """
 
 import os
@@ -20,20 +20,20 @@ HUB_READ_BYTES = 1 << 23
 
 
 class Damage(Exception):
-    """Data that cannot be read; the message is the reason."""
+    """Data that are damaged or of another kind; the message is the reason."""
 
 
 def open_file(path: str) -> BinaryIO:
     """Open a local file or one on the hub for reading bytes at any position.
 
     Raises:
-        Damage: it is there, but no regular file: a device or a pipe may never end.
-        OSError: it is not there, or cannot be opened.
+        Damage: it is not a regular file. A device or a pipe may never end.
+        OSError: it does not exist, or cannot be opened.
     """
     if not path.startswith("hf://"):
         mode = os.stat(path).st_mode
         if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-            raise Damage("this is no regular file")
+            raise Damage("this is not a regular file")
         return open(path, "rb")
     from huggingface_hub import HfFileSystem
 
@@ -41,7 +41,7 @@ def open_file(path: str) -> BinaryIO:
 
 
 class File:
-    """A file that is opened at its first use, and again whenever a read of it fails."""
+    """A file that is opened at its first use, and opened again after a failed read."""
 
     def __init__(self, path: str, retries: int):
         self.path, self.retries = path, retries
@@ -114,10 +114,10 @@ class File:
 
 
 class RecordingFile(File):
-    """A recording's own file for libsndfile, whose reads must not raise: after a failure there is nothing to read.
+    """An audio file for libsndfile, which does not allow exceptions: after a failure the file appears to be at its end.
 
     Attributes:
-        failure: what ended reading, after all tries.
+        failure: the error after all retries.
     """
 
     def __init__(self, path: str, retries: int):

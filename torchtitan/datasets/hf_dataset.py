@@ -1,7 +1,7 @@
-"""The data sets that are known by name. Another one needs one more entry in :data:`SOURCES`.
+"""The built-in data sets, known by name. An entry in :data:`SOURCES` adds another one.
 
-An entry says where a data set lies on the hub (or on disk), which of its files are meant, and what its columns are
-called. A ``[[training.source]]`` table of a settings file says the same without code.
+An entry says where a data set is on the hub or on disk, which of its files to use, and the names of its columns. A
+``[[training.source]]`` table in a settings file does the same without code.
 """
 
 from dataclasses import dataclass
@@ -12,89 +12,93 @@ from torchtitan.tools.errors import UserError
 
 @dataclass(frozen=True)
 class Source:
-    """One data set of several. Only path is needed; what else is not said is found out."""
+    """One of several data sets. Only path is needed; the defaults suit most layouts."""
 
     name: str
     """
-    A built-in data set, whose facts then hold unless the table says otherwise, or any other name, which is shown in
-    messages. By default the last part of path.
+    Name of a built-in data set, whose settings then are the defaults of this table; or any other name, which is used in
+    messages. Default: the last part of path.
     """
 
     path: str
-    """Local folder or file, or hub name (owner/name). A built-in data set has its own place."""
+    """Local folder or file, or hub name (owner/name). Not needed for a built-in data set."""
 
     format: Literal["auto", "parquet", "arrow", "audio", "manifest", "kaldi", "lhotse", "webdataset", "codes"] = "auto"
     """
-    What the files are: tables in parquet or Arrow, audio files, manifests (.jsonl, .csv, .tsv; NeMo's too) that name
-    audio files, Kaldi folders (wav.scp, text, segments), lhotse's manifests (cuts, or recordings and supervisions, as
-    .jsonl or .jsonl.gz), tars as WebDataset writes them, or codes tokenized beforehand. "auto": whatever lies there.
+    Format of the files: "parquet" or "arrow" tables; "audio" files; "manifest" (.jsonl, .csv, .tsv; also NeMo's) with
+    the paths of audio files; "kaldi" folders (wav.scp, text, segments); "lhotse" manifests (cuts, or recordings and
+    supervisions, as .jsonl or .jsonl.gz); "webdataset" tars; "codes" that were tokenized before. "auto": the format of
+    the files that are there.
     """
 
     subset: str | None = None
-    """Only files of this subset: in a folder of that name, or with names that begin with it."""
+    """Use only files of this subset: its name is that of a folder above them, or part of their own names."""
 
     split: str | None = None
     """
-    Only files of this split, likewise. By default those of split train if the names tell splits, else all files.
+    Use only files of this split, found in the same way. Default: split train if the names contain splits, else all
+    files.
     """
 
     files: tuple[str, ...] = ()
     """
-    Only files that fit one of these patterns, relative to path: * is any part of a name, **/ any number of folders.
+    Use only files that match one of these patterns, relative to path. * is any part of a name, **/ any number of
+    folders.
     """
 
     exclude: tuple[str, ...] = ()
-    """Names of folders, or beginnings of names of files, to leave out."""
+    """Leave out files whose name, or a folder above them, begins with one of these words."""
 
     audio: str = "audio"
     """
-    Column or key with the recording: its bytes, a struct of bytes and path or of array and sampling_rate, or a path
-    relative to the table. In a tar: the extension of recordings.
+    Column or key of the recording. It holds bytes, a struct of bytes and path, a struct of array and sampling_rate, or
+    a path relative to the table. In a tar: the file extension of recordings.
     """
 
     text: str = "text"
     """
-    Column or key with the transcription, which only tasks with text need. In a Kaldi folder: the name of the file.
+    Column or key of the transcription; only tasks with text need it. In a Kaldi folder: the name of the file.
     """
 
     duration: str | None = None
     """
-    Column or key with the length of a recording, in milliseconds if the name ends in _ms, else in seconds. By default
-    duration, duration_ms or audio_duration.
+    Column or key of the duration, in milliseconds if its name ends in _ms, else in seconds. Default: duration,
+    duration_ms or audio_duration.
     """
 
     id: str = "id"
-    """Column or key with the name of a recording."""
+    """Column or key of the name of a recording."""
 
     weight: float | None = None
     """
-    Share of the draws that is of this data set, relative to the others' weights. A draw is a recording, of split codes
-    a piece. Either all tables have one or none; without, each recording comes once an epoch.
+    Share of the draws from this data set, relative to the weights of the others. A draw is a recording, or a piece of
+    one if stored codes are split. Either all tables have a weight or none. Without weights, an epoch contains each
+    recording once.
     """
 
     min_seconds: float | None = None
-    """Leave out recordings that are shorter."""
+    """Leave out shorter recordings."""
 
     max_seconds: float | None = None
-    """Leave out recordings that are longer (training.max_seconds cuts them instead)."""
+    """Leave out longer recordings; training.max_seconds cuts them instead."""
 
     revision: str | None = None
-    """Branch, tag or commit, where path is a hub name."""
+    """Branch, tag or commit, if path is a hub name."""
 
-    # Facts that the publisher states, and how to get data that cannot be read from the hub as they lie there. They are
-    # no keys of a table.
+    # The next fields are not keys of a table: facts from the publisher, and how to download data that cannot be read
+    # directly from the hub.
     hours: float | None = None
     licence: str = ""
     download: str = ""
 
     def admits(self, seconds: float | None) -> bool:
-        """Whether the limits admit a recording of this length; one of unknown length is admitted for the time being."""
+        """Whether a duration is within the limits. An unknown duration is admitted until the recording is decoded."""
         if seconds is None:
             return True
         return (self.min_seconds or 0.0) <= seconds and (self.max_seconds is None or seconds <= self.max_seconds)
 
 
-# A public data set is one entry here. An entry whose path starts with ./ cannot be read from the hub as it lies there.
+# A path that starts with ./ marks a data set that cannot be read directly from the hub.
 SOURCES = {
     source.name: source
     for source in (
@@ -166,7 +170,7 @@ SOURCES = {
             hours=92_200,
             licence="CC BY 4.0",
         ),
-        # The transcribed part, tars of WAV once they are unpacked. Transcriptions lie in a table that names no files.
+        # The transcribed part: unpacked tars of WAV. Its table of transcriptions names no files.
         Source(
             name="voxpopuli",
             path="./data/voxpopuli",
@@ -177,7 +181,7 @@ SOURCES = {
             download="hf download facebook/voxpopuli --repo-type dataset --include 'data/en/train/*' --local-dir "
             "./data/voxpopuli, and unpack each tar.gz where it lies",
         ),
-        # English, which facebook/multilingual_librispeech lacks on the hub.
+        # English is missing in facebook/multilingual_librispeech on the hub.
         Source(
             name="mls_english",
             path="parler-tts/mls_eng",
@@ -189,7 +193,7 @@ SOURCES = {
             hours=44_500,
             licence="CC BY 4.0",
         ),
-        # Segments as WAV once the tars are unpacked; access is granted on the hub. The larger sets add to the smaller.
+        # Unpacked tars of WAV segments; access is granted on the hub. A larger set adds files to the smaller ones.
         Source(
             name="gigaspeech",
             path="./data/gigaspeech",
@@ -201,7 +205,7 @@ SOURCES = {
             download="hf download speechcolab/gigaspeech --repo-type dataset --include 'data/audio/*' --local-dir "
             "./data/gigaspeech, and unpack each tar.gz where it lies",
         ),
-        # Whatever lies below one folder, in proportion to its size.
+        # All data sets below one folder, in proportion to their sizes.
         Source(
             name="mixture",
             path="./data",
@@ -220,15 +224,15 @@ ALIASES = {
 
 
 def find_source(name: str) -> Source:
-    """The entry of a data set's name or alias.
+    """The built-in data set of a name or alias.
 
     Raises:
-        UserError: there is none.
+        UserError: the name is unknown.
     """
     try:
         return SOURCES[ALIASES.get(name, name)]
     except KeyError:
         known = ", ".join(sorted([*SOURCES, *ALIASES]))
         raise UserError(
-            f"unknown data set {name!r} (known: {known}); any other is described by a [[training.source]] table."
+            f"unknown data set {name!r} (known: {known}); describe any other data set in a [[training.source]] table."
         ) from None

@@ -1,4 +1,4 @@
-"""Rows of lists of recordings: manifests, Kaldi's and lhotse's too, and folders of audio files."""
+"""Rows of lists of recordings: manifests (also of Kaldi and lhotse) and folders of audio files."""
 
 import csv
 import gzip
@@ -26,12 +26,13 @@ from torchtitan.tools.errors import first_line
 
 T = TypeVar("T")
 
-# Audio files, or lines of a list, in one block.
+# Audio files, or lines of a list, in a block.
 LIST_BLOCK = 256
-# Bytes of a list when it is unpacked, at most, and of what a reader keeps of files that are read whole.
+# Maximum size of a list after decompression.
 UNPACKED_BYTES = 2 << 30
-# The longest line. Texts and facts of a recording have less, and a file without line ends is no list.
+# Maximum length of a line: a file without line breaks is not a list.
 MAX_LINE_BYTES = 1 << 24
+# Maximum size of the files that a reader caches whole.
 KEPT_BYTES = 4 << 30
 
 AUDIO_KEYS = ("audio", "path", "audio_filepath", "audio_path", "file_name", "filename", "file", "wav", "flac", "mp3")
@@ -40,7 +41,7 @@ ID_KEYS = ("id", "utt_id", "utterance_id")
 
 
 class _Entry(NamedTuple):
-    """What a list says of one recording, or the ``error`` for which it cannot be used."""
+    """What a list says about one recording, or the ``error`` that makes it bad."""
 
     audio: Any = None
     id: Any = None
@@ -51,7 +52,7 @@ class _Entry(NamedTuple):
 
 
 class _List(Reader):
-    """What lists of recordings have in common. Blocks with offsets below and from 0 on are apart."""
+    """What lists of recordings have in common. A block never mixes negative offsets with others."""
 
     def __init__(self, source: Source, retries: int):
         super().__init__(source, retries)
@@ -59,7 +60,7 @@ class _List(Reader):
         self._lock = threading.RLock()
 
     def _entries(self, path: str, offset: int | None) -> Iterator[tuple[int, Callable[[], _Entry]]]:
-        """(offset, what gives the entry) of the entries from an offset on; None: from the first."""
+        """(offset, a function that gives the entry) of the entries from an offset on; None: from the first."""
         raise NotImplementedError
 
     def index(self, path: str) -> tuple[list[Block], str | None]:
@@ -93,7 +94,7 @@ class _List(Reader):
         try:
             recording: Any = audio_of(entry.audio)
             if isinstance(recording, str) and entry.part and path.startswith("hf://"):
-                # Read where it is cut: not the whole of it for each of its parts.
+                # Only the part is read from the hub, not the whole file for each of its parts.
                 recording = f"{path.rsplit('/', 1)[0]}/{recording}"
             else:
                 recording = self._recording(path, entry.audio)
@@ -101,10 +102,8 @@ class _List(Reader):
             return Row(key, None, None, None, first_line(error))
         return Row(key, recording, entry.text, entry.seconds, None, entry.part, self.source)
 
-    # Files that are read whole are kept
-
     def _keep(self, key: tuple[str, ...], make: Callable[[], tuple[T, int]]) -> T:
-        """What ``make`` gives, with its bytes; kept for later calls, the latest of all up to :data:`KEPT_BYTES`."""
+        """The first result of ``make``, cached. Its second one is its size; the cache holds :data:`KEPT_BYTES`."""
         with self._lock:
             if key not in self._kept:
                 made = make()
@@ -129,7 +128,7 @@ class _List(Reader):
         return self._keep(("there", path), look)
 
     def _lines(self, path: str, offset: int = 0) -> Iterator[tuple[int, bytes]]:
-        """(offset, line) of the lines that are not empty."""
+        """(offset, line) of each line that is not empty."""
         with io.BytesIO(self._unpacked(path)) if path.endswith(".gz") else File(path, self.retries) as file:
             lines = _Lines(file, offset)
             for line in lines:
@@ -144,13 +143,13 @@ class _List(Reader):
                     pieces.append(piece)
                     size += len(piece)
                     if size > UNPACKED_BYTES:
-                        raise Damage(f"the file has more than {UNPACKED_BYTES:,} bytes when it is unpacked; unpack it")
+                        raise Damage(f"the file has more than {UNPACKED_BYTES:,} bytes when unpacked; unpack it")
             return b"".join(pieces), size
 
         return self._keep(("unpacked", path), unpack)
 
     def _lookup(self, path: str, name: Callable[[bytes], bytes | None]) -> "_Lookup":
-        """The lines of a file by what ``name`` gives for each of them."""
+        """The lines of a file by their names, which the function ``name`` extracts."""
 
         def make() -> tuple[_Lookup, int]:
             made = _Lookup(self._unpacked(path) if path.endswith(".gz") else self._contents(path), name)
@@ -160,9 +159,9 @@ class _List(Reader):
 
 
 class _Lookup:
-    """The lines of a file by a name in each of them. Of lines of one name the first counts.
+    """The lines of a file by their names. If several lines have the same name, the first one counts.
 
-    Besides the file itself it holds 16 bytes a line.
+    It holds the file in memory, and 16 bytes per line.
     """
 
     def __init__(self, data: bytes, name: Callable[[bytes], bytes | None]):
@@ -193,20 +192,20 @@ class _Lookup:
 
 
 def _time(value: Any, what: str) -> float:
-    """A time in seconds. Raises Damage if it is none."""
+    """A time in seconds. Raises Damage for other values."""
     try:
         seconds = float(value)
     except (TypeError, ValueError):
         seconds = math.nan
     if not (math.isfinite(seconds) and seconds >= 0):
-        raise Damage(f"{what} {value!r} is no time in seconds")
+        raise Damage(f"{what} {value!r} is not a time in seconds")
     return seconds
 
 
 class Manifest(_List):
     """Lists of audio files: JSON lines or a JSON list, CSV or TSV with a header, and fairseq's TSV.
 
-    A row with an ``offset``, as NeMo writes it, is the part of its file from there on, as long as it says.
+    A row with an ``offset`` (NeMo) is the part of its file that begins there and lasts for the row's duration.
     """
 
     def _audio_key(self, values: dict[str, Any]) -> str:
@@ -242,27 +241,27 @@ class Manifest(_List):
         start = _time(values["offset"], "offset")
         duration = self._duration_key(values)
         if duration and not seconds:
-            raise Damage(f"{duration} {values[duration]!r} is no length of a part")
+            raise Damage(f"{duration} {values[duration]!r} is not a valid length")
         return Part(start, None if seconds is None else start + seconds)
 
     def _located(self, table: str, name: str) -> bytes | str:
         found = super()._located(table, name)
         if isinstance(found, str) and not os.path.isfile(found) and not os.path.isabs(name):
             folder = os.path.dirname(table)
-            # Common Voice names files of a folder beside its tables.
+            # Common Voice has its files in a folder beside its tables.
             in_clips = os.path.join(folder, "clips", name)
             return in_clips if os.path.isfile(in_clips) else os.path.join(folder, name)
         return found
 
     def _records(self, path: str, file: File, offset: int | None) -> Iterator[tuple[int, dict[str, Any] | str]]:
-        """(offset, values or what is wrong with them) of the records from an offset on; None: from the first."""
+        """(offset, values or an error message) of the records from an offset on; None: from the first."""
         extension = path.rsplit(".", 1)[-1].lower()
         if extension in ("csv", "tsv"):
             yield from self._lines_of_table(file, offset, "," if extension == "csv" else "\t")
             return
         lines = _Lines(file)
         start = next((line for line in lines if line.strip()), b"")
-        if start.lstrip().startswith(b"["):  # one list, whose offsets count records
+        if start.lstrip().startswith(b"["):  # one JSON list: its offsets count records
             file.seek(0)
             try:
                 records = json.loads(file.read())
@@ -270,7 +269,7 @@ class Manifest(_List):
                 raise Damage("its JSON is nested too deeply") from None
             for number, values in enumerate(records):
                 if number >= (offset or 0):
-                    yield number, values if isinstance(values, dict) else "this record is no object"
+                    yield number, values if isinstance(values, dict) else "this record is not a JSON object"
             return
         lines = _Lines(file, offset or 0)
         for line in lines:
@@ -284,7 +283,7 @@ class Manifest(_List):
         first, second = next(lines, b"").decode("utf-8-sig", "replace").rstrip("\r\n"), next(lines, b"")
         fields = second.decode("utf-8", "replace").rstrip("\r\n").split("\t")
         if separator == "\t" and "\t" not in first and len(fields) == 2 and fields[1].isdigit():
-            # fairseq: the root of all paths, then a path and a number of samples in each line.
+            # fairseq: the first line is the root of all paths; each other line has a path and a number of samples.
             lines = _Lines(file, offset or 0)
             if offset is None:
                 next(lines)
@@ -313,7 +312,7 @@ class Manifest(_List):
 
 
 class Kaldi(_List):
-    """Kaldi's data folders, each known by its wav.scp: a row is a line of segments, or without them one of wav.scp."""
+    """Kaldi's data folders. A row is a line of ``segments``, or of ``wav.scp`` if there are no segments."""
 
     def _entries(self, path: str, offset: int | None) -> Iterator[tuple[int, Callable[[], _Entry]]]:
         folder = path.rsplit("/", 1)[0] if "/" in path else "."
@@ -336,7 +335,7 @@ class Kaldi(_List):
             return entry._replace(error=str(error))
 
     def _segment(self, line: bytes, recordings: _Lookup) -> dict[str, Any]:
-        """Audio, part and seconds of a line: utterance, recording, start, end (-1: its end), and maybe a channel."""
+        """Audio, part and seconds of a line: utterance, recording, start, end (-1: its end), perhaps a channel."""
         told = f"the line {_quoted(line)} of segments"
         words = line.split()
         if len(words) not in (4, 5):
@@ -347,7 +346,7 @@ class Kaldi(_List):
             to_the_end = float(end) == -1
             channel = int(words[4]) if len(words) == 5 else -1
         except ValueError:
-            raise Damage(f"{told} is wrong: its end or channel is no number") from None
+            raise Damage(f"{told} is wrong: its end or channel is not a number") from None
         if not to_the_end:
             stop = _time(end, f"{told} is wrong: its end")
             if stop <= start:
@@ -364,7 +363,7 @@ def _first_word(line: bytes) -> bytes | None:
 
 
 def _rest(line: bytes) -> str:
-    """A line after its first word."""
+    """The line without its first word."""
     return b"".join(line.split(None, 1)[1:]).decode("utf-8", "replace").strip()
 
 
@@ -374,7 +373,7 @@ def _quoted(line: bytes, longest: int = 200) -> str:
 
 
 def _plain_path(line: bytes) -> str:
-    """The path in a line of wav.scp. Raises Damage for what is none: commands, which are never run, and archives."""
+    """The path in a line of wav.scp. Raises Damage for archives, and for commands, which are never run."""
     path, told = _rest(line), f"the line {_quoted(line)} of wav.scp"
     if not path:
         raise Damage(f"{told} has no path")
@@ -386,10 +385,10 @@ def _plain_path(line: bytes) -> str:
 
 
 class Lhotse(_List):
-    """lhotse's manifests, a line each: cuts, or recordings with the supervisions beside them.
+    """lhotse's manifests of cuts, or of recordings with their supervisions in a file beside them.
 
-    Each supervision is a row, and so is each recording without any, which come after all supervisions. The offsets of
-    the latter are inverted (``~offset``).
+    The rows are the cuts; or all supervisions, and then all recordings that have none. The offsets of the latter are
+    inverted (``~offset``).
     """
 
     def _entries(self, path: str, offset: int | None) -> Iterator[tuple[int, Callable[[], _Entry]]]:
@@ -409,7 +408,7 @@ class Lhotse(_List):
                     yield ~start, partial(self._entry, line, None)
 
     def _supervisions(self, path: str) -> str | None:
-        """The file with the supervisions of recordings, packed or not."""
+        """The file of the supervisions of a file of recordings, compressed or not."""
         folder, slash, name = path.rpartition("/")
         if lhotse_name(name) != "recordings":
             return None
@@ -439,15 +438,15 @@ class Lhotse(_List):
             elif "type" in values:
                 raise Damage(f"a {values['type']} is not read, only a cut of one recording is")
             else:
-                raise Damage("the line is neither a cut nor a recording, nor a supervision beside its recordings")
+                raise Damage("the line is neither a cut nor a recording, nor a supervision of a recording")
             start, duration = _time(values.get("start"), "start"), _time(values.get("duration"), "duration")
             audio, channel = _lhotse_source(recording, values.get("channel"))
             texts = [text for one in spoken if (text := text_of(one.get(self.source.text)))]
             return _Entry(audio, name, " ".join(texts) or None, duration, Part(start, start + duration, channel))
         except Damage as error:
             return _Entry(id=name, error=str(error))
-        except Exception as error:  # values of other types than lhotse writes
-            return _Entry(id=name, error=f"the line is not as lhotse writes it ({type(error).__name__}: {error})")
+        except Exception as error:  # values of types that lhotse does not write
+            return _Entry(id=name, error=f"this is not a valid lhotse line ({type(error).__name__}: {error})")
 
     def _located(self, table: str, name: str) -> bytes | str:
         return name if os.path.isfile(name) and not table.startswith("hf://") else super()._located(table, name)
@@ -467,9 +466,9 @@ def _json_value(line: bytes, key: str) -> bytes | None:
 
 
 def _lhotse_source(recording: dict[str, Any], wanted: int | list[int] | None) -> tuple[str, int | None]:
-    """The path of the file that holds the wanted channels (None: all), and the number of the one in it if not all are.
+    """The path of the file with the wanted channels (None: all), and the channel's number in it; None for all of them.
 
-    Raises Damage where there is no such file.
+    Raises Damage if no single file has these channels.
     """
     name = f"recording {recording.get('id')!r}"
     if recording.get("transforms"):
@@ -479,7 +478,7 @@ def _lhotse_source(recording: dict[str, Any], wanted: int | list[int] | None) ->
     sources = [one for one in recording["sources"] if channels is None or channels & set(one["channels"])]
     kinds = sorted({one["type"] for one in sources} - {"file"})
     if kinds:
-        raise Damage(f"{name} has a source of type {kinds[0]!r}, and only those of type 'file' are read")
+        raise Damage(f"{name} has a source of type {kinds[0]!r}, and only type 'file' is read")
     if len(sources) != 1:
         which = "its channels" if wanted is None else f"channel {wanted}"
         raise Damage(f"{name} has {which} in {len(sources)} files, not in one")
@@ -487,7 +486,7 @@ def _lhotse_source(recording: dict[str, Any], wanted: int | list[int] | None) ->
     if channels is None or set(own) <= channels:
         return sources[0]["source"], None
     if len(channels & set(own)) > 1:
-        raise Damage(f"{name} has further channels than {wanted}, and only one or all of a file are read")
+        raise Damage(f"{name} has other channels beside {wanted}, and only one or all of a file are read")
     return sources[0]["source"], own.index(*(channels & set(own)))
 
 
@@ -495,14 +494,14 @@ def _json_object(line: bytes) -> dict[str, Any] | str:
     try:
         values = json.loads(line)
     except ValueError:
-        return "the line is no JSON"
+        return "the line is not JSON"
     except RecursionError:
         return "the line's JSON is nested too deeply"
-    return values if isinstance(values, dict) else "the line is no JSON object"
+    return values if isinstance(values, dict) else "the line is not a JSON object"
 
 
 class _Lines:
-    """Lines of a file from an offset on; ``start`` is where the latest begins, ``position`` where the next does."""
+    """Lines of a file from an offset on. The last line began at ``start``; the next one begins at ``position``."""
 
     def __init__(self, file: File | io.BytesIO, offset: int = 0):
         self.file, self.start, self.position = file, offset, offset
@@ -537,14 +536,14 @@ class _Lines:
 
 
 def _split(data: bytes) -> list[bytes]:
-    """Lines that end in \\n only, with their ends."""
+    """Lines with their line breaks; only \\n is a line break."""
     lines = [line + b"\n" for line in data.split(b"\n")]
     lines[-1] = lines[-1][:-1]
     return lines if lines[-1] else lines[:-1]
 
 
 class AudioFiles(Reader):
-    """Recordings that are files of their own. A group is a run of files; transcriptions lie beside them."""
+    """Audio files as recordings, with transcriptions beside them. A group is a run of files."""
 
     def __init__(self, source: Source, retries: int, files: list[str]):
         super().__init__(source, retries)
@@ -562,7 +561,7 @@ class AudioFiles(Reader):
                 yield number, Row(name, None, None, None, first_line(error))
 
     def _beside(self, path: str) -> str | None:
-        """NAME.txt, or the line of NAME in LibriSpeech's *.trans.txt; not looked for on the hub."""
+        """The transcription in NAME.txt, or in LibriSpeech's *.trans.txt; None on the hub."""
         if path.startswith("hf://"):
             return None
         folder, name = os.path.split(path)

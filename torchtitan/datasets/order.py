@@ -1,10 +1,10 @@
-"""The order in which recordings are drawn: endless, a function of the seed, computed and never stored.
+"""The order in which recordings are drawn. It is endless, depends on the seed alone, and is computed, never stored.
 
-Draw number ``d`` of a data set of N items is item ``d % N`` of the order of epoch ``d // N``, so a place in a run is
-one number, the same for any number of ranks and workers. Items that can be read at random (codes in shards) are ordered
-by one permutation (:class:`PermutedOrder`). Recordings that lie in files which are read in runs are ordered by blocks,
-and shuffled within windows of several blocks (:class:`BlockOrder`). A weighted mixture interleaves the endless orders
-of its streams (:class:`Mixture`).
+Draw number ``d`` of a data set of N items is item ``d % N`` in the order of epoch ``d // N``. So a place in a run is
+one number, whatever the number of ranks and workers. :class:`PermutedOrder` orders items that can be read at random
+(codes in shards) by one permutation. :class:`BlockOrder` is for recordings in files, where consecutive rows are read
+together: it orders blocks of rows, and shuffles rows within windows of several blocks. :class:`Mixture` interleaves
+the endless orders of several corpora.
 """
 
 import hashlib
@@ -16,23 +16,23 @@ import numpy as np
 
 from torchtitan.tools.errors import UserError
 
-# Recordings among which a BlockOrder shuffles: those of several blocks. Each rank holds its share of their audio files.
+# Recordings in a shuffle window of BlockOrder. Each rank holds the audio files of its share of a window.
 SHUFFLE_ROWS = 1024
-# Draws after which the interleaving of a weighted mixture repeats.
+# Draws after which the pattern of a weighted mixture repeats.
 PATTERN = 4096
 
 _ROUNDS = 6
 
 
 class Permutation:
-    """A seeded bijection of range(n), evaluated where it is needed.
+    """A seeded bijection of range(n), which computes single values without storing the others.
 
-    A Feistel network over the next power of four, followed until it falls into the range (cycle walking; Black and
-    Rogaway 2002, "Ciphers with arbitrary finite domains").
+    A Feistel network permutes the range up to the next power of four. It is applied again while its value is outside
+    of range(n) (cycle walking; Black and Rogaway 2002, "Ciphers with arbitrary finite domains").
 
     Args:
         n: size, at least 1.
-        key: whatever the permutation is to depend on; its text form counts.
+        key: everything that the permutation depends on, by its text form.
     """
 
     def __init__(self, n: int, *key: object):
@@ -63,17 +63,17 @@ class Permutation:
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """A 64-bit finaliser that spreads every bit over all others (splitmix64's)."""
+    """The 64-bit finaliser of splitmix64: every bit of the input affects all bits of the result."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
 
 class Order(Protocol):
-    """An endless order of the items of one stream."""
+    """An endless order of the items of one corpus."""
 
     def __len__(self) -> int:
-        """Items of an epoch."""
+        """Number of items in an epoch."""
         ...
 
     def items(self, draws: np.ndarray) -> np.ndarray:
@@ -82,7 +82,7 @@ class Order(Protocol):
 
 
 class PermutedOrder:
-    """All items in one seeded permutation an epoch; as they lie without ``shuffle``."""
+    """All items in one seeded permutation per epoch; without ``shuffle`` in their stored order."""
 
     def __init__(self, num_items: int, seed: int, shuffle: bool = True):
         self.num_items, self.seed, self.shuffle = num_items, seed, shuffle
@@ -103,13 +103,13 @@ class PermutedOrder:
 
 
 class BlockOrder:
-    """Blocks in a seeded order, their rows shuffled within windows of :data:`SHUFFLE_ROWS`.
+    """Blocks in a seeded order, with rows shuffled within windows of :data:`SHUFFLE_ROWS`.
 
-    The rows of a window, as they lie, are cut into one run for each rank, which reads that run and nothing else. Who
-    reads a row does not touch the order.
+    The rows of a window, in their stored order, are cut into one run per rank. Each rank reads only its run. The order
+    of the draws does not depend on which rank reads a row.
 
     Args:
-        block_sizes: rows of the consecutive blocks, which are rows 0, 1, 2, ... of the data set.
+        block_sizes: number of rows of each of the consecutive blocks that make up the data set.
     """
 
     def __init__(self, block_sizes: np.ndarray, seed: int, shuffle: bool = True):
@@ -140,17 +140,17 @@ class BlockOrder:
         result = np.empty(len(draws), dtype=np.int64)
         for epoch, window, chosen in self._windows(draws):
             lain = self._lain(epoch, window, draws[chosen] % self.num_rows % SHUFFLE_ROWS)
-            # The rank that begins moves on from window to window, since runs differ by a row.
+            # Runs can differ by a row, so another rank comes first in each window.
             result[chosen] = (lain * world_size // self._window_size(window) + window) % world_size
         return result
 
     def window_end(self, draw: int) -> int:
-        """The draw after the last one of the window that ``draw`` lies in."""
+        """The first draw after the window that contains ``draw``."""
         epoch, place = divmod(draw, self.num_rows)
         return epoch * self.num_rows + min((place // SHUFFLE_ROWS + 1) * SHUFFLE_ROWS, self.num_rows)
 
     def _windows(self, draws: np.ndarray) -> Iterator[tuple[int, int, slice]]:
-        """(epoch, window, slice of ``draws`` in it) for each window that ascending draws touch."""
+        """(epoch, window, slice of ``draws`` in it) for each window that contains some of the ascending draws."""
         windows_an_epoch = -(-self.num_rows // SHUFFLE_ROWS)
         epochs, places = np.divmod(draws, self.num_rows)
         numbers = epochs * windows_an_epoch + places // SHUFFLE_ROWS
@@ -164,14 +164,14 @@ class BlockOrder:
         return min(SHUFFLE_ROWS, self.num_rows - window * SHUFFLE_ROWS)
 
     def _lain(self, epoch: int, window: int, places: np.ndarray) -> np.ndarray:
-        """Where the rows at ``places`` of a shuffled window lie in the window as it is read."""
+        """Places in the unshuffled window of the rows that are at ``places`` of the shuffled one."""
         if not self.shuffle:
             return places.astype(np.int64)
         return Permutation(self._window_size(window), self.seed, "rows", epoch, window)(places)
 
     def _order_blocks(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The blocks of an epoch in their order, and the rows up to the end of each."""
-        known, blocks, ends = self._of_epoch  # read and set at once: several threads ask
+        """The blocks of an epoch in their order, and the number of rows up to the end of each."""
+        known, blocks, ends = self._of_epoch  # one tuple, because several threads read and set it
         if known != epoch:
             blocks = Permutation(len(self.block_sizes), self.seed, "blocks", epoch).all()
             ends = np.cumsum(self.block_sizes[blocks])
@@ -180,72 +180,72 @@ class BlockOrder:
 
 
 class Mixture:
-    """Several orders as one.
+    """The orders of several corpora as one order.
 
-    With ``weights``, each stream has its share of any ``PATTERN`` consecutive draws, always in the same pattern, and
-    goes through its own epochs. Without, an epoch is every item of every stream once, the streams evenly interleaved.
-    A finite mixture is the streams one after the other.
+    With ``weights``, each corpus has its share of any ``PATTERN`` consecutive draws. The draws follow a fixed pattern,
+    and each corpus goes through its own epochs. Without weights, an epoch contains every item of every corpus once, and
+    the corpora are evenly interleaved. A finite mixture takes one corpus after the other.
 
     Raises:
-        UserError: a weight is too small against the others to be drawn at all.
+        UserError: a weight is so small that its corpus would never be drawn.
     """
 
     def __init__(self, orders: Sequence[Order], weights: Sequence[float] | None, seed: int, finite: bool = False):
         if len(orders) > 2 and not (weights or finite):
-            raise ValueError("without weights two streams can be interleaved, not more")
+            raise ValueError("only two corpora can be interleaved without weights")
         self.orders, self.finite = list(orders), finite
         self.sizes = np.array([len(order) for order in orders], dtype=np.int64)
         self.weighted = bool(weights) and not finite and len(orders) > 1
         if self.weighted:
             self._counts = _largest_remainders(np.asarray(weights, dtype=np.float64))
-            streams = np.repeat(np.arange(len(orders)), self._counts)
-            self._pattern = streams[Permutation(PATTERN, seed, "mixture").all()]
-            # How often the stream of each place was drawn before it within the pattern.
+            origins = np.repeat(np.arange(len(orders)), self._counts)
+            self._pattern = origins[Permutation(PATTERN, seed, "mixture").all()]
+            # For each place in the pattern: how often its corpus was drawn before.
             self._before = np.empty(PATTERN, dtype=np.int64)
-            for stream in range(len(orders)):
-                places = self._pattern == stream
+            for corpus in range(len(orders)):
+                places = self._pattern == corpus
                 self._before[places] = np.arange(places.sum())
 
     def __len__(self) -> int:
-        """Items of all streams."""
+        """Number of items in all corpora."""
         return int(self.sizes.sum())
 
     @property
     def two_epochs(self) -> int:
-        """Draws within which each item of each stream comes at least once, wherever they begin."""
+        """Number of consecutive draws that contain each item of each corpus at least once, wherever they begin."""
         if not self.weighted:
             return 2 * len(self)
         return int((2 * self.sizes // self._counts).max() + 2) * PATTERN
 
     def ends_epoch(self, draw: int) -> bool:
-        """Whether an epoch of all streams ends before a draw."""
+        """Whether an epoch of all corpora ends just before a draw."""
         return not self.weighted and draw % len(self) == 0
 
     def draw(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """Which stream each draw from ``start`` to ``stop`` is of, and which draw of that stream it is.
+        """For each draw from ``start`` up to ``stop``: the number of its corpus, and its place in the order of it.
 
-        Both int64 [stop - start].
+        Both are int64 [stop - start].
         """
         draws = np.arange(start, stop)
         if len(self.orders) == 1:
             return np.zeros_like(draws), draws
         if self.finite:
             ends = np.cumsum(self.sizes)
-            streams = np.searchsorted(ends, draws, side="right")
-            return streams, draws - (ends - self.sizes)[streams]
+            origins = np.searchsorted(ends, draws, side="right")
+            return origins, draws - (ends - self.sizes)[origins]
         if self.weighted:
             turns, places = np.divmod(draws, PATTERN)
-            streams = self._pattern[places]
-            return streams, turns * self._counts[streams] + self._before[places]
+            origins = self._pattern[places]
+            return origins, turns * self._counts[origins] + self._before[places]
         epochs, places = np.divmod(draws, len(self))
-        # Of the first n draws of an epoch, the first stream has its share, rounded down.
+        # The first corpus has its share, rounded down, of the first n draws of an epoch, for each n.
         first = places * self.sizes[0] // len(self)
-        streams = 1 - ((places + 1) * self.sizes[0] // len(self) - first)
-        return streams, epochs * self.sizes[streams] + np.where(streams == 0, first, places - first)
+        origins = 1 - ((places + 1) * self.sizes[0] // len(self) - first)
+        return origins, epochs * self.sizes[origins] + np.where(origins == 0, first, places - first)
 
 
 def _largest_remainders(weights: np.ndarray) -> np.ndarray:
-    """Whole numbers that add up to PATTERN and are nearest to the weights' shares of it."""
+    """Whole numbers that add up to PATTERN, in proportion to the weights (largest remainder method)."""
     exact = weights / weights.sum() * PATTERN
     counts = np.floor(exact).astype(np.int64)
     missing = PATTERN - int(counts.sum())

@@ -1,4 +1,4 @@
-"""Which samples share a row: best fit, decreasing, within windows of the order."""
+"""Which samples share a row: best fit decreasing, within windows of the order."""
 
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,20 +12,20 @@ from torchtitan.tools.errors import UserError
 
 
 def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Put samples into as few rows as this well-known rule finds.
+    """Pack samples into few rows.
 
-    From the longest to the shortest, each goes into the row where it leaves the least room (Johnson 1973, who showed
-    that at most 11/9 of the fewest possible rows, and a constant, are used).
+    From the longest to the shortest, each sample goes into the row where it leaves the least room. Johnson (1973)
+    showed that this takes at most 11/9 of the minimum number of rows, plus a constant.
 
     Args:
-        lengths: of the samples, each at most ``capacity``.
+        lengths: the length of each sample, at most ``capacity``.
 
     Returns:
-        for each row the numbers of its samples, in rising order. The same lengths always give the same rows.
+        the numbers of the samples in each row, in rising order. The same lengths always give the same rows.
     """
     rows: list[list[int]] = []
-    spaces: list[int] = []  # different amounts of room that rows have left, in rising order
-    having: dict[int, list[int]] = {}  # rows by the room they have left
+    spaces: list[int] = []  # the different amounts of room left in rows, in rising order
+    having: dict[int, list[int]] = {}  # rows by the room left in them
     for sample in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         length = lengths[sample]
         found = bisect_left(spaces, length)
@@ -48,7 +48,7 @@ def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]
 
 
 class PackedRow(NamedTuple):
-    """The samples of a row, the place after it and the counters by then."""
+    """The samples of a row, and the place and the counters after it."""
 
     samples: list[Sample]
     place: "Place"
@@ -57,14 +57,14 @@ class PackedRow(NamedTuple):
 
 @dataclass
 class Place:
-    """A place in the order, as checkpoints hold it; any number of ranks can go on from there.
+    """A place in the order, as checkpoints store it. Any number of ranks can continue from it.
 
     Attributes:
-        draw: with which the current window begins.
-        row: how many of the window's rows are used.
-        counters: at the window's begin.
-        window: of a window that is begun, the draw ``after`` it and [draw, start, length] of its ``samples``. So its
-            rows stay the same even if a recording, unreadable for a while, is there again, or no longer is.
+        draw: the first draw of the current window.
+        row: number of rows of the window that are already used.
+        counters: counters at the start of the window.
+        window: for a window whose rows are partly used, the draw ``after`` it, and [draw, start, length] of its
+            ``samples``. So the rows of the window stay the same even if a recording becomes readable or unreadable.
     """
 
     draw: int = 0
@@ -77,22 +77,22 @@ class Place:
         return cls(state["draw"], state["row"], Counters(**state["counters"]), state.get("window"))
 
     def state(self) -> dict[str, Any]:
-        """What JSON can hold."""
+        """The place as JSON."""
         state = {"draw": self.draw, "row": self.row, "counters": asdict(self.counters)}
         return {**state, "window": self.window} if self.window else state
 
 
 class RowPacker:
-    """Samples to rows.
+    """Puts samples into rows.
 
     Args:
-        mixture: the order that the samples are drawn in.
-        seq_len: longest row, in ids.
-        window: samples among which rows are packed, and mixed: without packing so that the pieces of a long recording
-            do not follow each other. 1 takes samples as they are drawn.
-        packing: several samples share a row; else each has a row of its own.
-        seed: of the order of the rows of a window.
-        keeps_window: whether states tell the samples of a window that is begun.
+        mixture: the order in which the samples are drawn.
+        seq_len: maximum length of a row, in ids.
+        window: number of samples that are packed together, and whose rows are shuffled. Without packing, shuffling
+            separates the pieces of a long recording. 1 keeps the order of the draws.
+        packing: whether several samples share a row.
+        seed: seed for shuffling the rows of a window.
+        keeps_window: whether a state stores the samples of a window whose rows are partly used.
     """
 
     def __init__(self, mixture: Mixture, seq_len: int, window: int, packing: bool, seed: int, keeps_window: bool):
@@ -104,11 +104,11 @@ class RowPacker:
 
         Args:
             drawn: the samples of each draw from ``place.draw`` on.
-            place: where to go on.
-            counters: are kept up to date by whoever makes the samples.
+            place: where to continue.
+            counters: counters that the producer of ``drawn`` updates.
 
         Raises:
-            UserError: no recording of a whole epoch could be used.
+            UserError: an epoch had no usable recording.
         """
         window: list[Sample] = []
         unused = 0
@@ -117,7 +117,7 @@ class RowPacker:
             unused = 0 if samples else unused + 1
             if unused > self.mixture.two_epochs:
                 raise UserError(
-                    "no recording of a whole epoch could be used; the log names each one's reason."
+                    "no recording of a whole epoch could be used; the log has the reason for each of them."
                     if counters.bad_rows
                     else "no recording has a duration between min_seconds and max_seconds."
                 )
@@ -135,19 +135,18 @@ class RowPacker:
             yield from islice(self._window_rows(window, place, end), place.row, None)
 
     def _window_rows(self, window: list[Sample], begin: Place, end: Place) -> Iterator[PackedRow]:
-        """The rows that the samples of one window become."""
         found: Sequence[Sample | None] = window
         facts = [[sample.draw, sample.start, sample.length] for sample in window]
         if begin.window:
             here = {(sample.draw, sample.start): sample for sample in window}
             facts = begin.window["samples"]
-            # What is not as it was cannot stand in its place.
+            # A sample that has changed since then leaves its place empty.
             found = [s if (s := here.get((d, start))) and s.length == length else None for d, start, length in facts]
         rows = [[i] for i in range(len(found))]
         if self.packing:
             rows = best_fit_decreasing([length for _, _, length in facts], self.seq_len)
         if self.window > 1:
-            # Neither their order by length nor that of the pieces of a recording must become the order of training.
+            # Training must not see rows sorted by length, nor the pieces of a recording in a row.
             rows = [rows[i] for i in Permutation(len(rows), self.seed, "rows of a window", begin.draw).all()]
         kept = {"after": end.draw, "samples": facts} if self.keeps_window else None
         for number, row in enumerate(rows, start=1):

@@ -1,10 +1,9 @@
-"""Rows of data sets by number: random access to parquet, Arrow, tars, manifests (also Kaldi's and lhotse's) and folders
-of audio files.
+"""Random access to rows of parquet, Arrow, tars, manifests (also of Kaldi and lhotse) and folders of audio files.
 
-:func:`index_files` looks at each file once, without reading audio, and gives a :class:`DatasetIndex`: how many rows
-lie in which *block*. A block is what is read at one go. :class:`AudioDataset` then reads any rows by their numbers.
-Audio stays encoded, so that a broken recording costs one row. Whatever is wrong with the data ends as a row with an
-``error``, never as an exception.
+:func:`index_files` looks at each file once, without reading audio. Its :class:`DatasetIndex` says how many rows are in
+which *block*; the rows of a block are read together. :class:`AudioDataset` then reads any rows by their numbers.
+Audio is not decoded here, so a broken recording costs one row. Bad data give a row with an ``error``, never an
+exception.
 """
 
 import hashlib
@@ -26,23 +25,23 @@ from torchtitan.datasets.tars import Tar
 from torchtitan.tools.errors import UserError, first_line
 from torchtitan.tools.logging import logger
 
-# Threads that look at files for the index.
+# Threads that index files.
 INDEX_THREADS = 16
 
 
 @dataclass
 class DatasetIndex:
-    """What lies where. Made on one rank and sent to the others.
+    """The places of all rows. One rank makes it and sends it to the others.
 
     Attributes:
         files: the readable files, as :func:`~torchtitan.datasets.sources.find_files` gives them.
-        blocks: for each file (rows, offset) of its consecutive blocks. The offset is what a reader needs: the number
-            of a parquet row group, or the byte at which an Arrow batch, a sample of a tar or a line (of the unpacked
-            file) begins. Blocks of one file with the same offset are parts of one row group or batch. Audio files are
-            one list of blocks all together, whose offsets count files.
+        blocks: for each file, (rows, offset) of its consecutive blocks. The offset tells the reader where to read: the
+            number of a parquet row group, or the byte at which an Arrow batch, a member of a tar or a line (of the
+            unpacked file) begins. Blocks of one file with the same offset belong to one row group or batch. All audio
+            files together have one list of blocks, whose offsets count files.
         bad_files: (path, reason) of files that are left out, entirely or from some point on.
-        fingerprint: sha256 over names relative to the root and numbers of rows: equal for a copy elsewhere.
-        format: of the files.
+        fingerprint: sha256 over the relative names and numbers of rows of the files; equal for a copy elsewhere.
+        format: format of the files.
     """
 
     files: list[str]
@@ -73,15 +72,15 @@ def _reader(source: Source, format: str, retries: int, files: list[str]) -> Read
 
 
 def index_files(source: Source, files: list[str], retries: int = 5, progress: bool = False) -> DatasetIndex:
-    """Look at each file once: how many rows it has, and where. No audio is read.
+    """Find the rows of each file, without reading audio.
 
     Args:
         files: as :func:`~torchtitan.datasets.sources.find_files` gives them, all of one format.
-        retries: how often a read that failed for a reason that may pass is tried again.
+        retries: how often a read is tried again after a temporary error.
         progress: show a bar on stderr.
 
     Raises:
-        UserError: no file can be read, the recordings are in none of them, or there is no row at all.
+        UserError: no file can be read or has recordings, or there is no row at all.
     """
     if not files:
         raise UserError(f"{source.path}: there are no files to read.")
@@ -94,7 +93,7 @@ def index_files(source: Source, files: list[str], retries: int = 5, progress: bo
     def look(path: str) -> tuple[list[Block], str | None]:
         try:
             return reader.index(path)
-        except Exception as error:  # whatever a damaged file raises leaves out this file
+        except Exception as error:  # a damaged file may raise anything; only this file is left out
             return [], first_line(error)
 
     found: list[tuple[list[Block], str | None]] = []
@@ -113,13 +112,13 @@ def index_files(source: Source, files: list[str], retries: int = 5, progress: bo
         raise UserError(f"{path}: {reason}{others}.")
     rows = [(path, sum(size for size, _ in blocks)) for path, blocks in good]
     if not any(size for _, size in rows):
-        raise UserError(f"{source.path}: there is no row in {'it' if len(files) == 1 else 'any of its files'}.")
+        raise UserError(f"{source.path}: there is no row in {'the file' if len(files) == 1 else 'any of its files'}.")
     paths, blocks = [path for path, _ in good], [blocks for _, blocks in good]
     return DatasetIndex(paths, blocks, bad, _fingerprint(source, rows), format)
 
 
 def _fingerprint(source: Source, rows: list[tuple[str, int]]) -> str:
-    """sha256 over names relative to the root of the data set, and their numbers of rows."""
+    """sha256 over the names of the files, relative to the root of the data set, and their numbers of rows."""
     root = f"{Path(source.path).expanduser()}/"
     digest = hashlib.sha256()
     for path, size in rows:
@@ -127,7 +126,7 @@ def _fingerprint(source: Source, rows: list[tuple[str, int]]) -> str:
             name = path.removeprefix("hf://datasets/").split("/", 2)[-1]
         else:
             name = path.removeprefix(root) if path.startswith(root) else os.path.basename(path)
-        # A file name need not be text.
+        # A file name may contain bytes that are not text.
         digest.update(f"{name}\0{size}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()
 
@@ -138,18 +137,17 @@ def _fingerprint(source: Source, rows: list[tuple[str, int]]) -> str:
 
 
 class AudioDataset:
-    """Rows of a data set by their numbers, which count through its files in order.
+    """The rows of a data set by their numbers, which count through its files in order.
 
-    Nothing is held open between calls, and several threads may read at once.
+    No file stays open between calls, and several threads can read at once.
 
     Attributes:
-        source, name, index, fingerprint: what it was made from.
         block_sizes: int64 [number of blocks], rows of the consecutive blocks over all files.
 
     Args:
-        source: the data set's facts.
+        source: description of the data set.
         index: as :func:`index_files` gives it.
-        retries: how often a read that failed for a reason that may pass is tried again.
+        retries: how often a read is tried again after a temporary error.
     """
 
     def __init__(self, source: Source, index: DatasetIndex, retries: int = 5):
@@ -161,7 +159,7 @@ class AudioDataset:
         sizes = [size for blocks in index.blocks for size, _ in blocks]
         self.block_sizes = np.array(sizes, dtype=np.int64)
         self._length = int(self.block_sizes.sum())
-        # Groups: runs of blocks with the same offset. Where they begin, and what they are.
+        # Groups are runs of blocks with the same offset.
         self._group_starts: np.ndarray
         self._groups: list[tuple[int, int, int]] = []  # (number of the file, its first row, the group's offset)
         starts, total = [], 0
@@ -177,13 +175,12 @@ class AudioDataset:
         self._group_starts = np.array(starts, dtype=np.int64)
 
     def __len__(self) -> int:
-        """Number of rows."""
         return self._length
 
     def read(self, rows: Sequence[int]) -> Iterator[tuple[int, Row]]:
-        """(number, row) for each of the ascending numbers, in that order; neighbours are read at one go.
+        """(number, row) for each of the ascending numbers, in that order. Rows of one group are read together.
 
-        What cannot be read comes as a row with an ``error``; nothing is raised for bad data.
+        A row that cannot be read has an ``error``. Bad data raise nothing.
         """
         numbers = np.asarray(rows, dtype=np.int64)
         if numbers.size == 0:
@@ -205,7 +202,7 @@ class AudioDataset:
             for found, row in self._reader.read(path, start - file_start, offset, [w - start for w in wanted]):
                 done += 1
                 yield start + found, row
-        except Exception as error:  # whatever a damaged file raises costs the rest of this group
+        except Exception as error:  # a damaged file may raise anything; the rest of this group is lost
             reason = first_line(error)
         if done == len(wanted):
             return

@@ -1,15 +1,15 @@
-"""The recordings of an order, read, decoded and encoded ahead of time by all ranks together.
+"""Recordings in their order, read, decoded and encoded ahead of time by all ranks together.
 
-Each rank takes its share of every window of the order (1,024 recordings), and the ranks exchange the codes, which are
-small (4 KB a recording). A rank's threads are
+Each rank takes its share of every window of the order (1,024 recordings). The ranks then exchange the codes, which are
+small (4 KB per recording). A rank's threads are
 
     read      rows of files, a window ahead
     decode    ``num_workers`` threads: audio file to mono waveform at 24 kHz (libsndfile and torch release the lock)
-    encode    waveforms to codes, batched by length, on the training device, on CUDA on the codec's own stream
+    encode    waveforms to codes, batched by length, on the training device, with a CUDA stream of the codec's own
 
-Codes are kept in memory up to a limit, so that later epochs of a small data set and repeated validations cost no
-encoding. On a GPU, where equal clips in other batches may differ in a rare code, a resumed run therefore can meet other
-codes than one that still has them in memory; on a CPU they are the same.
+Codes are cached in memory up to a limit, so later epochs of a small data set and repeated validations need no encoding.
+On a GPU, a clip in another batch may rarely get another code. A resumed run, whose cache is empty, can therefore see
+other codes than a run that was not interrupted. On a CPU the codes are the same.
 """
 
 import threading
@@ -24,30 +24,31 @@ import torch
 import torch.distributed as dist
 
 from torchtitan.audio.codec import Codec
+from torchtitan.datasets.corpora import AudioCorpus, CodeCorpus, CodeItem
 from torchtitan.datasets.decoding import Decoded, RecordingDecoder, decode_ahead, frames_of
 from torchtitan.datasets.encoding import encode_decoded
 from torchtitan.datasets.order import Mixture
 from torchtitan.datasets.rows import Row
 from torchtitan.datasets.samples import NO_TEXT, Encoded, Text, TextEncoder
-from torchtitan.datasets.streams import AudioStream, CodeItem, CodeStream
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.prefetch import prefetch
 
 CACHE_BYTES = 1 << 30
-# Minimum number of clips that a GPU encodes together.
+# Minimum number of recordings that a GPU encodes together.
 GPU_CLIPS = 32
-# Most bytes of audio files that a rank holds of a window. Further files are read one by one when their turn comes.
+# Limit of the bytes of audio files that a rank holds per window. The other files are read one by one in their turn.
 WINDOW_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """Who loads together.
+    """The ranks that load data together.
 
     Attributes:
-        rank, world_size: of those that share the encoding of recordings.
-        group: in which they exchange codes, over the CPU; None is the default one.
-        share: this rank's number among those that see different rows, and how many these are; None: all of them do.
+        rank, world_size: this rank, and the number of ranks, that share the encoding of recordings.
+        group: the process group (on the CPU) in which they exchange codes; None is the default group.
+        share: number of this rank among the ranks that see different rows, and the number of such ranks; None: all
+            ranks see different rows.
     """
 
     rank: int = 0
@@ -57,7 +58,7 @@ class Ranks:
 
 
 class Part(NamedTuple):
-    """The draws from ``start`` to (not with) ``stop``, and those of them that this rank encoded."""
+    """The draws from ``start`` up to ``stop`` (excluded), and those that this rank encoded."""
 
     start: int
     stop: int
@@ -65,26 +66,26 @@ class Part(NamedTuple):
 
 
 class _Closing(Exception):
-    """Nobody takes the codes any longer."""
+    """The consumer of the codes has stopped."""
 
 
 class RecordingEncoder:
-    """Draws to items: recordings are encoded, codes in shards looked up.
+    """Turns draws into items: encodes recordings, and looks up codes in shards.
 
     Args:
-        streams: what to draw from.
-        mixture: in which order; it is finite for validation.
-        codec: on the device that is to encode; None if all streams are codes.
-        decoder: how recordings become waveforms.
-        texts: how transcriptions become ids.
-        ranks: who shares the work.
-        batch_size: recordings of a rank that are encoded, and exchanged, at a time.
+        corpora: where items are drawn from.
+        mixture: the order of the draws; finite for validation.
+        codec: the codec on the device that encodes; None if all corpora hold codes.
+        decoder: turns recordings into waveforms.
+        texts: turns transcriptions into ids.
+        ranks: the ranks that share the work.
+        batch_size: recordings that a rank encodes, and the ranks exchange, at a time.
         num_workers: threads that decode; 0 decodes in the thread that encodes.
     """
 
     def __init__(
         self,
-        streams: Sequence[AudioStream | CodeStream],
+        corpora: Sequence[AudioCorpus | CodeCorpus],
         mixture: Mixture,
         codec: Codec | None,
         decoder: RecordingDecoder,
@@ -93,60 +94,60 @@ class RecordingEncoder:
         batch_size: int,
         num_workers: int,
     ):
-        self.streams, self.mixture, self.codec, self.decoder, self.texts = streams, mixture, codec, decoder, texts
+        self.corpora, self.mixture, self.codec, self.decoder, self.texts = corpora, mixture, codec, decoder, texts
         self.ranks, self.num_workers = ranks, num_workers
-        self.encodes = any(isinstance(stream, AudioStream) for stream in streams)
+        self.encodes = any(isinstance(corpus, AudioCorpus) for corpus in corpora)
         on_gpu = codec is not None and codec.device.type == "cuda"
         self.part_size = ranks.world_size * max(batch_size, GPU_CLIPS if on_gpu and self.encodes else 1)
-        # Recordings that may wait: a batch, and what the threads have in hand.
+        # Limit of waiting recordings: a batch, and those that the threads work on.
         self._ahead = batch_size + 2 * max(1, num_workers)
         self._cache: dict[tuple[int, int], Encoded] = {}
         self._cache_bytes = 0
 
     @property
     def exchanges(self) -> bool:
-        """Whether ranks wait for each other's codes."""
+        """Whether the ranks wait for each other's codes."""
         return self.encodes and self.ranks.world_size > 1
 
     def parts(self, start: int, ending: threading.Event) -> Generator[Part]:
-        """One part of the order after the other, from the draw ``start`` on."""
+        """The parts of the order, one after the other, from the draw ``start`` on."""
         with ExitStack() as stack:
             pool = ThreadPoolExecutor(max(1, self.num_workers), "decode")
             stack.callback(pool.shutdown, cancel_futures=True)
             decoding: dict[int, Generator[Decoded | None]] = {}
             while stop := self._part_end(start):
-                streams, draws = self.mixture.draw(start, stop)
+                origins, draws = self.mixture.draw(start, stop)
                 own: list[tuple[int, Generator[Decoded | None]]] = []
-                for number, stream in enumerate(self.streams):
-                    places = np.flatnonzero(streams == number)
-                    if not isinstance(stream, AudioStream) or not places.size:
+                for number, corpus in enumerate(self.corpora):
+                    places = np.flatnonzero(origins == number)
+                    if not isinstance(corpus, AudioCorpus) or not places.size:
                         continue
                     if number not in decoding:
-                        rows = self._read(number, stream, int(draws[places[0]]), ending)
+                        rows = self._read(number, corpus, int(draws[places[0]]), ending)
                         workers = pool if self.num_workers else None
                         seconds = self._ahead * (self.decoder.max_seconds or 20.0)
                         ahead = decode_ahead(rows, self.decoder, workers, seconds, self._ahead)
                         decoding[number] = stack.enter_context(closing(ahead))
-                    mine = stream.order.readers(draws[places], self.ranks.world_size) == self.ranks.rank
+                    mine = corpus.order.readers(draws[places], self.ranks.world_size) == self.ranks.rank
                     own += [(start + int(place), decoding[number]) for place in places[mine]]
                 yield Part(start, stop, self._encode(own))
                 start = stop
 
     def items(self, parts: Iterable[Part]) -> Iterator[tuple[int, Encoded | CodeItem, Text]]:
-        """Every draw in order, what all ranks together know of it, and its text."""
+        """For each draw in order: its number, its item from whichever rank encoded it, and its text."""
         for start, stop, encoded in parts:
             if self.exchanges:
                 encoded = self._exchange(encoded)
-            streams, draws = self.mixture.draw(start, stop)
+            origins, draws = self.mixture.draw(start, stop)
             numbers = np.empty_like(draws)
-            for number, stream in enumerate(self.streams):
-                places = np.flatnonzero(streams == number)
-                numbers[places] = stream.order.items(draws[places])
+            for number, corpus in enumerate(self.corpora):
+                places = np.flatnonzero(origins == number)
+                numbers[places] = corpus.order.items(draws[places])
             found: list[Encoded | CodeItem] = []
-            for draw, number, item in zip(range(start, stop), streams.tolist(), numbers.tolist(), strict=True):
-                stream = self.streams[number]
-                if isinstance(stream, CodeStream):
-                    found.append(stream.item(item))
+            for draw, number, item in zip(range(start, stop), origins.tolist(), numbers.tolist(), strict=True):
+                corpus = self.corpora[number]
+                if isinstance(corpus, CodeCorpus):
+                    found.append(corpus.item(item))
                 elif draw in encoded:
                     found.append(encoded[draw])
                     self._remember((number, item), encoded[draw])
@@ -165,29 +166,29 @@ class RecordingEncoder:
             return stop
         return min(stop, len(self.mixture)) if start < len(self.mixture) else 0
 
-    def _read(self, number: int, stream: AudioStream, draw: int, ending: threading.Event) -> Generator[Row | None]:
-        """This rank's rows of a stream from its ``draw`` on; None for one whose codes are known."""
-        with closing(prefetch(self._windows(number, stream, draw, ending), 1, "reader of windows")) as windows:
+    def _read(self, number: int, corpus: AudioCorpus, draw: int, ending: threading.Event) -> Generator[Row | None]:
+        """This rank's rows of a corpus from its ``draw`` on; None for a row whose codes are cached."""
+        with closing(prefetch(self._windows(number, corpus, draw, ending), 1, "reader of windows")) as windows:
             for items, rows in windows:
                 for item in items:
-                    yield (rows.pop(item) or next(stream.read([item]))[1]) if item in rows else None
+                    yield (rows.pop(item) or next(corpus.read([item]))[1]) if item in rows else None
 
     def _windows(
-        self, number: int, stream: AudioStream, draw: int, ending: threading.Event
+        self, number: int, corpus: AudioCorpus, draw: int, ending: threading.Event
     ) -> Iterator[tuple[list[int], dict[int, Row | None]]]:
-        """Windows of the order: this rank's items, and the rows of those whose codes are unknown.
+        """For each window of the order: this rank's items, and the rows of the items whose codes are not cached.
 
-        A row is None where the window's audio files were too many to hold.
+        A row is None if the window's audio files exceed :data:`WINDOW_BYTES`.
         """
-        while not self.mixture.finite or draw < len(stream.order):
-            end = stream.order.window_end(draw)
+        while not self.mixture.finite or draw < len(corpus.order):
+            end = corpus.order.window_end(draw)
             draws = np.arange(draw, end)
-            own = stream.order.readers(draws, self.ranks.world_size) == self.ranks.rank
-            items = stream.order.items(draws[own]).tolist()
+            own = corpus.order.readers(draws, self.ranks.world_size) == self.ranks.rank
+            items = corpus.order.items(draws[own]).tolist()
             unknown = sorted(item for item in items if (number, item) not in self._cache)
             rows: dict[int, Row | None] = dict.fromkeys(unknown)
             size = 0
-            for item, row in stream.read(unknown):
+            for item, row in corpus.read(unknown):
                 size += row.size
                 if ending.is_set():
                     raise _Closing
@@ -198,7 +199,7 @@ class RecordingEncoder:
             draw = end
 
     def _encode(self, own: list[tuple[int, Generator[Decoded | None]]]) -> dict[int, Encoded]:
-        """Take and encode recordings. Those whose codes all ranks know are left out of the result."""
+        """Take and encode recordings. The result leaves out recordings whose codes are cached on all ranks."""
         if not own:
             return {}
         assert self.codec is not None
@@ -223,21 +224,21 @@ class RecordingEncoder:
         return encoded
 
     def _exchange(self, own: dict[int, Encoded]) -> dict[int, Encoded]:
-        """What all ranks encoded.
+        """The codes from all ranks.
 
         Raises:
-            UserError: another rank ended, or has no data within the time that the group allows.
+            UserError: another rank ended, or sent no data within the time limit of the group.
         """
         gathered: list[dict[int, Encoded]] = [{} for _ in range(self.ranks.world_size)]
         try:
             dist.all_gather_object(gathered, own, group=self.ranks.group)
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[0]
-            raise UserError(f"rank {self.ranks.rank}: the data of the other ranks did not come ({reason}).") from None
+            raise UserError(f"rank {self.ranks.rank}: the data of the other ranks did not arrive ({reason}).") from None
         return {draw: result for results in gathered for draw, result in results.items()}
 
     def _remember(self, key: tuple[int, int], encoded: Encoded) -> None:
-        """Keep what is known. The same on every rank, since all meet the same in the same order."""
+        """Cache an item. The caches of all ranks are equal, because all ranks see the same items in the same order."""
         if encoded.lasts and key not in self._cache and self._cache_bytes < CACHE_BYTES:
             self._cache[key] = encoded
             self._cache_bytes += encoded.nbytes

@@ -1,4 +1,4 @@
-"""What all formats have in common: rows, and how files of rows are indexed and read."""
+"""What all formats have in common: rows, and the interface of readers."""
 
 import math
 import os
@@ -18,13 +18,13 @@ class Row:
     """One recording before decoding.
 
     Attributes:
-        key: names it for humans: ``path:row (id)``, or its path if it is a file of its own.
-        audio: its encoded bytes, the path of its file (``hf://`` on the hub), decoded samples, or None.
+        key: its name for humans: ``path:row (id)``, or the path of an audio file.
+        audio: encoded bytes, the path of an audio file (``hf://`` on the hub), decoded samples, or None.
         text: its transcription, if there is one.
-        seconds: its length, if the data say it.
-        error: why it could not be read at all.
-        part: the part of the audio that it is; None is all of it.
-        source: the data set that it is of, whose limits on the duration hold for it.
+        seconds: its duration, if the data state it.
+        error: why it could not be read.
+        part: the part of the audio that belongs to the row; None means all of it.
+        source: its data set, which has limits on the duration.
     """
 
     key: str
@@ -36,12 +36,12 @@ class Row:
     source: Source | None = field(default=None, compare=False, repr=False)
 
     def is_admitted(self, seconds: float | None) -> bool:
-        """Whether the source's limits admit a recording of this length."""
+        """Whether the source admits this duration."""
         return self.source is None or self.source.admits(seconds)
 
     @property
     def size(self) -> int:
-        """Bytes of audio that it holds."""
+        """Number of bytes of audio in memory."""
         if isinstance(self.audio, Samples):
             return self.audio.array.nbytes
         return len(self.audio) if isinstance(self.audio, bytes) else 0
@@ -53,21 +53,21 @@ Found = tuple[int, Row]
 
 
 class Reader:
-    """How files of one format are indexed and read. A *group* is a run of blocks with the same offset."""
+    """Indexes and reads files of one format. A *group* is a run of blocks with the same offset."""
 
     def __init__(self, source: Source, retries: int):
         self.source, self.retries = source, retries
 
     def index(self, path: str) -> tuple[list[Block], str | None]:
-        """(blocks, why the rest is missing) of one file. Any exception means that the whole file cannot be read."""
+        """(blocks, reason why the rest is missing) of one file. Any exception means that no row can be read."""
         raise NotImplementedError
 
     def read(self, path: str, first: int, offset: int, wanted: Sequence[int]) -> Iterator[Found]:
         """Rows of one group.
 
         Args:
-            first: number of the group's first row in its file.
-            offset: the group's, from the index.
+            first: number of the group's first row within the file.
+            offset: offset of the group, from the index.
             wanted: ascending numbers of rows within the group.
         """
         raise NotImplementedError
@@ -92,12 +92,12 @@ class Reader:
         return seconds if math.isfinite(seconds) and seconds >= 0 else None
 
     def _recording(self, table: str, value: Any) -> bytes | str | Samples | None:
-        """The audio of a cell, see :func:`~torchtitan.audio.recording.audio_of`; a path is relative to its table."""
+        """The audio of a cell (:func:`~torchtitan.audio.recording.audio_of`). A path is relative to the table."""
         found = audio_of(value)
         return self._located(table, found) if isinstance(found, str) else found
 
     def _located(self, table: str, name: str) -> bytes | str:
-        """A recording that is named relative to the folder of its table, or absolutely."""
+        """A recording whose path is absolute, or relative to the folder of its table."""
         folder = table.rsplit("/", 1)[0] if "/" in table else "."
         if table.startswith("hf://"):
             return self._contents(f"{folder}/{name}")

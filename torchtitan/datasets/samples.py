@@ -1,4 +1,4 @@
-"""From codes to samples: with which text, cut where, in how many pieces."""
+"""From codes to samples: the text of a sample, and how recordings are cut or split."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,18 +7,21 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from torchtitan.audio.token_stream import TokenStream, mark_ids
-from torchtitan.datasets.streams import CodeItem
+from torchtitan.datasets.corpora import CodeItem
 
 NO_TEXT = np.empty(0, dtype=np.int32)
 
 
 @dataclass
 class Counters:
-    """What happened to the recordings so far, on all ranks together.
+    """Counts of recordings so far, over all ranks.
 
-    Of ``rows`` that were drawn (recordings; of split codes, pieces), ``bad_rows`` could not be used and
-    ``filtered_rows`` are shorter or longer than the source admits. ``cut_rows`` lost ``cut_frames`` frames at their
-    ends. ``bad_files`` could not be read to their end when the data were opened.
+    Attributes:
+        rows: recordings that were drawn; pieces, where codes are split.
+        bad_rows: rows that cannot be used.
+        filtered_rows: rows outside the duration limits of their source.
+        cut_rows, cut_frames: rows that were cut, and the frames that they lost.
+        bad_files: files that could not be read to their end when the data were opened.
     """
 
     rows: int = 0
@@ -30,11 +33,15 @@ class Counters:
 
 
 class Encoded(NamedTuple):
-    """What a recording came to.
+    """A recording after encoding.
 
-    ``codes`` int16 [T, Q] and ``text_ids`` int32, or the ``reason`` why it cannot be used; neither if its duration is
-    not admitted. The whole recording has ``whole`` frames, of which those after ``codes`` were cut off. ``lasts`` is
-    false where it could not be read, which may pass.
+    Attributes:
+        key: its name in messages.
+        codes: int16 [T, Q]; None for a bad recording, and for one outside the duration limits of its source.
+        text_ids: int32.
+        whole: frames of the whole recording; ``codes`` may be only its beginning.
+        reason: why the recording is bad; None if it is not.
+        lasts: False if the recording could not be read, which may succeed later.
     """
 
     key: str
@@ -54,11 +61,11 @@ class Encoded(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Bytes that it takes in memory, roughly."""
+        """Approximate size in memory, in bytes."""
         return 500 + self.text_ids.nbytes + (0 if self.codes is None else self.codes.nbytes)
 
     def frames(self, start: int, stop: int, num_quantizers: int) -> np.ndarray:
-        """int16 [stop - start, Q]."""
+        """Codes, int16 [stop - start, Q]."""
         assert self.codes is not None
         return self.codes[start:stop, :num_quantizers]
 
@@ -71,10 +78,10 @@ class Text(NamedTuple):
 
 
 class TextEncoder:
-    """Transcriptions to ids.
+    """Turns transcriptions into ids.
 
     Args:
-        task: ``a2a``, whose samples have no text, ``tts`` or ``asr``.
+        task: ``a2a`` (samples without text), ``tts`` or ``asr``.
         tokenizer: unused for a2a.
     """
 
@@ -94,13 +101,16 @@ class TextEncoder:
                 continue
             text_ids = np.array(next(ids), dtype=np.int32)
             special = (text_ids >= self.stream.base_size).any() or np.isin(text_ids, self._mark_ids).any()
-            reason = "the transcription contains the name of an audio token or a special one." if special else None
+            reason = "the transcription contains the name of an audio token or of a special token." if special else None
             found.append(Text(text_ids, reason))
         return found
 
 
 class Sample(NamedTuple):
-    """The frames from ``start`` to ``stop`` of an item, with text and marks ``length`` ids. ``end``: with </audio>."""
+    """The frames ``start`` up to ``stop`` of an item, with its text.
+
+    ``end`` says whether the sample ends in ``</audio>``. ``length`` counts all its ids.
+    """
 
     draw: int
     item: Encoded | CodeItem
@@ -112,29 +122,29 @@ class Sample(NamedTuple):
 
     @property
     def key(self) -> str:
-        """The name of its recording, with the frames if they are not those from the start on."""
+        """The name of its recording, with the range of frames if the sample does not begin with frame 0."""
         start = self.item.start + self.start
         return f"{self.item.key}[{start}:{self.item.start + self.stop}]" if start else self.item.key
 
     def frames(self, num_quantizers: int) -> np.ndarray:
-        """Codes [stop - start, Q]."""
+        """The codes of the sample, [stop - start, Q]."""
         return self.item.frames(self.start, self.stop, num_quantizers)
 
 
 class SampleMaker:
-    """Cuts items to samples.
+    """Turns items into samples.
 
     Args:
-        seq_len: most ids of a sample.
-        piece: None cuts off what does not fit; else a recording becomes pieces of at most so many frames.
-        end_cut: samples end in ``</audio>`` also where their recording goes on.
+        seq_len: maximum length of a sample, in ids.
+        piece: maximum length of a sample, in frames, where recordings are split; None cuts them instead.
+        end_cut: samples end in ``</audio>`` even if their recording goes on.
     """
 
     def __init__(self, stream: TokenStream, seq_len: int, piece: int | None, end_cut: bool):
         self.stream, self.seq_len, self.piece, self.end_cut = stream, seq_len, piece, end_cut
 
     def __call__(self, draw: int, item: Encoded | CodeItem, text: Text, counters: Counters) -> list[Sample] | str:
-        """The samples of an item, or the reason why it cannot be used. Counts what happens to it."""
+        """The samples of an item, or the reason why it is bad. Updates the counters."""
         counters.rows += 1
         fitting = self.stream.max_frames(self.seq_len, len(text.ids))
         reason = text.reason

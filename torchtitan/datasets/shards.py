@@ -1,15 +1,15 @@
-"""Shards of codes: recordings encoded once, stored as Arrow files, read through memory maps.
+"""Shards of codes: recordings are encoded once, stored in Arrow files, and read through memory maps.
 
 A set of shards is a folder of ``codes-00000-of-00012.arrow``, ... (Arrow's IPC file format, uncompressed). A row is one
-recording; the codes of its T frames lie frame by frame, the Q codes of a frame side by side:
+recording. Its codes are stored frame by frame, with the Q codes of a frame side by side:
 
     id string, codes list<uint16> [T * Q], frames int32 (T), seconds float64, text string or null, source string
 
-The schema's metadata holds a JSON header under ``llama_mimi``: what made the codes (codec, conventions, resampler), of
-which data, and which rows could not be used. Nothing in a file depends on when or where it was written.
+The schema's metadata has a JSON header under ``llama_mimi``: the codec with its conventions and resampler, the data
+set, and the bad rows (under the key ``failed``). A file does not depend on when or where it was written.
 
-:class:`ShardedCodes` reads such a set: opening it reads headers and lengths, and a recording's codes are a view of the
-mapped file. The first recording asked for of a shard has the shard's checksum computed.
+:class:`ShardedCodes` reads such a set. Opening it reads headers and lengths; a recording's codes are a view of the
+mapped file. Before the first codes of a shard are used, its checksum is verified.
 """
 
 import hashlib
@@ -31,25 +31,25 @@ from torchtitan.audio.token_stream import CODEBOOK_SIZE
 from torchtitan.audio.waveform import recorded_resampler
 from torchtitan.tools.errors import UserError, first_line
 
-if TYPE_CHECKING:  # imported where it is used: training on recordings in other formats does without
+if TYPE_CHECKING:  # imported where it is used, since training on audio files does not need it
     import pyarrow as pa
 
 FORMAT = 1
 HEADER_KEY = b"llama_mimi"
-# Facts of one file; everything else in a header is the same for all shards of a set. The versions may change when a
-# long tokenization is continued after an update.
+# Header keys that differ between the shards of a set. The versions may change if a tokenization is continued after an
+# update.
 _OF_ONE_SHARD = ("shard", "rows", "failed", "left_out", "checksum", "versions")
-# A shard is one record batch unless it has more codes than this, which the offsets of a list (int32) must not exceed.
+# Maximum number of codes in a record batch, because the offsets of a list are int32. A shard is usually one batch.
 _MAX_BATCH_CODES = 1 << 28
 _SHARD_NAME = re.compile(r"codes-(\d{5,})-of-(\d{5,})\.arrow")
 
 
 class ShardError(UserError):
-    """Shards that cannot be used as asked."""
+    """Shards that are damaged, incomplete or do not fit."""
 
 
 class WriteError(UserError):
-    """A file could not be written; nothing of it is left behind."""
+    """A file could not be written. No partial file is left."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Recording:
     Attributes:
         key: its id in the source, without absolute paths.
         codes: uint16 [T, Q].
-        seconds: length of the audio that was encoded.
+        seconds: length of the encoded audio.
         text: transcription.
         source: name of the data set.
     """
@@ -89,12 +89,11 @@ def schema() -> "pa.Schema":
 
 
 def shard_name(number: int, total: int) -> str:
-    """File name of a shard."""
     return f"codes-{number:05d}-of-{total:05d}.arrow"
 
 
 def find_shards(folder: str | Path) -> list[str]:
-    """Sorted paths of the shards in a folder; empty if it holds none."""
+    """Sorted paths of the shards in a folder."""
     folder = Path(folder).expanduser()
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     return [str(folder / name) for name in names if _SHARD_NAME.fullmatch(name)]
@@ -104,16 +103,16 @@ def find_shards(folder: str | Path) -> list[str]:
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Make a file that is either complete and on the disk, or not there.
+    """Write a file so that it is either complete and on the disk, or does not exist.
 
     Args:
-        path: where it appears.
-        write: is given a file open for writing bytes.
+        path: path of the file.
+        write: function that writes bytes to an open file.
 
     Raises:
-        WriteError: the disk is full, or the folder cannot be written to.
+        WriteError: the disk is full, or the folder is not writable.
     """
-    # Several machines may write to one folder, and a killed process leaves its temporary file.
+    # The name is unique, since several machines may write to one folder, and killed processes leave such files.
     temporary = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
     try:
         try:
@@ -131,12 +130,12 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
 
 
 def open_for_writing(path: Path) -> BinaryIO:
-    """The one place where output files are opened."""
+    """Open an output file; all output files are opened here."""
     return path.open("wb")
 
 
 def _sync_folder(folder: Path) -> None:
-    """Put a rename on the disk, where the file system can do so for folders."""
+    """Make sure that a rename is on the disk, if the file system supports this for folders."""
     if os.name == "nt":
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -149,7 +148,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def write_part(path: Path, recordings: Sequence[Recording], header: dict[str, Any]) -> None:
-    """Write a piece of a shard; its header holds ``failed`` ([key, reason] of rows) and ``left_out`` (a number)."""
+    """Write a part of a shard. Its header has ``failed`` ([key, reason] of bad rows) and ``left_out`` (a number)."""
     import pyarrow as pa
 
     arrays = [
@@ -167,13 +166,13 @@ def read_part(path: Path) -> "tuple[list[pa.RecordBatch], dict[str, Any]]":
     """Record batches (memory-mapped) and header of a part or a shard.
 
     Raises:
-        ShardError: the file is missing, damaged or of another kind.
+        ShardError: the file is missing, damaged or not a shard.
     """
     import pyarrow as pa
 
     try:
-        # Closing the file keeps the mapping, which lives as long as the batches, and frees the descriptor: there may
-        # be more shards than a process may have open files.
+        # A process can have fewer open files than there are shards, so the file is closed at once. The mapping lives on
+        # as long as the batches.
         with pa.memory_map(str(path)) as file:
             reader = pa.ipc.open_file(file)
             stored = (reader.schema.metadata or {}).get(HEADER_KEY)
@@ -193,16 +192,16 @@ def merge_parts(parts: Sequence[Path], path: Path, header: dict[str, Any]) -> No
     """Join parts, in order, into a shard.
 
     Args:
-        header: of the shard, without ``failed``, ``left_out`` and ``checksum``, which are put together here.
+        header: header of the shard without ``failed``, ``left_out`` and ``checksum``, which are added here.
     """
     import pyarrow as pa
 
-    failed: list[list[str]] = []
+    bad_rows: list[list[str]] = []
     left_out, checksum, size = 0, 0, 0
     groups: list[list[Any]] = [[]]
     for part in parts:
         batches, part_header = read_part(part)
-        failed += part_header["failed"]
+        bad_rows += part_header["failed"]
         left_out += part_header["left_out"]
         for batch in batches:
             values = _values(batch)
@@ -212,7 +211,7 @@ def merge_parts(parts: Sequence[Path], path: Path, header: dict[str, Any]) -> No
                 size = 0
             groups[-1].append(batch)
             size += len(values)
-    header = {**header, "failed": failed, "left_out": left_out, "checksum": f"{checksum:08x}"}
+    header = {**header, "failed": bad_rows, "left_out": left_out, "checksum": f"{checksum:08x}"}
     _write_batches(path, header, (pa.concat_batches(group) for group in groups if group))
 
 
@@ -231,7 +230,7 @@ def _write_batches(path: Path, header: dict[str, Any], batches: "Iterable[pa.Rec
 
 
 def _list_array(codes: Sequence[np.ndarray]) -> "pa.Array":
-    """Arrays uint16 [T, Q] as one column of flat lists."""
+    """Arrays uint16 [T, Q] as a column of flat lists."""
     import pyarrow as pa
 
     offsets = np.zeros(len(codes) + 1, np.int64)
@@ -245,13 +244,13 @@ def _list_array(codes: Sequence[np.ndarray]) -> "pa.Array":
 
 
 def _buffer(batch: "pa.RecordBatch", column: str, number: int, dtype: type, length: int) -> np.ndarray:
-    """A buffer of a column as an array, without a copy. Raises ValueError if it is not of the length expected.
+    """A buffer of a column as an array, without a copy. Raises ValueError if its length is wrong.
 
-    Arrow trusts what a damaged file says about nulls, lengths and offsets; nothing here does.
+    Arrow trusts the nulls, lengths and offsets in a damaged file. This function does not.
     """
     buffer = batch.column(column).buffers()[number]
     size = length * np.dtype(dtype).itemsize
-    if (0 if buffer is None else buffer.size) - size not in range(64):  # padding may be counted
+    if (0 if buffer is None else buffer.size) - size not in range(64):  # the size may include padding
         raise ValueError("its lengths contradict its codes")
     return np.frombuffer(buffer, dtype, length) if length else np.zeros(0, dtype)
 
@@ -265,7 +264,7 @@ def _values(batch: "pa.RecordBatch") -> np.ndarray:
 
 
 class _Shard:
-    """One open file: its batches as arrays that view the mapped file."""
+    """An open file, with its batches as arrays that are views of the mapped file."""
 
     def __init__(self, path: str):
         self.batches, self.header = read_part(Path(path))
@@ -283,35 +282,34 @@ class _Shard:
                 self.frames.append(frames)
                 self.seconds.append(_buffer(batch, "seconds", 1, np.float64, batch.num_rows))
                 self.codes.append(_buffer(batch, "codes", 3, np.uint16, size).reshape(-1, num_quantizers))
-        except (ValueError, KeyError, TypeError) as error:  # pyarrow's are ValueErrors too
+        except (ValueError, KeyError, TypeError) as error:  # pyarrow's errors are ValueErrors too
             raise ShardError(f"{path}: the shard is damaged ({first_line(error)}).") from None
 
 
 class ShardedCodes:
     """A set of shards as one sequence of recordings.
 
-    Opening reads headers, lengths and durations. It survives fork and pickling: files are mapped again, by path, when
-    they are used.
+    Opening reads headers, lengths and durations. The object can be forked and pickled; it then maps the files again
+    when it needs them.
 
     Args:
         files: paths of all shards of the set, in any order.
 
     Raises:
-        ShardError: there are no files, some of the set are missing, they do not belong together, or one is damaged or
-            no shard.
+        ShardError: there are no files, some are missing, they do not belong together, or one is damaged or not a shard.
 
     Attributes:
-        header: what all shards have in common.
-        name: the source's name.
-        fingerprint: identifies the stored codes; equal sets have equal ones, wherever they lie.
+        header: the common part of the headers of all shards.
+        name: name of the data set.
+        fingerprint: hash of the stored codes, equal for equal sets at any place.
         frames: int32 [N], T of each recording.
         seconds: float64 [N], duration of each recording.
-        failed: (id, reason) of the source's rows that are not here.
+        bad_rows: (id, reason) of the bad rows of the source.
     """
 
     def __init__(self, files: Sequence[str | Path]):
         if not files:
-            raise ShardError("a set of shards needs at least one file, not none.")
+            raise ShardError("a set of shards needs at least one file.")
         shards: dict[int, tuple[str, _Shard]] = {}
         for path in sorted(map(str, files)):
             shard = _Shard(path)
@@ -319,7 +317,7 @@ class ShardedCodes:
             first_path, first = next(iter(shards.values()), (path, shard))
             _check_same(first_path, first.header, path, shard.header)
             if number in shards:
-                raise ShardError(f"{path}: it is shard {number} of its set, as {shards[number][0]} is.")
+                raise ShardError(f"{path}: it has the number {number}, as {shards[number][0]} has.")
             shards[number] = (path, shard)
         any_path, any_shard = next(iter(shards.values()))
         total = any_shard.header["of"]
@@ -327,7 +325,7 @@ class ShardedCodes:
         if missing:
             names = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
             raise ShardError(
-                f"{Path(any_path).parent}: {len(missing)} of the {total} shards are not there ({names}); finish the "
+                f"{Path(any_path).parent}: {len(missing)} of the {total} shards are missing ({names}); finish the "
                 "tokenization by running its command again."
             )
         self.header: dict[str, Any] = {k: v for k, v in any_shard.header.items() if k not in _OF_ONE_SHARD}
@@ -335,7 +333,7 @@ class ShardedCodes:
         self.files = [shards[number][0] for number in range(total)]
         self._open: list[_Shard | None] = [shards[number][1] for number in range(total)]
         opened = [shards[number][1] for number in range(total)]
-        self.failed = [(key, reason) for shard in opened for key, reason in shard.header["failed"]]
+        self.bad_rows = [(key, reason) for shard in opened for key, reason in shard.header["failed"]]
         per_batch = [frames for shard in opened for frames in shard.frames]
         self.frames = np.concatenate([np.zeros(0, np.int32), *per_batch])
         self.seconds = np.concatenate([np.zeros(0), *(seconds for shard in opened for seconds in shard.seconds)])
@@ -343,8 +341,8 @@ class ShardedCodes:
         described = json.dumps([self.header, checksums], sort_keys=True)
         self._checksums = [checksum for checksum, _ in checksums]
         self.fingerprint = hashlib.sha256(described.encode()).hexdigest()
-        # Where things are: recording -> batch by its first recording; a recording's first frame within all, less its
-        # batch's first frame, is its place in the batch.
+        # A recording is in the batch with the last first recording before it. Its place in the batch is its first frame
+        # minus the first frame of the batch.
         self._places = [(s, b) for s, shard in enumerate(opened) for b in range(len(shard.frames))]
         self._first_recording = np.cumsum([0, *map(len, per_batch)])[:-1].tolist() or [0]
         self._ends = np.cumsum(self.frames, dtype=np.int64)
@@ -356,18 +354,18 @@ class ShardedCodes:
         return len(self.frames)
 
     def __getstate__(self) -> dict[str, Any]:
-        # Mapped files stay behind; they are opened again when a recording in them is asked for.
+        # The copy has no mapped files, and opens them when it needs them.
         return {**self.__dict__, "_open": [None] * len(self._open), "_codes": [None] * len(self._codes)}
 
     def codes(self, i: int, start: int = 0, stop: int | None = None, num_quantizers: int | None = None) -> np.ndarray:
         """Codes of recording ``i``.
 
         Args:
-            start, stop: the frames wanted, as in a slice of the T that there are.
-            num_quantizers: only the first Q.
+            start, stop: wanted frames, as in a slice.
+            num_quantizers: wanted number of codebooks, from the first on.
 
         Returns:
-            uint16 [T', Q], read-only: a view of the file.
+            uint16 [T', Q], a read-only view of the file.
         """
         if not 0 <= i < len(self.frames):
             raise IndexError(f"recording {i} of {len(self)}")
@@ -393,30 +391,30 @@ class ShardedCodes:
     def check_codec(
         self, audio_tokenizer: str, num_quantizers: int, padding: str, window: str, resampler: str = "torchaudio"
     ) -> None:
-        """Refuse shards that a model's codec would not have made.
+        """Refuse shards whose codes differ from those of a model's codec.
 
-        A codec of another name, or in a local folder, is loaded and its weights are compared.
+        If the codec has another name than that of the shards, or is in a local folder, its weights are compared.
 
         Args:
             audio_tokenizer: hub name or folder of the codec.
-            num_quantizers: Q wanted; the shards may hold more.
+            num_quantizers: wanted number of codebooks; the shards may have more.
             padding: ``exact`` or ``aligned``.
             window: ``codec`` or ``full``.
             resampler: one of :data:`~torchtitan.audio.waveform.RESAMPLERS`.
 
         Raises:
-            ShardError: something contradicts; all of it is named.
+            ShardError: the shards do not fit; the message names all differences.
             CodecError: the codec cannot be loaded.
         """
         stored = self.header
         where = f"{Path(self.files[0]).parent}: the shards of codes do not fit"
         wrong = []
         if num_quantizers > stored["num_quantizers"]:
-            wrong.append(f"they hold {stored['num_quantizers']} quantizers and {num_quantizers} are asked for")
+            wrong.append(f"they have {stored['num_quantizers']} quantizers, but {num_quantizers} are needed")
         recorded = {**stored, "resampler": recorded_resampler(stored.get("resampler"))}
         for key, wanted in (("codec_padding", padding), ("codec_window", window), ("resampler", resampler)):
             if recorded[key] != wanted:
-                wrong.append(f"{key} is {recorded[key]} in them and {wanted} is asked for")
+                wrong.append(f"{key} is {recorded[key]} in them, but {wanted} is needed")
         if wrong:
             raise ShardError(f"{where}: {', and '.join(wrong)}.")
         if audio_tokenizer == stored["audio_tokenizer"] and not Path(audio_tokenizer).expanduser().exists():
@@ -426,12 +424,12 @@ class ShardedCodes:
         codec = Codec.load(audio_tokenizer, stored["num_quantizers"], padding, window)
         if codec.fingerprint() != stored["codec_fingerprint"]:
             raise ShardError(
-                f"{where}: they were made with the codec {stored['audio_tokenizer']}, whose weights are others than "
+                f"{where}: they were made with the codec {stored['audio_tokenizer']}, whose weights differ from "
                 f"those of {audio_tokenizer}."
             )
 
     def verify(self) -> None:
-        """Read every code and compare it with what was written.
+        """Read all codes and compare their checksums.
 
         Raises:
             ShardError: a shard has changed.
@@ -446,7 +444,7 @@ class ShardedCodes:
         shard, within = self._places[batch]
         array = self._shard(shard).batches[within].column(column)
         row = i - self._first_recording[batch]
-        # Arrow trusts offsets, and a damaged one would be read past the end of the file.
+        # Arrow trusts offsets. A damaged one would read past the end of the file.
         offsets = np.frombuffer(array.buffers()[1], np.int32, 2, 4 * row)
         data = array.buffers()[2]
         if not 0 <= offsets[0] <= offsets[1] <= (data.size if data is not None else 0):
@@ -454,7 +452,7 @@ class ShardedCodes:
         try:
             return array[row].as_py()
         except UnicodeDecodeError:
-            raise ShardError(f"{self.files[shard]}: the shard is damaged (its column {column} is no text).") from None
+            raise ShardError(f"{self.files[shard]}: the shard is damaged (its column {column} is not text).") from None
 
     def _load(self, batch: int) -> np.ndarray:
         """The codes of a batch. The whole shard is verified first, so that a changed byte is never trained on."""
@@ -479,17 +477,17 @@ class ShardedCodes:
         if shard is None:
             shard = _Shard(self.files[number])
             if shard.header["checksum"] != self._checksums[number]:
-                raise ShardError(f"{self.files[number]}: the shard has changed since it was opened first.")
+                raise ShardError(f"{self.files[number]}: the shard has changed since it was first opened.")
             self._open[number] = shard
         return shard
 
 
 def _check_header(header: Any) -> None:
-    """Raise ValueError where a header is not one that this version writes for a shard."""
+    """Raise ValueError for a header that this version does not write."""
     if not isinstance(header, dict) or "format" not in header:
         raise ValueError("its header is not readable")
     if header["format"] != FORMAT:
-        raise ValueError(f"its format is {header['format']}, this version reads {FORMAT}")
+        raise ValueError(f"its format is {header['format']}, but this version reads {FORMAT}")
     codec = ("audio_tokenizer", "codec_fingerprint", "codec_padding", "codec_window", "num_quantizers")
     for key in ("shard", "of", *codec, "source", "failed", "checksum"):
         if key not in header:
@@ -499,7 +497,7 @@ def _check_header(header: Any) -> None:
 
 
 def _check_same(first_path: str, first: dict[str, Any], path: str, header: dict[str, Any]) -> None:
-    """Raise ShardError where two shards are not of the same set."""
+    """Raise ShardError if two shards are not from the same set."""
     for key in sorted({*first, *header} - {*_OF_ONE_SHARD}):
         if first.get(key) != header.get(key):
             raise ShardError(

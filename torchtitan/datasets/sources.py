@@ -1,7 +1,7 @@
-"""From what the settings say to the files of data sets.
+"""From settings to the files of data sets.
 
-A ``[[training.source]]`` table describes a data set, or changes one that hf_dataset.py knows by name
-(:func:`sources_from_config`). :func:`find_files` lists its files, locally or on the hub;
+A ``[[training.source]]`` table describes a data set, or changes a built-in one of hf_dataset.py
+(:func:`sources_from_config`). :func:`find_files` lists its files, local or on the hub.
 :mod:`torchtitan.datasets.readers` reads them.
 """
 
@@ -31,17 +31,17 @@ SOURCE_TYPES: dict[str, Any] = {
 SOURCE_DEFAULTS: dict[str, Any] = {
     f.name: None if f.default is MISSING else f.default for f in fields(Source) if f.name in SOURCE_TYPES
 }
-# What libsndfile reads.
+# Extensions of files that libsndfile reads.
 AUDIO_EXTENSIONS = frozenset("wav flac ogg oga opus mp3 aiff aif aifc au snd caf w64 rf64 sph nist voc wve".split())
 MANIFEST_EXTENSIONS = frozenset("jsonl json csv tsv".split())
-# Names of a table that lists the recordings of the folder it lies in.
+# Names of a table that lists the recordings of its own folder.
 MANIFEST_NAMES = frozenset(f"metadata.{extension}" for extension in ("jsonl", "csv", "tsv"))
-# lhotse's manifests, as its recipes name them: cuts.jsonl.gz, librispeech_recordings_train-clean-100.jsonl.gz.
+# Names of manifests in lhotse's recipes: cuts.jsonl.gz, librispeech_recordings_train-clean-100.jsonl.gz.
 _LHOTSE = re.compile(r"(?:.*[-._])?(cuts|recordings|supervisions)(?:[-._].*)?\.jsonl(?:\.gz)?")
-# Folders of parts of a Kaldi folder that repeat it.
+# Folders that repeat a Kaldi folder in parts.
 _KALDI_PARTS = re.compile(r"(?:^|/)split\d+(?:utt)?/")
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip", ".gz")
-# Names of splits that are never trained on unless they are asked for by name.
+# Names of held-out splits. Training uses them only if the settings name them.
 HELD_OUT = frozenset("test validation valid val dev eval".split())
 WHAT_THEY_ARE = {
     "parquet": "parquet files",
@@ -56,11 +56,11 @@ WHAT_THEY_ARE = {
 
 
 def sources_from_config(part: Any, what: str = "training") -> list[Source]:
-    """The sources that a section of the settings asks for.
+    """The sources of a section of the settings.
 
     Args:
-        part: ``config.training`` or ``config.validation``: its ``source`` tables if there are any, else its built-in
-            ``dataset``, read from ``dataset_path`` if that is given.
+        part: ``config.training`` or ``config.validation``. Its ``source`` tables count if there are any; otherwise its
+            built-in ``dataset``, at ``dataset_path`` if that is given.
         what: name of the section, for messages.
 
     Raises:
@@ -74,15 +74,12 @@ def sources_from_config(part: Any, what: str = "training") -> list[Source]:
 
 
 def read_sources(key: str, tables: Any, origin: str = "") -> list[dict[str, Any]]:
-    """The tables of `key` ("training.source") with names and types checked; each has the keys that were given.
-
-    Raises `ConfigError`.
-    """
+    """The tables of `key` ("training.source") with names and types checked. Raises `ConfigError`."""
     after = f" {origin}" if origin else ""
     if origin == COMMAND_LINE:
-        raise ConfigError(f"{key}{after}: data sources cannot be given here; write [[{key}]] tables in a TOML file.")
+        raise ConfigError(f"{key}{after}: only a TOML file can have data sources; write [[{key}]] tables.")
     if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
-        raise ConfigError(f"{key}{after}: each data set is a table of its own, which begins with [[{key}]].")
+        raise ConfigError(f"{key}{after}: each data set needs its own table, which begins with [[{key}]].")
     return [_read_source(f"[[{key}]] {number}{after}", table) for number, table in enumerate(tables, start=1)]
 
 
@@ -91,7 +88,7 @@ def _read_source(where: str, table: dict[str, Any]) -> dict[str, Any]:
     for name, value in table.items():
         if name not in SOURCE_TYPES:
             close = difflib.get_close_matches(name, SOURCE_TYPES, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(SOURCE_TYPES)}."
+            hint = f"did you mean {close[0]}?" if close else f"its keys are {', '.join(SOURCE_TYPES)}."
             raise ConfigError(f"{where}: a data source has no key {name}; {hint}")
         try:
             values[name] = typed(SOURCE_TYPES[name], value)
@@ -101,31 +98,31 @@ def _read_source(where: str, table: dict[str, Any]) -> dict[str, Any]:
 
 
 def _from_table(table: dict[str, Any], where: str) -> Source:
-    """A checked table to a source; what it does not say comes from the built-in entry of its name."""
+    """The source of a checked table. A built-in data set of its name gives the defaults."""
     name, path = table.get("name"), table.get("path")
     if name in SOURCES or name in ALIASES:
         source = _at(find_source(name), path) if path or "revision" in table else _at_home(find_source(name))
         if "split" in table and "files" not in table:
-            # The patterns are those of the entry's own split. What repeats other files stays out.
+            # The built-in patterns are for another split. Folders that repeat other files stay excluded.
             kept = tuple(word for word in source.exclude if word not in HELD_OUT)
             source = replace(source, files=(), exclude=kept)
     elif path is None:
         known = ", ".join(sorted([*SOURCES, *ALIASES]))
-        said = f"name = {name!r} is no built-in data set (those are {known}), so path" if name else "path"
-        raise ConfigError(f"{where}: {said} must say where the data lie.")
+        said = f"name = {name!r} is not a built-in data set ({known}), so path" if name else "path"
+        raise ConfigError(f"{where}: {said} must say where the data are.")
     else:
         source = Source(name=name or (Path(path).expanduser().resolve().name if _is_local(path) else path), path=path)
     values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in table.items() if key != "name"}
     source = replace(source, **values)
     if "revision" in table and _is_local(source.path):
         raise ConfigError(
-            f"{where}: revision = {source.revision!r} is of the hub, but path = {source.path!r} is local."
+            f"{where}: revision = {source.revision!r} needs a hub name, but path = {source.path!r} is local."
         )
     return source
 
 
 def _at(source: Source, path: str | None) -> Source:
-    """A built-in source at another place: a folder of its layout, its codes, or a single file of any format."""
+    """A built-in source at another path: a folder of its layout, a folder of its codes, or a file of any format."""
     if not path:
         return source
     place = Path(path).expanduser()
@@ -137,7 +134,7 @@ def _at(source: Source, path: str | None) -> Source:
 
 
 def _at_home(source: Source) -> Source:
-    """A built-in source of the hub in ./data/NAME, where `hf download` is told to put it, if its files lie there."""
+    """A built-in source of the hub, read from ./data/NAME if its files are there, as the README downloads them."""
     if _is_local(source.path):
         return source
     for name in dict.fromkeys((source.name, source.path.rsplit("/", 1)[-1])):
@@ -155,15 +152,15 @@ def _at_home(source: Source) -> Source:
 
 
 def _is_local(path: str) -> bool:
-    """Whether a path is a local one, there or not; a hub id is anything else of the form ``owner/name``."""
+    """Whether a path is local. It is a hub name if it has the form ``owner/name`` and does not exist locally."""
     return os.path.exists(os.path.expanduser(path)) or not HUB_NAME.fullmatch(path)
 
 
 def check_place(source: Source) -> None:
-    """Refuse a source whose local folder or file is not there; hub ids are left to the hub.
+    """Refuse a source whose local folder or file does not exist. Hub names are not checked here.
 
     Raises:
-        UserError: the folder is missing; for a built-in data set the message says how to get it.
+        UserError: the folder is missing. For a built-in data set, the message says how to download it.
     """
     if _is_local(source.path) and not os.path.exists(os.path.expanduser(source.path)):
         hint = f"; for {source.name}, {source.download}" if source.download else ""
@@ -179,8 +176,8 @@ def check_tables(section: str, tables: list[dict[str, Any]], dataset_path: str |
     key = f"{section}.source"
     if tables and dataset_path is not None:
         raise ConfigError(
-            f"{said(f'{section}.dataset_path', dataset_path)}: the [[{key}]] tables say where the data lie, so it "
-            "must not be set."
+            f"{said(f'{section}.dataset_path', dataset_path)}: the [[{key}]] tables say where the data are, so "
+            "it must not be set."
         )
     for number, table in enumerate(tables, start=1):
         where = f"[[{key}]] {number}"
@@ -192,24 +189,24 @@ def check_tables(section: str, tables: list[dict[str, Any]], dataset_path: str |
         if table.get("min_seconds", 0) > table.get("max_seconds", math.inf):
             raise ConfigError(
                 f"{where}: {said('min_seconds', table['min_seconds'])}: it is above max_seconds = "
-                f"{table['max_seconds']}, so nothing would be left."
+                f"{table['max_seconds']}, so no recording would be left."
             )
         for name in ("name", "path", "audio", "text", "id"):
             if not table.get(name, "x").strip():
-                raise ConfigError(f"{where}: {said(name, table[name])}: it must be not empty.")
+                raise ConfigError(f"{where}: {said(name, table[name])}: it must not be empty.")
         if "name" not in table and "path" not in table:
-            raise ConfigError(f"{where}: path must say where the data lie.")
+            raise ConfigError(f"{where}: path must say where the data are.")
     weighted = sum("weight" in table for table in tables)
     if 0 < weighted < len(tables):
         missing = next(number for number, table in enumerate(tables, start=1) if "weight" not in table)
-        raise ConfigError(f"[[{key}]] {missing}: weight is missing; either all tables have one or none.")
+        raise ConfigError(f"[[{key}]] {missing}: weight is missing; either all tables have a weight or none.")
 
 
 def check_places(section: str, part: Training | Validation) -> None:
-    """What the source tables of a section name must be there.
+    """Check that the paths in the source tables of a section exist, or are hub names.
 
     Raises:
-        ConfigError: something is not.
+        ConfigError: a path is neither.
     """
     if not part.source:
         return
@@ -219,8 +216,8 @@ def check_places(section: str, part: Training | Validation) -> None:
             check_place(source)
         elif not os.path.exists(os.path.expanduser(source.path)) and not HUB_NAME.fullmatch(source.path):
             raise ConfigError(
-                f"[[{section}.source]] {number}: {said('path', source.path)}: this is neither a data set's folder or "
-                "file that exists nor a hub name (owner/name)."
+                f"[[{section}.source]] {number}: {said('path', source.path)}: this is neither an existing folder or "
+                "file nor a hub name (owner/name)."
             )
 
 
@@ -230,23 +227,23 @@ def check_places(section: str, part: Training | Validation) -> None:
 
 
 def lhotse_name(name: str) -> str | None:
-    """What a file of this name holds if it is a manifest of lhotse's: cuts, recordings or supervisions."""
+    """The kind of a lhotse manifest by its file name: cuts, recordings or supervisions; None for other files."""
     found = _LHOTSE.fullmatch(name)
     return found[1] if found else None
 
 
 def kind_of(path: str, alone: bool = False) -> str | None:
-    """The format of a file by its name; None if it is no data.
+    """The format of a file by its name; None if it holds no data.
 
     Args:
-        alone: the file itself was named, so any table is a manifest. In a folder only ``metadata.*`` is.
+        alone: the path of the source is this file, so any table is a manifest. In a folder only ``metadata.*`` is.
     """
     name = path.rsplit("/", 1)[-1].lower()
     extension = name.rsplit(".", 1)[-1] if "." in name else ""
     if extension == "parquet":
         return "parquet"
     if extension == "arrow":
-        # Files named cache-* are intermediate results of the datasets library.
+        # cache-* are intermediate files of the datasets library.
         return "codes" if name.startswith("codes-") else None if name.startswith("cache-") and not alone else "arrow"
     if extension == "tar":
         return "webdataset"
@@ -260,19 +257,19 @@ def kind_of(path: str, alone: bool = False) -> str | None:
 
 
 def find_files(source: Source) -> list[str]:
-    """Sorted paths (local, or ``hf://`` for a hub id) of a data set's files, all of one format.
+    """Sorted paths (local, or ``hf://`` for a hub name) of a data set's files, all of one format.
 
-    Of a folder without patterns (``files``), those of split ``train`` are taken if the names tell splits, else all.
+    Without patterns (``files``), only files of split ``train`` are used if the names contain splits.
 
     Raises:
-        UserError: no such folder or repository, no file in it that fits, or files of several formats.
+        UserError: no such folder or repository, no matching file, or files of several formats.
     """
     folder = Path(source.path).expanduser()
     if folder.is_file():
         return [_single_file(source, str(folder))]
     if folder.is_dir():
         found, prefix = _walk(str(folder)), f"{folder}/"
-        # The folder may be one inside of the layout: librispeech_asr/clean, or librispeech_asr/clean/test.
+        # The folder may be an inner one of the layout: librispeech_asr/clean, or librispeech_asr/clean/test.
         inside = f"{folder.resolve().parent.name}/{folder.resolve().name}/"
     elif _is_local(source.path):
         check_place(source)
@@ -285,19 +282,19 @@ def find_files(source: Source) -> list[str]:
 def _single_file(source: Source, path: str) -> str:
     kind = source.format if source.format != "auto" else kind_of(path, alone=True)
     if kind in (None, "lhotse") and lhotse_name(path.rsplit("/", 1)[-1]) == "supervisions":
-        raise UserError(f"{path}: these are supervisions; give the recordings beside them, or the folder.")
+        raise UserError(f"{path}: these are supervisions; give the file of recordings beside it, or the folder.")
     if path.lower().endswith(COMPRESSED) and kind != "lhotse":
-        raise UserError(f"{path}: compressed files are not read; unpack it and give the folder.")
+        raise UserError(f"{path}: compressed files are not read; unpack the file and give the folder.")
     if kind is None:
         raise UserError(
-            f"{path}: this is no kind of file that data are read from (.parquet, .arrow, .tar, .jsonl, .json, .csv, "
-            ".tsv, wav.scp, or audio)."
+            f"{path}: this kind of file is not read (only .parquet, .arrow, .tar, .jsonl, .json, .csv, .tsv, wav.scp "
+            "and audio files are)."
         )
     return path
 
 
 def _walk(folder: str) -> list[str]:
-    """Paths of all files below a folder, relative to it. Links to folders are followed, but for ones that lead back."""
+    """Paths of all files below a folder, relative to it. It follows links to folders, except links back up."""
     found = []
     for top, folders, names in os.walk(folder, followlinks=True):
         here = os.path.realpath(top) + os.sep
@@ -309,14 +306,14 @@ def _walk(folder: str) -> list[str]:
 
 
 def _find_on_hub(repository: str, revision: str | None) -> tuple[list[str], str]:
-    """Paths of all files of a repository, relative to it, and what to put before them."""
+    """Paths of all files of a repository, relative to it, and the prefix of their full paths."""
     from huggingface_hub import HfFileSystem
     from huggingface_hub.errors import HfHubHTTPError
 
     root = f"datasets/{repository}" + (f"@{quote(revision, safe='')}" if revision else "")
     try:
         listed: Iterable[str] = retried(repository, lambda: HfFileSystem().find(root))  # type: ignore[assignment]
-        # A revision may come back quoted otherwise than it was asked for.
+        # The hub may quote the revision in another way.
         return [re.sub(rf"datasets/{re.escape(repository)}(@[^/]*)?/", "", path, count=1) for path in listed], (
             f"hf://{root}/"
         )
@@ -327,7 +324,7 @@ def _find_on_hub(repository: str, revision: str | None) -> tuple[list[str], str]
 
 
 def _select(source: Source, found: Iterable[str], inside: str) -> list[str]:
-    """Those of the ``found`` paths that are the source's data, sorted; ``inside`` as in :func:`_fitting`."""
+    """The sorted paths of the source's data among ``found``; ``inside`` as in :func:`_fitting`."""
     ruled_out = set(source.exclude)
     fits = _fitting(source.files, inside)
     any_table = source.format == "manifest" or any(file.endswith(tuple(MANIFEST_EXTENSIONS)) for file in source.files)
@@ -344,39 +341,39 @@ def _select(source: Source, found: Iterable[str], inside: str) -> list[str]:
             compressed.append(path)
     if source.format != "auto":
         by_kind = {kind: paths for kind, paths in by_kind.items() if kind == source.format}
-    elif by_kind.keys() & {"manifest", "kaldi", "lhotse"}:  # they name the recordings beside them
+    elif by_kind.keys() & {"manifest", "kaldi", "lhotse"}:  # they list the recordings beside them
         by_kind.pop("audio", None)
     cuts = [path for path in by_kind.get("lhotse", []) if lhotse_name(path.rsplit("/", 1)[-1]) == "cuts"]
     if cuts and not (source.files and source.format == "lhotse"):
-        by_kind["lhotse"] = cuts  # they are made of the recordings beside them
+        by_kind["lhotse"] = cuts  # cuts refer to the recordings beside them
     by_kind = {kind: _of_split(source, paths, kind, inside) for kind, paths in by_kind.items()}
     by_kind = {kind: paths for kind, paths in by_kind.items() if paths}
     if len(by_kind) > 1:
         what = " and ".join(WHAT_THEY_ARE[kind] for kind in sorted(by_kind))
         choices = " or ".join(f'"{kind}"' for kind in sorted(by_kind))
-        raise UserError(f"{source.path}: {what} lie there; say which are meant with format = {choices}.")
+        raise UserError(f"{source.path}: {what} are there; choose one kind with format = {choices}.")
     if by_kind:
         return sorted(next(iter(by_kind.values())))
     if compressed:
-        raise UserError(f"{source.path}: {min(compressed)} is compressed and not read as it is; unpack it first.")
+        raise UserError(f"{source.path}: {min(compressed)} is compressed; unpack it first.")
     limits = "".join(
         f" of {key} {value!r}" for key, value in (("subset", source.subset), ("split", source.split)) if value
     )
     if source.files:
         raise UserError(
-            f"{source.path}: no file{limits} fits {' or '.join(source.files)} there (data of another layout are "
-            "described in a [[training.source]] table)."
+            f"{source.path}: no file{limits} there matches {' or '.join(source.files)} (describe data of another "
+            "layout in a [[training.source]] table)."
         )
     anything = "parquet or Arrow files, tars, manifests (metadata.jsonl, wav.scp, cuts.jsonl) or audio files"
     what = WHAT_THEY_ARE.get(source.format, anything)
-    raise UserError(f"{source.path}: no {what}{limits} lie there.")
+    raise UserError(f"{source.path}: there are no {what}{limits}.")
 
 
 def _fitting(patterns: tuple[str, ...], inside: str) -> Callable[[str], bool]:
-    """A test whether a path, relative to a root that itself lies ``inside`` (``parent/name/``), fits a pattern."""
+    """A test whether a path, relative to a root ``inside`` (``parent/name/``), matches one of the patterns."""
     if not patterns:
         return lambda path: True
-    # "**/" is any number of folders, "*" any name or part of one.
+    # "**/" matches any number of folders, "*" a name or a part of it.
     parts = [re.escape(p).replace(r"\*\*/", "(?:.*/)?").replace(r"\*", "[^/]*") for p in patterns]
     fits = re.compile("|".join(f"(?:{part})" for part in parts)).fullmatch
     parent, name, _ = inside.split("/") if inside else ("", "", "")
@@ -385,8 +382,8 @@ def _fitting(patterns: tuple[str, ...], inside: str) -> Callable[[str], bool]:
 
 
 def _of_split(source: Source, paths: list[str], kind: str, inside: str) -> list[str]:
-    """Those of the paths (all of one kind) that are of the source's subset and split."""
-    # A recording is not of a split by its own name: it may be called test.wav.
+    """The paths (all of one kind) of the source's subset and split."""
+    # The name of a recording says nothing about its split: it may be called test.wav.
     by_name = kind != "audio"
     if source.subset:
         paths = _named(paths, source.subset, by_name, inside)
@@ -402,8 +399,8 @@ def _of_split(source: Source, paths: list[str], kind: str, inside: str) -> list[
     names = sorted(set().union(*told.values()))
     if names:
         raise UserError(
-            f"{source.path}: only files of split {' and '.join(names)} lie there, none of train; "
-            f'say which is meant with split = "{names[0]}".'
+            f"{source.path}: there are only files of split {' and '.join(names)}, none of train; "
+            f'choose one with split = "{names[0]}".'
         )
     return paths
 
@@ -413,7 +410,7 @@ def _first_word(name: str) -> str:
 
 
 def _splits(path: str, by_name: bool) -> set[str]:
-    """Names of splits that a path tells: by its folders, and by the name of the file if that counts."""
+    """Names of splits in the folders of a path, and with ``by_name`` in the name of its file."""
     *folders, name = path.split("/")
     words = {_first_word(folder) for folder in folders}
     if by_name:
@@ -422,9 +419,9 @@ def _splits(path: str, by_name: bool) -> set[str]:
 
 
 def _named(paths: list[str], name: str, by_name: bool, inside: str) -> list[str]:
-    """Paths with a folder of that name (or one that begins with it), or a file whose name says it.
+    """Paths with a folder whose name begins with ``name``, or with a file whose name contains it.
 
-    If the root already is such a folder, the names below it need not say it again.
+    If the root already is such a folder, all paths count.
     """
     word = re.compile(rf"(?:^|[-._]){re.escape(name)}(?:[-._]|$)")
     starts = re.compile(rf"{re.escape(name)}(?:[-._]|$)")

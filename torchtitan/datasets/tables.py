@@ -12,19 +12,19 @@ from torchtitan.datasets.rows import DURATIONS, Block, Found, Reader, Row, text_
 from torchtitan.tools.errors import first_line
 from torchtitan.tools.retries import retried
 
-# Rows of a table that are read at one go, at most.
+# Maximum number of rows in a block.
 BLOCK_ROWS = 128
-# Rows decoded from parquet at a time: with files.READ_BYTES, what one reader holds in memory.
+# Rows decoded from parquet at a time. They and files.READ_BYTES limit the memory of a reader.
 BATCH_ROWS = 16
 
 
 def groups_of(rows: int, offset: int) -> list[Block]:
-    """A group of many rows in blocks of at most :data:`BLOCK_ROWS`."""
+    """The rows of a group, divided into blocks of at most :data:`BLOCK_ROWS`."""
     return [(min(BLOCK_ROWS, rows - start), offset) for start in range(0, rows, BLOCK_ROWS)]
 
 
 def audio_fields(kind: Any) -> list[str]:
-    """The fields of a pyarrow struct type that hold audio, {bytes, path} or {array, sampling_rate}; [] if none do."""
+    """The audio fields of a pyarrow struct type: {bytes, path} or {array, sampling_rate}; [] if it has none."""
     import pyarrow
 
     if isinstance(kind, pyarrow.BaseExtensionType):
@@ -40,7 +40,7 @@ def audio_fields(kind: Any) -> list[str]:
 
 
 def cell_value(scalar: Any) -> Any:
-    """A cell as Python has it, but the samples of decoded audio as an array."""
+    """A cell as a Python value. The samples of decoded audio are an array."""
     import pyarrow
 
     if isinstance(scalar, pyarrow.StructScalar) and scalar.is_valid and "array" in scalar:
@@ -51,10 +51,10 @@ def cell_value(scalar: Any) -> Any:
 
 
 class Table(Reader):
-    """What parquet and Arrow have in common: columns."""
+    """What parquet and Arrow have in common."""
 
     def _columns(self, schema: Any) -> list[str]:
-        """Names of the columns to read. Raises Damage if the recordings are not among them."""
+        """Names of the columns to read. Raises Damage if there is no column with recordings."""
         import pyarrow
 
         source = self.source
@@ -71,7 +71,7 @@ class Table(Reader):
             kind = kind.value_type
         plain = any(f(kind) for f in (types.is_binary, types.is_large_binary, types.is_string, types.is_large_string))
         if not parts or not (types.is_struct(kind) or plain):
-            raise Damage(f"column {source.audio!r} holds neither recordings nor paths, but {kind}")
+            raise Damage(f"column {source.audio!r} holds {kind}, which is neither audio nor a path")
         durations = [source.duration] if source.duration else DURATIONS
         others = dict.fromkeys(name for name in (source.id, source.text, *durations) if name in schema.names)
         return [*(source.audio + part for part in parts), *(name for name in others if name != source.audio)]
@@ -88,7 +88,7 @@ class Table(Reader):
 
 
 class Parquet(Table):
-    """Parquet: a group is a row group, read in small batches from its start."""
+    """Parquet. A group is a row group, which is read in small batches from its start."""
 
     def __init__(self, source: Source, retries: int):
         super().__init__(source, retries)
@@ -96,7 +96,7 @@ class Parquet(Table):
         self._lock = threading.Lock()
 
     def _footer(self, path: str, file: File) -> Any:
-        """The metadata of a file; those of the latest few are kept, as they are needed for every block."""
+        """The metadata of a file. Those of the latest few files are cached, because every block needs them."""
         import pyarrow.parquet
 
         with self._lock:
@@ -124,7 +124,7 @@ class Parquet(Table):
 
         with File(path, self.retries) as file:
             footer = self._footer(path, file)
-            # Buffered reads keep a column of gigabytes from being read whole.
+            # Without a buffer, pyarrow would read a column of gigabytes at once.
             size = files.HUB_READ_BYTES if path.startswith("hf://") else files.READ_BYTES
             table = pyarrow.parquet.ParquetFile(file, metadata=footer, buffer_size=size, pre_buffer=False)
             columns = self._columns(table.schema_arrow)
@@ -143,7 +143,7 @@ class Parquet(Table):
 
 
 class Arrow(Table):
-    """Arrow IPC, as a stream or as a file: a group is a record batch, mapped into memory where that is possible."""
+    """Arrow's IPC stream or file format. A group is a record batch; local files are mapped into memory."""
 
     audio_needed = True
 
@@ -188,7 +188,7 @@ class Arrow(Table):
             yield number, self._row(path, first + number, values)
 
     def batches(self, path: str, offset: int, wanted: Sequence[int]) -> Iterator[tuple[int, Any]]:
-        """(number, record batch that it is a row of) for each wanted row of the group."""
+        """(number, record batch) for each wanted row of the group."""
         import pyarrow
 
         with File(path, self.retries) as file:
@@ -209,15 +209,15 @@ _RECORD_BATCH = 3  # MessageHeader.RecordBatch of Arrow's format
 
 
 def _stream_start(file: File) -> int:
-    """Where the messages begin: an IPC file is a stream between a magic number and a footer."""
+    """Where the messages begin. An IPC file is an IPC stream between a magic number and a footer."""
     file.seek(0)
     return 8 if file.read(6) == b"ARROW1" else 0
 
 
 def _message(file: File) -> tuple[bytes, int]:
-    """(metadata with its length before it, size of the body) of the next message; (b"", 0) at the end of the stream.
+    """(metadata with its length before it, size of the body) of the next message; (b"", 0) after the last one.
 
-    Only the metadata is read, and the file is left at the body.
+    The file is then at the start of the body.
     """
     prefix = file.read(8)
     if len(prefix) < 8:
@@ -225,12 +225,12 @@ def _message(file: File) -> tuple[bytes, int]:
             raise Damage("the file is cut off")
         return b"", 0
     if prefix[:4] != b"\xff\xff\xff\xff":
-        raise Damage("this is no Arrow data")
+        raise Damage("this is not Arrow data")
     length = int.from_bytes(prefix[4:], "little", signed=True)
     if length == 0:
         return b"", 0
     if not 0 < length <= 1 << 28:
-        raise Damage("this is no Arrow data")
+        raise Damage("this is not Arrow data")
     head = file.read(length)
     if len(head) < length:
         raise Damage("the file is cut off")
@@ -242,7 +242,7 @@ def _root(head: bytes) -> int:
 
 
 def _describe(message: bytes) -> tuple[int, int]:
-    """(kind of header, number of rows if it is a record batch) of a message's metadata (a flatbuffer)."""
+    """(kind of header, number of rows of a record batch) from a message's metadata (a flatbuffer)."""
     head = message[8:]
     table = _root(head)
     kind = _field(head, table, 1, 1)
@@ -253,7 +253,7 @@ def _describe(message: bytes) -> tuple[int, int]:
 
 
 def _place(head: bytes, table: int, number: int) -> int:
-    """Position of a field in a flatbuffer's table; 0 if it is left out."""
+    """Position of a field in a flatbuffer's table; 0 if the field is missing."""
     vtable = table - int.from_bytes(head[table : table + 4], "little", signed=True)
     if 4 + 2 * number >= int.from_bytes(head[vtable : vtable + 2], "little"):
         return 0
@@ -262,12 +262,12 @@ def _place(head: bytes, table: int, number: int) -> int:
 
 
 def _field(head: bytes, table: int, number: int, size: int) -> int:
-    """A whole number of ``size`` bytes in a flatbuffer's table; 0 if it is left out."""
+    """An integer of ``size`` bytes in a flatbuffer's table; 0 if the field is missing."""
     at = _place(head, table, number)
     return int.from_bytes(head[at : at + size], "little", signed=size > 1) if at else 0
 
 
 class CodeShards(Arrow):
-    """Shards of codes are indexed like Arrow; their rows are read elsewhere."""
+    """Indexes shards of codes like Arrow files. shards.py reads their rows."""
 
     audio_needed = False

@@ -11,12 +11,12 @@ from torchtitan.datasets.rows import Block, Found, Reader, Row, text_of
 from torchtitan.datasets.sources import AUDIO_EXTENSIONS
 from torchtitan.tools.errors import first_line
 
-# Samples of a tar in one block: as many recordings as one seek is worth.
+# Rows of a tar in one block.
 TAR_BLOCK = 64
 
 
 class Tar(Reader):
-    """Tars as WebDataset writes them: consecutive members with the same key are a sample."""
+    """Tars as WebDataset writes them: consecutive members with the same key form a row."""
 
     def index(self, path: str) -> tuple[list[Block], str | None]:
         starts: list[int] = []
@@ -24,10 +24,10 @@ class Tar(Reader):
         names: set[str] = set()
         with File(path, self.retries) as file:
             try:
-                for sample in self._samples(file, 0):
-                    names.update(sample.members)
-                    if sample.recording:
-                        starts.append(sample.start)
+                for tar_row in self._tar_rows(file, 0):
+                    names.update(tar_row.members)
+                    if tar_row.recording:
+                        starts.append(tar_row.start)
             except (Damage, tarfile.TarError) as error:
                 rest = f"the rest is missing: {first_line(error)}"
         if not starts and rest is None and names:
@@ -42,25 +42,25 @@ class Tar(Reader):
         with File(path, self.retries) as file:
             remaining = iter(wanted)
             number = next(remaining)
-            samples = (sample for sample in self._samples(file, offset) if sample.recording)
-            for position, sample in enumerate(samples):
+            tar_rows = (tar_row for tar_row in self._tar_rows(file, offset) if tar_row.recording)
+            for position, tar_row in enumerate(tar_rows):
                 if position == number:
-                    yield number, self._row(path, first + number, sample, file)
+                    yield number, self._row(path, first + number, tar_row, file)
                     if (number := next(remaining, -1)) < 0:
                         return
 
     @property
     def _named(self) -> bool:
-        """Whether the source says which extension recordings have."""
+        """Whether the source names the file extension of recordings."""
         return self.source.audio != "audio"
 
-    def _samples(self, file: File, offset: int) -> Iterator["_Sample"]:
-        """Samples from a header's position on. Raises Damage or TarError where the tar is damaged."""
+    def _tar_rows(self, file: File, offset: int) -> Iterator["_TarRow"]:
+        """Rows from the header at ``offset`` on. Raises Damage or TarError where the tar is damaged."""
         size = file.size()
         file.seek(offset)
-        sample: _Sample | None = None
+        tar_row: _TarRow | None = None
         damage: Exception | None = None
-        # The first member may be damaged, which opening already shows.
+        # Opening the tar already reads the first member, which may be damaged.
         try:
             with tarfile.open(fileobj=file, mode="r:") as tar:  # type: ignore[call-overload]
                 while (member := tar.next()) is not None:
@@ -72,25 +72,25 @@ class Tar(Reader):
                         continue
                     stem, _, extension = base.partition(".")
                     key = f"{folder}/{stem}" if folder else stem
-                    if sample is None or sample.key != key:
-                        if sample is not None:
-                            yield sample
-                        sample = _Sample(key, member.offset, self.source.audio if self._named else None)
-                    sample.members.setdefault(extension.lower(), (member.offset_data, member.size))
+                    if tar_row is None or tar_row.key != key:
+                        if tar_row is not None:
+                            yield tar_row
+                        tar_row = _TarRow(key, member.offset, self.source.audio if self._named else None)
+                    tar_row.members.setdefault(extension.lower(), (member.offset_data, member.size))
                 end = tar.offset
             file.seek(end)
             if any(file.read(512)):
                 raise Damage(f"the header at byte {end:,} is damaged")
         except (Damage, tarfile.TarError) as error:
             damage = error
-        if sample is not None:
-            yield sample
+        if tar_row is not None:
+            yield tar_row
         if damage is not None:
             raise damage
 
-    def _row(self, path: str, number: int, sample: "_Sample", file: File) -> Row:
+    def _row(self, path: str, number: int, tar_row: "_TarRow", file: File) -> Row:
         def contents(extension: str) -> bytes:
-            at, size = sample.members[extension]
+            at, size = tar_row.members[extension]
             back = file.tell()
             file.seek(at)
             data = file.read(size)
@@ -100,27 +100,27 @@ class Tar(Reader):
             return data
 
         values: dict[str, Any] = {}
-        if "json" in sample.members:
+        if "json" in tar_row.members:
             with suppress(ValueError, RecursionError):
                 read = json.loads(contents("json"))
                 values = read if isinstance(read, dict) else {}
         text = text_of(values.get(self.source.text))
         for extension in (self.source.text, "txt"):
-            if extension in sample.members and extension != "json":
+            if extension in tar_row.members and extension != "json":
                 text = contents(extension).decode("utf-8", "replace").strip()
                 break
-        name = values.get(self.source.id) or sample.key.rsplit("/", 1)[-1]
+        name = values.get(self.source.id) or tar_row.key.rsplit("/", 1)[-1]
         return Row(
             self._key(path, number, name),
-            contents(sample.recording or ""),
+            contents(tar_row.recording or ""),
             text,
             self._seconds(values),
             source=self.source,
         )
 
 
-class _Sample:
-    """Members of a tar with the same key: extension to (offset, size) of the contents."""
+class _TarRow:
+    """Consecutive members with the same key. ``members`` has (offset, size) of the contents by extension."""
 
     def __init__(self, key: str, start: int, audio: str | None):
         self.key, self.start, self.audio = key, start, audio
@@ -128,7 +128,7 @@ class _Sample:
 
     @property
     def recording(self) -> str | None:
-        """The extension of the member with the audio."""
+        """The extension of the audio member; None without one."""
         if self.audio is not None:
             return self.audio.lower() if self.audio.lower() in self.members else None
         return next((e for e in self.members if e.rsplit(".", 1)[-1] in AUDIO_EXTENSIONS), None)

@@ -1,13 +1,13 @@
-"""Judging a speech language model on pairs of clips: of a sound and a spoilt one, which does it find likelier?
+"""Evaluate a speech language model on pairs of clips: is the correct clip more likely than the spoilt one?
 
-The way of the data, a module a step:
+The data flow through these modules:
 
     data        pairs of audio files from a hub id or a local folder
     scoring     ids to the negative log-likelihood of every target
-    metrics     these, through a benchmark's rule, to accuracies
+    metrics     negative log-likelihoods to accuracies, by the rule of a benchmark
     results     accuracy.json, results.json and samples.parquet
-    benchmark   SALMon, sLM21 and StoryCloze, and the run of one from start to end
+    benchmark   a run of SALMon, sLM21 or StoryCloze from start to end
 
-The samples table, a row a clip, stands between scoring and metrics: every figure is computed from it, so that what was
-written once can be judged again without the model.
+The samples table, with a row per clip, is between scoring and metrics. All figures are computed from it, so it can be
+evaluated again by another rule without the model.
 """

@@ -1,7 +1,7 @@
-"""The run of a benchmark, from audio files to results.
+"""Run a benchmark, from audio files to results.
 
-The scripts under eval/ are command lines over :func:`command`; :func:`score_task` and torchtitan.eval.metrics do the
-work and can be called on their own.
+The scripts in eval/ are command lines over :func:`command`. :func:`score_task` and torchtitan.eval.metrics do the work,
+and can be called on their own.
 """
 
 import itertools
@@ -51,7 +51,7 @@ from torchtitan.eval.suites import Benchmark
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.memory import tune_malloc
 
-# Clips decoded before the codec is called: bounds the memory and lets it batch clips of similar length.
+# Clips per call of the codec: it limits the memory, and lets the codec batch clips of similar length.
 _CLIPS_PER_ENCODE = 64
 
 
@@ -60,47 +60,47 @@ class Options:
     """The command line of an evaluation."""
 
     dataset: str
-    """Hub id, or a local folder of that layout: the parent of the tasks' folders, or one task's own."""
+    """Hub name, or a local folder of the same layout: the parent of the tasks' folders, or the folder of one task."""
     model_name: str = "llm-jp/Llama-Mimi-1.3B"
     """Hub name or folder of a model in Hugging Face format, or a training checkpoint."""
     audio_tokenizer: str | None = None
-    """Hub name or folder of the Mimi codec; the one that the model names by default."""
+    """Hub name or folder of the Mimi codec. Default: the codec that the model names."""
     output_dir: str = "results"
-    """Results go to <output_dir>/<benchmark>/<model_name>/."""
+    """Results are written to <output_dir>/<benchmark>/<model_name>/."""
     limit: int | None = None
-    """Evaluate only this many pairs of each task, from its start."""
+    """Evaluate only the first pairs of each task, up to this number."""
     batch_size: int = 16
     """Clips in one forward pass of the model."""
     max_seconds: float = 20.0
-    """Clips are cut at this length."""
+    """Clips are cut to this many seconds."""
     splits: list[str] = field(default_factory=lambda: ["train"])
-    """Splits of the data sets. Tasks of others than train are called after them: sWUGGY_dev, sWUGGY_test."""
+    """Splits of the data sets. Other splits than train become part of the task names: sWUGGY_dev, sWUGGY_test."""
     dataset_revision: str | None = None
-    """Commit, branch or tag of the hub's data sets; the newest by default. Which one it was is written down."""
+    """Commit, branch or tag of the data sets on the hub. Default: the newest. results.json has the commit."""
     model_revision: str | None = None
-    """Commit, branch or tag of the hub's model; the newest by default. Which one it was is written down."""
+    """Commit, branch or tag of the model on the hub. Default: the newest. results.json has the commit."""
     resampler: str | None = None
-    """How recordings become 24 kHz: torchaudio, soxr_hq or ffmpeg. Default: as the model's config.json says, else
-    torchaudio."""
+    """Method that resamples recordings to 24 kHz: torchaudio, soxr_hq or ffmpeg. Default: the one in the model's
+    config.json, else torchaudio."""
     targets: str | None = None
-    """Targets that count: all, semantic, acoustic, or q0, q1, ... for one quantizer; the benchmark's own by default."""
+    """Scored tokens: all, semantic, acoustic, or q0, q1, ... for one quantizer. Default: those of the benchmark."""
     reduction: Literal["mean", "sum"] = "mean"
-    """A clip's score is the mean or the sum of their negative log-likelihoods."""
+    """Whether a clip's score is the mean or the sum of the negative log-likelihoods of these tokens."""
     audio_end: bool = True
-    """Whether the end of the clip, </audio>, counts too."""
+    """Also score the end of the clip, </audio>."""
     ties: Literal["half", "wrong"] = "half"
-    """What equal scores count: half a point, or none as in the original evaluation."""
+    """What a pair with equal scores counts: half a point, or nothing, as in the original evaluation."""
     windows_ms: list[float] = field(default_factory=lambda: [500.0, 1000.0, 2000.0])
-    """Localized likelihood: windows that begin where a pair's codes first differ, each reported beside the accuracy."""
+    """Also score these windows alone, which begin where a pair's codes first differ (localized likelihood)."""
     cache_dir: str = ""
-    """Folder in which the codes of clips are kept for the next time (~/.cache/llama-mimi/codes by default), or none."""
+    """Folder in which the codes of clips are cached, or none. Default: ~/.cache/llama-mimi/codes."""
     device: str | None = None
-    """cpu, cuda, cuda:1, mps, ...; the best one there is by default."""
+    """cpu, cuda, cuda:1, mps, ... Default: the best one of this machine."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Precision of the model; bfloat16 on cuda and float32 elsewhere by default. The codec is always float32."""
+    """Precision of the model. Default: bfloat16 on cuda, float32 elsewhere. The codec is always float32."""
 
     def check(self) -> None:
-        """Raise UserError for a value that cannot work."""
+        """Raise UserError for values that are out of range."""
         if not self.splits or len(set(self.splits)) < len(self.splits):
             raise UserError(f"--splits must name each split once, not {', '.join(self.splits) or 'none'}.")
         if self.limit is not None and self.limit < 1:
@@ -116,22 +116,22 @@ class Options:
         choose_device(self.device)
 
     def rule(self, default: Rule) -> Rule:
-        """How clips are scored, with the targets of ``default`` if none are given."""
+        """How clips are scored. ``default`` gives the targets if the options have none."""
         return Rule(self.targets or default.targets, self.audio_end, self.reduction, self.ties)
 
     def localized_rules(self, default: Rule) -> dict[str, Rule]:
-        """The same within each window."""
+        """The same rule within each window."""
         return {f"{ms:g} ms": replace(self.rule(default), window_ms=ms) for ms in self.windows_ms}
 
 
 def command(benchmark: Benchmark, options: Options) -> int:
-    """Run a benchmark and write and print its results.
+    """Run a benchmark; write and print its results.
 
     Returns:
-        the exit code: 0, or 1 if a pair had to be left out (everything is written first).
+        the exit code: 0, or 1 if a pair had to be left out. All results are written in both cases.
 
     Raises:
-        UserError: wrong options, or no data set, model or codec where they were said to be.
+        UserError: wrong options, or the data set, the model or the codec does not exist.
     """
     start, date = time.monotonic(), datetime.now(timezone.utc).isoformat(timespec="seconds")
     tune_malloc()
@@ -164,11 +164,11 @@ def command(benchmark: Benchmark, options: Options) -> int:
     if lm.folder is not None and is_local:
         require_no_other_model(folder, lm.folder)
     make_folder(folder)
-    # What is read here must not have been written by a rank that is faster.
+    # All ranks read both stores before the barrier below, so no rank reads what a faster one has written.
     cache = None if options.cache_dir.lower() == "none" else ArrayStore(_cache_folder(options.cache_dir, lm.codec))
     scores = ArrayStore(folder / f".scores-{_scores_of(lm).hex()[:16]}")
     if ranks > 1:
-        # One that dies is noticed at once; another may be hours behind, if the codes of its share were not kept.
+        # A rank may be hours behind if its codes are not cached. A dead rank is noticed at once anyway.
         dist.init_process_group("gloo", timeout=timedelta(days=7))
         dist.barrier()
 
@@ -189,7 +189,7 @@ def command(benchmark: Benchmark, options: Options) -> int:
     seconds = round(time.monotonic() - start, 1)
     report = {"missing_tasks": missing, "date": date, "seconds": seconds, "ranks": ranks, "settings": settings}
     write_results(folder, samples, results, localized, report)
-    from torchtitan.eval.charts import draw  # brings matplotlib
+    from torchtitan.eval.charts import draw  # imports matplotlib
 
     draw(folder / "accuracy.png", benchmark.name, {lm.name: results})
     shutil.rmtree(scores.folder, ignore_errors=True)
@@ -199,14 +199,14 @@ def command(benchmark: Benchmark, options: Options) -> int:
 
 
 def _cache_folder(name: str, codec: Codec) -> Path:
-    """Where the codes of a codec are kept, with its conventions."""
+    """Cache folder for the codes of this codec with its conventions."""
     base = Path(name).expanduser() if name else default_cache_folder()
     made_by = digest(codec.fingerprint(), codec.padding, codec.window, codec.resampler)
     return base / made_by.hex()[:32]
 
 
 def _scores_of(lm: SpeechLM) -> bytes:
-    """Identifies what scores depend on besides the ids."""
+    """Hash of everything but the ids that scores depend on."""
     files = [] if lm.folder is None else sorted(file for file in lm.folder.rglob("*") if file.is_file())
     weights = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
     return digest(lm.name, lm.revision, weights, str(lm.model.dtype), lm.device.type)
@@ -223,21 +223,21 @@ def score_task(
     scores: ArrayStore | None = None,
     share: tuple[int, int] = (0, 1),
 ) -> list[Clip]:
-    """The clips of a task, two a pair, with their codes and NLLs; an unreadable clip has its ``error`` instead.
+    """The clips of a task, two per pair, with their codes and NLLs. An unreadable clip has an ``error`` instead.
 
     Args:
-        cache: where codes are kept, see :func:`encode_pairs`.
-        scores: where scores are kept until all are there, see torchtitan.eval.scoring.score.
-        share: this rank's number and the number of ranks, which share the work through torch.distributed. All have
-            the same clips in the end.
+        cache: cache of codes, see :func:`encode_pairs`.
+        scores: store of scores of an unfinished evaluation, see torchtitan.eval.scoring.score.
+        share: this rank's number and the number of ranks, which share the work through torch.distributed. All ranks
+            return all clips.
 
     Raises:
-        UserError: the model's context holds no frame, or a batch does not fit into the device's memory.
+        UserError: no frame fits into the model's context, or a batch does not fit into the device's memory.
     """
     from tqdm import tqdm
 
     if lm.stream.max_frames(lm.max_length) < 1:
-        raise UserError(f"{lm.name}: a context of {lm.max_length} ids holds no frame of audio.")
+        raise UserError(f"{lm.name}: a context of {lm.max_length} tokens is too short for a frame of audio.")
     rank, ranks = share
     own = range(rank, min(task.num_pairs, limit or task.num_pairs), ranks)
     shown: dict[str, Any] = {"mininterval": 0.1 if sys.stderr.isatty() else 10.0, "disable": rank > 0, "unit": "clip"}
@@ -263,14 +263,14 @@ def score_task(
         with tqdm(total=len(readable), desc=f"{task.name}: scores", **shown) as bar:
 
             def on_progress(count: int) -> None:
-                bar.update(min(count * ranks, len(readable) - bar.n))  # the others are about as far
+                bar.update(min(count * ranks, len(readable) - bar.n))  # the other ranks are about as far
 
             found = score(lm.model, sequences, batch_size, on_progress, scores, share)
     except torch.OutOfMemoryError:
         raise UserError(
-            f"{task.name}: the device's memory does not hold a batch; use a smaller --batch_size."
+            f"{task.name}: a batch does not fit into the device's memory; use a smaller --batch_size."
         ) from None
-    finally:  # also of what failed or was stopped
+    finally:  # also after an error or Ctrl-C
         for store in (cache, scores):
             if store is not None:
                 store.flush()
@@ -299,19 +299,18 @@ def encode_pairs(
     """Read and encode the clips of a task, without scores.
 
     Args:
-        max_length: ids that the model can take.
-        chosen: only these pairs, by their number; nothing after the last of them is read.
+        max_length: context of the model, in tokens.
+        chosen: numbers of the pairs to encode; None: all. Pairs after the last one are not read.
         on_progress: called with the number of clips done since the last call.
-        cache: holds codes by the bytes of the audio file and the limit in seconds; clips whose codes are there are not
-            even decoded.
+        cache: codes by the bytes of the audio file and the limit in seconds. A clip with cached codes is not decoded.
     """
     max_frames, max_samples = stream.max_frames(max_length), round(max_seconds * SAMPLE_RATE)
     clips: list[Clip] = []
-    # Clips without codes, with their keys in the cache, by what messages call them.
+    # Clips without codes and their keys in the cache, by their names in messages.
     unknown: dict[str, tuple[Clip, bytes | None]] = {}
 
     def finish(clip: Clip, codes: torch.Tensor, num_samples: int) -> None:
-        """Cut the codes [Q, T] of a clip of so many samples at the context."""
+        """Store the codes [Q, T] of a clip, cut to the context. ``num_samples`` is the length of the whole clip."""
         kept = min(num_samples, max_samples)
         clip.cut = (num_samples - kept) / SAMPLE_RATE
         if codes.shape[1] > max_frames:
@@ -320,7 +319,7 @@ def encode_pairs(
         clip.codes = codes[:, :max_frames].to(torch.int16)
 
     def rows() -> Generator[Row | None]:
-        """The audio of each clip, None if it has none or its codes are known."""
+        """A row for each clip; None if it has no audio, or if its codes are cached."""
         for index, row in enumerate(task.pairs(None if chosen is None else max(chosen, default=-1) + 1)):
             if chosen is not None and index not in chosen:
                 continue
@@ -340,7 +339,7 @@ def encode_pairs(
                     if (known := cache.get(key)) is not None:
                         finish(clip, torch.from_numpy(known[0].reshape(-1, stream.num_quantizers).T.copy()), known[1])
                 if audio is None:
-                    clip.error = f"{name}: the row holds no audio."
+                    clip.error = f"{name}: the row has no audio."
                 if clip.error or clip.codes is not None:
                     yield None
                 else:
@@ -381,10 +380,10 @@ def encode_pairs(
 
 
 def _encode(codec: Codec, clips: list[tuple[int, torch.Tensor]]) -> list[torch.Tensor]:
-    """The codes of clips, each given with its pair's number; the sides of a pair are neighbours.
+    """The codes of clips, each given with its pair's number. The two sides of a pair are neighbours.
 
-    On a CPU each thread takes a pair of its own: together they are as fast on one, but wait for each other wherever
-    something else runs on the machine, too.
+    On a CPU each thread encodes its own pair. Several threads on one pair would be as fast on an idle machine, but wait
+    for each other on a busy one.
     """
     if codec.device.type != "cpu":
         return codec.encode([waveform for _, waveform in clips])
@@ -405,7 +404,7 @@ def _encode(codec: Codec, clips: list[tuple[int, torch.Tensor]]) -> list[torch.T
 
 
 def _bytes_of(source: bytes | Path | Samples | None) -> bytes | None:
-    """The bytes of a clip; None if they cannot be read, which is then said where it is decoded."""
+    """The bytes of a clip; None if they cannot be read. The decoder then reports the reason."""
     if source is None or isinstance(source, bytes):
         return source
     if isinstance(source, Samples):

@@ -1,4 +1,4 @@
-"""A bar chart of accuracies with their 95 % intervals and published reference points. Needs matplotlib."""
+"""A bar chart of accuracies with 95 % intervals and published results. It needs matplotlib."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,15 +23,15 @@ SALMON_REFERENCES: dict[str, tuple[float, ...]] = {
     "SpiritLM 7B": (54.5, 69.5, 67.0, 53.5, 55.5, 54.5, 48.0, 51.5),
     "SpiritLM 7B (expressive)": (73.5, 81.0, 85.0, 55.0, 64.0, 55.5, 52.0, 59.5),
 }
-_BESIDE = (0.41, 0.59)  # where the published points of a task are, between its bars and the next ones
-_MAX_NAME = 56  # letters of a model's name, of which the last ones say most
+_BESIDE = (0.41, 0.59)  # range of the published points of a task, between its bars and the next ones
+_MAX_NAME = 56  # maximum length of a model's name in the chart; the end says most
 _MARKERS = ("*", "v", "s", "D", "o", "^")
-# Okabe and Ito's colours, which can be told apart by readers who do not see all colours.
+# Okabe and Ito's colours, which colour-blind readers can distinguish.
 _COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 
 
 def references(benchmark: str) -> tuple[str, dict[str, dict[str, float]]]:
-    """Published accuracies in percent, by system and task, and where they are from; none for most benchmarks."""
+    """Source of published accuracies, and the accuracies in percent by system and task. Most benchmarks have none."""
     if benchmark != SALMON.name:
         return "", {}
     return SALMON_SOURCE, {
@@ -40,10 +40,10 @@ def references(benchmark: str) -> tuple[str, dict[str, dict[str, float]]]:
 
 
 def draw(path: Path, benchmark: str, models: Mapping[str, Mapping[str, TaskResult]]) -> None:
-    """Draw the accuracy of each task, a bar a model, and write it as a PNG.
+    """Draw the accuracy of each task, with a bar per model, and write it as a PNG.
 
     Args:
-        models: results of each task by the model's name.
+        models: results of each task, by the name of the model.
     """
     tasks = list(dict.fromkeys(task for results in models.values() for task in results))
     source, published = references(benchmark)
@@ -64,7 +64,7 @@ def draw(path: Path, benchmark: str, models: Mapping[str, Mapping[str, TaskResul
         color = _COLORS[number % len(_COLORS)]
         label = name if len(name) <= _MAX_NAME else f"…{name[-_MAX_NAME:]}"
         axes.bar(places, heights, 0.92 * width, color=color, label=label)
-        # The dot shows an accuracy of 0, whose bar has no height.
+        # The dot makes an accuracy of 0 visible.
         axes.errorbar(places, heights, (below, above), fmt=".", color="black", capsize=3, linewidth=1)
     for number, (marker, (system, figures)) in enumerate(zip(_MARKERS, published.items(), strict=False)):
         beside = _BESIDE[0] + (_BESIDE[1] - _BESIDE[0]) * number / (len(published) - 1)

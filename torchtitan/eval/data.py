@@ -1,8 +1,8 @@
 """Pairs of clips, from the Hugging Face hub or from a local folder of the same layout.
 
 A benchmark has several tasks. On the hub they are configurations of one data set (``slprl/SALMon``) or data sets of
-one owner (``speed/sWUGGY``); on disk a task is a folder of parquet files named after it, and its parent stands for
-all of them. Audio is ``{bytes, path}``, which stays undecoded until a clip is scored, or ``{array, sampling_rate}``.
+one owner (``speed/sWUGGY``). On disk, a task is a folder of parquet files with its name; the parent folder stands for
+all tasks. Audio is ``{bytes, path}``, which is decoded only when a clip is encoded, or ``{array, sampling_rate}``.
 """
 
 import os
@@ -17,25 +17,25 @@ from torchtitan.tools.errors import UserError, first_line
 from torchtitan.tools.hub import NotOnHub, fetch
 
 _ROWS_PER_READ = 16
-# Names that the files or folders of splits begin with, besides those that --splits asks for.
+# Files or folders of a split begin with its name. These splits are known, besides those of --splits.
 _SPLITS = ("train", "dev", "test", "valid")
 
 
 class DataError(UserError):
-    """A data set that is not there, or not in the layout of the benchmark."""
+    """A data set that does not exist, or is not in the layout of the benchmark."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """One task's pairs, opened and checked but not read.
+    """The pairs of one task. The files are checked, but not read yet.
 
     Attributes:
-        name: ``sWUGGY``, ``bg_alignment``, ..., of another split than train ``sWUGGY_dev``, ``sWUGGY_test``, ...
-        source: the folder or hub id, for messages and records.
-        revision: the hub commit the rows are from; None for a folder, or where it is not known.
+        name: ``sWUGGY``, ``bg_alignment``, ...; for other splits than train ``sWUGGY_dev``, ``sWUGGY_test``, ...
+        source: the folder or hub name, for messages and records.
+        revision: the commit on the hub; None for a folder, or if it is unknown.
         columns: names of the columns with the positive and the negative clip.
         num_pairs: number of rows.
-        folder: where its files lie.
+        folder: folder of the files.
         files: parquet files.
     """
 
@@ -48,7 +48,7 @@ class Task:
     files: list[Path]
 
     def pairs(self, limit: int | None = None) -> Iterator[dict[str, Any]]:
-        """The first ``limit`` rows (None: all) in the data set's order.
+        """The first ``limit`` rows (None: all), in the order of the data set.
 
         Raises:
             DataError: a parquet file cannot be read any further.
@@ -59,7 +59,7 @@ class Task:
             yield row
 
     def audio(self, row: dict[str, Any], column: str) -> bytes | Path | Samples | None:
-        """The audio in a column of a row: bytes, a path, decoded samples, or None where the row has no audio."""
+        """The audio in a column of a row: bytes, a path, decoded samples, or None if there is no audio."""
         found = audio_of(row[column])
         return self.folder / found if isinstance(found, str) else found
 
@@ -75,19 +75,19 @@ def open_tasks(
     """Open a benchmark's tasks.
 
     Args:
-        dataset: a local folder (the parent of the tasks, or one task's own) or a hub id.
+        dataset: a local folder (the parent of the tasks, or the folder of one task) or a hub name.
         names: the benchmark's tasks.
         columns: the columns with the positive and the negative clip.
         as_configurations: on the hub the tasks are configurations of the data set ``dataset``; otherwise they are data
             sets of the owner ``dataset``, or ``dataset`` is one of them (``owner/task``).
-        split: of the hub's data sets; in a local folder files whose names, or folders, begin with it.
-        revision: commit, branch or tag of the hub's data sets; the newest by default.
+        split: split of the data sets. In a local folder, files or folders of a split begin with its name.
+        revision: commit, branch or tag of the data sets on the hub. Default: the newest.
 
     Returns:
-        the tasks that are there, in the order of ``names``, and the names of those that should be and are not.
+        the tasks that exist, in the order of ``names``, and the names of the missing tasks.
 
     Raises:
-        DataError: none of the tasks is there, a column is missing, or the hub cannot be reached.
+        DataError: no task exists, a column is missing, or the hub cannot be reached.
     """
     path = Path(os.path.abspath(Path(dataset).expanduser()))
     if path.is_dir():
@@ -95,26 +95,26 @@ def open_tasks(
             return [_open_folder(path.name, path, columns, split)], []
         there = [name for name in names if _parquet_files(path / name, split)]
         found = [_open_folder(name, path / name, columns, split) for name in there]
-        where = f"the folder {dataset} holds none of the task folders {', '.join(names)} and is none of them itself"
+        where = f"the folder {dataset} has none of the task folders {', '.join(names)} and is none of them itself"
         if not found and (others := _other_splits([path / name for name in ("", *names)])):
             where = f"the files in {dataset} are of other splits (--splits {' '.join(others)})"
     elif path.exists():
-        raise DataError(f"{dataset}: this is a file; name the task's folder, or the folder of the tasks.")
+        raise DataError(f"{dataset}: this is a file; give the folder of the task, or the folder of all tasks.")
     elif dataset.startswith((".", "/", "~")):
         raise DataError(f"{dataset}: there is no such folder.")
     elif as_configurations:
         if dataset.count("/") != 1:
-            raise DataError(f"{dataset}: there is no such folder, and a hub id has the form owner/name.")
+            raise DataError(f"{dataset}: there is no such folder, and a hub name has the form owner/name.")
         found = [task for name in names if (task := _open_hub(name, dataset, name, columns, split, revision))]
-        where = f"{dataset} is no folder, and the hub has no data set of that name with one of {', '.join(names)}"
+        where = f"{dataset} is not a folder, and the hub has no data set of that name with one of {', '.join(names)}"
     else:
         owner, _, name = dataset.partition("/")
         if name and name not in names:
-            raise DataError(f"{dataset}: there is no such folder, and a hub id must end in {' or '.join(names)}.")
+            raise DataError(f"{dataset}: there is no such folder, and a hub name must end in {' or '.join(names)}.")
         names = [name] if name else names
         hub_ids = {name: f"{owner}/{name}" for name in names}
         found = [task for name in names if (task := _open_hub(name, hub_ids[name], None, columns, split, revision))]
-        where = f"{dataset} is no folder, and the hub has none of {', '.join(f'{owner}/{name}' for name in names)}"
+        where = f"{dataset} is not a folder, and the hub has none of {', '.join(f'{owner}/{name}' for name in names)}"
     if not found:
         of_split = "" if split == "train" else f" (split {split})"
         raise DataError(f"There is nothing to evaluate: {where}{of_split}.")
@@ -127,7 +127,7 @@ def _task_name(name: str, split: str) -> str:
 
 
 def task_folders(dataset: str) -> list[str]:
-    """Names of the folders with parquet files in a local folder, or its own name if it is one of them itself."""
+    """Names of the folders with parquet files in a local folder, or its own name if it has such files itself."""
     path = Path(os.path.abspath(Path(dataset).expanduser()))
     if not path.is_dir():
         return []
@@ -137,7 +137,7 @@ def task_folders(dataset: str) -> list[str]:
 
 
 def _parquet_files(folder: Path, split: str = "train") -> list[Path]:
-    """A task folder's parquet files of a split; those that no split's name leads are of train."""
+    """The parquet files of a split in a task folder. Files without the name of a split are of train."""
     files: dict[Path, str] = {}
     for file in sorted(folder.rglob("*.parquet")):
         parts = file.relative_to(folder).parts
@@ -149,12 +149,12 @@ def _parquet_files(folder: Path, split: str = "train") -> list[Path]:
 
 
 def _other_splits(folders: Sequence[Path]) -> list[str]:
-    """Splits other than train that there are files of."""
+    """Splits other than train that have files."""
     return [split for split in _SPLITS[1:] if any(_parquet_files(folder, split) for folder in folders)]
 
 
 def _open_folder(name: str, folder: Path, columns: tuple[str, str], split: str, repository: str | None = None) -> Task:
-    """A task from a folder; ``repository`` is what messages and records call it, if not by its path."""
+    """A task from a folder. ``repository`` is its name in messages and records; None: its path."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -187,7 +187,7 @@ def _parquet_rows(files: list[Path]) -> Iterator[dict[str, Any]]:
 def _open_hub(
     name: str, repository: str, configuration: str | None, columns: tuple[str, str], split: str, revision: str | None
 ) -> Task | None:
-    """A task from the hub, whose parquet files are downloaded; None if the hub has no such data set or task."""
+    """Download a task from the hub; None if the hub has no such data set or task."""
 
     def wanted(files: list[str]) -> list[str]:
         tables = [file for file in files if file.endswith(".parquet")]
@@ -207,12 +207,14 @@ def _open_hub(
 def _require_columns(name: str, where: str, columns: Sequence[str], schema: Any) -> None:
     for column in columns:
         if column not in schema.names:
-            raise DataError(f"{where}: task {name} needs the column {column!r}; there are {', '.join(schema.names)}.")
+            raise DataError(
+                f"{where}: task {name} needs the column {column!r}; the columns are {', '.join(schema.names)}."
+            )
         if not audio_fields(schema.field(column).type):
             kinds = "{bytes, path} or {array, sampling_rate}"
-            raise DataError(f"{where}: column {column!r} of task {name} must hold audio as {kinds}.")
+            raise DataError(f"{where}: column {column!r} of task {name} must contain audio as {kinds}.")
 
 
 def _require_pairs(name: str, where: str, num_pairs: int) -> None:
     if num_pairs == 0:
-        raise DataError(f"{where}: task {name} holds no pairs.")
+        raise DataError(f"{where}: task {name} has no pairs.")

@@ -1,6 +1,6 @@
 """A small benchmark during training: does the model prefer the better clip of a pair, as in SALMon?
 
-The rule and its figures are those of eval/salmon.py; here the model at hand is scored, however it is split.
+The rule and the figures are those of eval/salmon.py. The model that is being trained is scored with its parallelism.
 """
 
 import math
@@ -26,7 +26,7 @@ from torchtitan.tools.logging import logger
 
 
 def find_pairs(config: Evaluation) -> list[Task]:
-    """The tasks of evaluation.dataset_path: those of SALMon, or else all of the folder's.
+    """The tasks of evaluation.dataset_path: those of SALMon, or all folders if none of these is there.
 
     Raises:
         UserError: there are none, or they are not in SALMon's layout.
@@ -39,13 +39,13 @@ def find_pairs(config: Evaluation) -> list[Task]:
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """Shares of pairs in which the better clip has the better score, ties half.
+    """Shares of pairs in which the better clip has the better score. A tie counts half.
 
     Attributes:
         accuracy: mean over the tasks.
-        standard_error: of that mean, from the tasks' own; None where a task has a single pair.
-        by_task: of each task.
-        pairs: how many there were, in all tasks.
+        standard_error: standard error of this mean, from those of the tasks; None if a task has a single pair.
+        by_task: accuracy of each task.
+        pairs: number of pairs in all tasks.
     """
 
     accuracy: float
@@ -58,12 +58,12 @@ class Evaluator:
     """Scores pairs of clips.
 
     Args:
-        tasks: what :func:`find_pairs` found.
-        codec: on the device that is to encode.
-        share: this rank's number among those that see different rows, and how many these are.
-        counts: of the ranks that work on the same rows, this is the one whose scores are taken.
-        group: in which ranks exchange codes and scores, over the CPU.
-        fixed_length: all batches have one shape, as compiled graphs want it.
+        tasks: the tasks from :func:`find_pairs`.
+        codec: the codec, on the device that encodes.
+        share: number of this rank among the ranks that see different rows, and the number of such ranks.
+        counts: whether the scores of this rank are used, among the ranks that work on the same rows.
+        group: process group (on the CPU) in which ranks exchange codes and scores.
+        fixed_length: give all batches the same shape, for compiled graphs.
     """
 
     def __init__(
@@ -82,18 +82,18 @@ class Evaluator:
         self._clips: list[Clip] | None = None
 
     def run(self, losses_of: Losses) -> EvaluationResult:
-        """Score all pairs; called by all ranks, with the same result on all.
+        """Score all pairs. All ranks call it and get the same result.
 
         Args:
-            losses_of: what gives the negative log-likelihood of each target, see ParallelModel.losses.
+            losses_of: gives the negative log-likelihood of each target, see ParallelModel.losses.
 
         Raises:
-            UserError: no pair of a task could be used.
+            UserError: a task has no usable pair.
         """
         if self._clips is None:
             self._clips = self._encode()
         readable = [clip for clip in self._clips if clip.codes is not None]
-        # Equal clips are scored once, so that they tie exactly.
+        # Equal clips are scored once, so that they have exactly equal scores.
         places: dict[bytes, list[Clip]] = {}
         sequences: dict[bytes, torch.Tensor] = {}
         for clip in readable:
@@ -117,7 +117,7 @@ class Evaluator:
         return EvaluationResult(mean, error if math.isfinite(error) else None, accuracies, pairs)
 
     def _encode(self) -> list[Clip]:
-        """The chosen pairs' clips with their codes, the work shared by all ranks."""
+        """The clips of the chosen pairs with their codes. All ranks share the work."""
         rank, world_size = dist.get_rank(), dist.get_world_size()
         own: list[Clip] = []
         for task in self.tasks:
@@ -139,12 +139,12 @@ class Evaluator:
         return clips
 
     def _score(self, sequences: list[torch.Tensor], losses_of: Losses) -> list[torch.Tensor]:
-        """The negative log-likelihoods [L - 1] of each of the sequences [L], which are sorted by length."""
+        """The negative log-likelihoods [L - 1] of each sequence [L]. The sequences are sorted by length."""
         size = self.config.batch_size
         number, degree = self.share
         batches = [range(start, min(start + size, len(sequences))) for start in range(0, len(sequences), size)]
         found: dict[int, torch.Tensor] = {}
-        # All run the model equally often: where one has no batch left it repeats the last one.
+        # All ranks must run the model equally often, so a rank without a batch repeats the last one.
         for first in range(0, len(batches), degree):
             batch = batches[min(first + number, len(batches) - 1)]
             length = self.config.seq_len if self.fixed_length else len(sequences[batch[0]]) - 1

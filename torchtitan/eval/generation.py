@@ -1,8 +1,8 @@
-"""Evaluation of generated speech: continuations of a folder of prompts, and scores of them.
+"""Evaluation of generated speech: continue a folder of prompts, and score the continuations.
 
-Written to ``<output_dir>/generation/<model_name>/``: ``audio/`` with prompt and continuation of each sample,
-``samples.jsonl`` with a line a prompt, ``scores.jsonl`` with a line a score, each as soon as it is there, and at the
-end ``results.json``. The same command goes on where one was interrupted.
+The output is in ``<output_dir>/generation/<model_name>/``: ``audio/`` has prompt and continuation of each sample,
+``samples.jsonl`` has a line per prompt, and ``scores.jsonl`` has a line per score. Each line is written at once, and
+``results.json`` at the end. The same command continues an interrupted run.
 """
 
 import json
@@ -24,8 +24,8 @@ from torchtitan.eval.results import Replacing, make_folder, results_folder
 from torchtitan.eval.scorers import (
     Judge,
     Naturalness,
+    PromptedSpeech,
     Repetition,
-    Sample,
     ScoreError,
     SpeakerSimilarity,
     TextLikelihood,
@@ -46,58 +46,58 @@ class Options:
     """The command line."""
 
     prompts: Path
-    """Folder of audio files to continue; folders in it count too."""
+    """Folder of audio files to continue, with its subfolders."""
     model_name: str = "llm-jp/Llama-Mimi-1.3B"
     """Hub name or folder of a model in Hugging Face format, or a training checkpoint."""
     audio_tokenizer: str | None = None
-    """Hub name or folder of the Mimi codec; the one that the model names by default."""
+    """Hub name or folder of the Mimi codec. Default: the codec that the model names."""
     output_dir: str = "results"
-    """Results go to <output_dir>/generation/<model_name>/."""
+    """Results are written to <output_dir>/generation/<model_name>/."""
     metrics: list[Metric] = field(default_factory=lambda: ["speaker_similarity", "auto_bleu", "perplexity"])
-    """What is computed; nothing with --metrics alone: the continuations are made all the same."""
+    """Scores to compute. --metrics without a value computes none, and only makes the continuations."""
     limit: int | None = None
-    """Only the first prompts, by name."""
+    """Use only the first prompts by name, up to this number."""
     prompt_seconds: float | None = None
-    """Only the beginning of each prompt; all of it by default."""
+    """Use only this many seconds from the start of each prompt. Default: all of it."""
     max_seconds: float | None = None
-    """What prompt and continuation may last together. Default: what fits into 1,024 ids."""
+    """Maximum length of prompt and continuation together, in seconds. Default: what fits into 1,024 tokens."""
     num_samples: int = 1
-    """Continuations of each prompt."""
+    """Number of continuations of each prompt."""
     temperature: float = 0.8
-    """Divides the logits; 0 takes the most likely unit each time."""
+    """Divides the logits. 0 always takes the most likely token."""
     top_k: int | None = 30
-    """Draw from the k most likely units only; None from all."""
+    """Draw only from the k most likely tokens. None: draw from all."""
     top_p: float = 1.0
-    """Draw from the most likely units that together reach this probability."""
+    """Draw only from the most likely tokens that together reach this probability."""
     seed: int = 0
-    """Of the draws."""
+    """Seed of the draws."""
     speaker_model: str = "microsoft/wavlm-base-plus-sv"
-    """speaker_similarity: a speaker verification model of transformers."""
+    """For speaker_similarity: a speaker verification model of transformers."""
     utmos: str = "tarepan/SpeechMOS:v1.2.0"
-    """utmos: repository of torch.hub with utmos22_strong, or a local copy of it."""
+    """For utmos: repository of torch.hub with utmos22_strong, or a local copy of it."""
     recognizer: str = "openai/whisper-large-v3-turbo"
-    """perplexity, auto_bleu, judge: the speech recogniser of transformers that writes the transcripts."""
+    """For perplexity, auto_bleu and judge: the speech recogniser of transformers that writes the transcripts."""
     text_model: str = "openai-community/gpt2-large"
-    """perplexity: the language model of text."""
+    """For perplexity: the language model of text."""
     judge_url: str = "http://localhost:8000/v1"
-    """judge: an OpenAI-compatible endpoint."""
+    """For judge: an OpenAI-compatible endpoint."""
     judge_model: str = ""
-    """judge: the model that it is asked for."""
+    """For judge: name of the model at this endpoint."""
     judge_prompt: str = str(Path(__file__).with_name("judge_prompt.txt"))
-    """judge: file with what it is asked, with {prompt} and {continuation} for the two transcripts."""
+    """For judge: file with the question, with {prompt} and {continuation} in place of the two transcripts."""
     device: str | None = None
-    """cpu, cuda, cuda:1, mps, ...; the best one there is by default."""
+    """cpu, cuda, cuda:1, mps, ... Default: the best one of this machine."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Precision of the model; bfloat16 on cuda and float32 elsewhere by default."""
+    """Precision of the model. Default: bfloat16 on cuda, float32 elsewhere."""
     resampler: str | None = None
-    """How recordings become 24 kHz: torchaudio, soxr_hq or ffmpeg. Default: as the model's config.json says, else
-    torchaudio."""
+    """Method that resamples recordings to 24 kHz: torchaudio, soxr_hq or ffmpeg. Default: the one in the model's
+    config.json, else torchaudio."""
 
     def sampling(self) -> Sampling:
         return Sampling(self.temperature, self.top_k, self.top_p, self.seed)
 
     def check(self) -> None:
-        """Raise UserError for a value that cannot work."""
+        """Raise UserError for values that are out of range."""
         self.sampling()
         choose_device(self.device)
         for name in ("limit", "num_samples"):
@@ -106,20 +106,19 @@ class Options:
         if self.prompt_seconds is not None and not FRAME_SIZE / SAMPLE_RATE <= self.prompt_seconds < float("inf"):
             raise UserError(f"--prompt_seconds must be at least {FRAME_SIZE / SAMPLE_RATE}, not {self.prompt_seconds}.")
         if "judge" in self.metrics and not self.judge_model:
-            raise UserError("--judge_model must say which model the judge's endpoint is asked for.")
+            raise UserError("--judge_model must name the model at the judge's endpoint.")
 
-    # What the continuations depend on, besides the prompts.
+    # The settings that the continuations depend on.
     MADE_BY = (
         *("model_name", "audio_tokenizer", "resampler", "prompt_seconds", "max_seconds", "num_samples"),
         *("temperature", "top_k", "top_p", "seed", "dtype"),
     )
 
     def made_by(self) -> dict[str, Any]:
-        """The settings that make the continuations."""
         return {name: getattr(self, name) for name in self.MADE_BY}
 
     def source_of(self, metric: str) -> str:
-        """The models behind a metric, so that scores of other ones are not taken for these."""
+        """The models behind a metric. Scores of other models are not reused."""
         own = {
             "transcript": self.recognizer,
             "prompt_transcript": self.recognizer,
@@ -132,7 +131,7 @@ class Options:
 
 
 def find_prompts(folder: Path, limit: int | None = None) -> list[Path]:
-    """The audio files in a folder, by name.
+    """The audio files in a folder and its subfolders, by name.
 
     Raises:
         UserError: there is no such folder, or no audio in it.
@@ -147,13 +146,13 @@ def find_prompts(folder: Path, limit: int | None = None) -> list[Path]:
 
 
 class Lines:
-    """A file of JSON lines that grows; a last line that was cut off is dropped."""
+    """A growing file of JSON lines. An incomplete last line is dropped."""
 
     def __init__(self, path: Path):
         self.path = path
         self.entries: list[dict[str, Any]] = []
         if path.is_file():
-            # As bytes: a kill may have cut a letter in two, and a transcript may hold other line ends of Unicode.
+            # As bytes: the file may end in half a character, and transcripts may contain other Unicode line breaks.
             *whole, rest = path.read_bytes().split(b"\n")
             self.entries = [json.loads(line) for line in whole]
             if rest:
@@ -161,7 +160,7 @@ class Lines:
                     partial.write_bytes(b"".join(line + b"\n" for line in whole))
 
     def append(self, entry: dict[str, Any]) -> None:
-        """Add a line, at once."""
+        """Write a line at once."""
         self.entries.append(entry)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry, ensure_ascii=False) + "\n")
@@ -171,10 +170,10 @@ def command(options: Options) -> int:
     """Make the continuations, score them, write and print the results.
 
     Returns:
-        the exit code: 0, or 1 if a prompt could not be used (everything is written first).
+        the exit code: 0, or 1 if a prompt could not be used. All results are written in both cases.
 
     Raises:
-        UserError: wrong options, or something is not where it was said to be, or the folder has other continuations.
+        UserError: wrong options, a missing file or model, or a folder with continuations of other settings.
     """
     start = time.monotonic()
     options.check()
@@ -215,7 +214,7 @@ def _require_same(path: Path, settings: dict[str, Any]) -> None:
 
 
 def generate(prompts: list[Path], names: dict[Path, str], options: Options, samples: Lines, folder: Path) -> None:
-    """Continue the prompts that have no continuations yet; an entry in ``samples`` and a file each."""
+    """Continue the prompts that have no continuations yet. Each one gives an entry in ``samples`` and audio files."""
     from tqdm import tqdm
 
     done = {entry["prompt"] for entry in samples.entries}
@@ -258,14 +257,14 @@ def generate(prompts: list[Path], names: dict[Path, str], options: Options, samp
 
 
 def _cases(entries: Iterable[dict[str, Any]]) -> list[tuple[str, int, dict[str, Any]]]:
-    """(prompt, number, sample) of all samples."""
+    """(prompt, number, entry) of all samples."""
     return [
         (entry["prompt"], number, sample) for entry in entries for number, sample in enumerate(entry.get("samples", []))
     ]
 
 
 def score(metric: str, entries: list[dict[str, Any]], options: Options, folder: Path, scores: Lines) -> None:
-    """Give the samples that have no score yet one, or the reason why they get none; a line in ``scores`` each."""
+    """Score the samples that have no score yet. Each one gives a line in ``scores``, with the score or the reason."""
     from tqdm import tqdm
 
     if metric in TRANSCRIBED:
@@ -295,7 +294,7 @@ def score(metric: str, entries: list[dict[str, Any]], options: Options, folder: 
             before = of_prompts.get((prompt, 0), {})
             if metric == "judge" and "error" in before:
                 raise ScoreError(f"the prompt has no transcript: {before['error']}")
-            given = Sample(prompt_audio, audio[cut:], heard.get("value"), before.get("value"))
+            given = PromptedSpeech(prompt_audio, audio[cut:], heard.get("value"), before.get("value"))
             if isinstance(scorer, Transcriber):
                 entry["value"] = scorer(given.prompt if metric == "prompt_transcript" else given.continuation)
             else:
@@ -322,7 +321,7 @@ def _scorer(metric: str, options: Options, device: torch.device) -> Callable[[An
 
 
 def _found(entries: list[dict[str, Any]], metric: str, options: Options) -> dict[tuple[str, int], dict[str, Any]]:
-    """The scores of a metric by the models at hand; a later line takes the place of an earlier one."""
+    """The scores of a metric by the chosen models. A later line replaces an earlier one."""
     source = options.source_of(metric)
     return {
         (entry["prompt"], entry["sample"]): entry
@@ -332,9 +331,9 @@ def _found(entries: list[dict[str, Any]], metric: str, options: Options) -> dict
 
 
 def summarize(entries: list[dict[str, Any]], scores: list[dict[str, Any]], options: Options) -> dict[str, Any]:
-    """The figures: each metric's mean over the samples that have a score, and how many have none, by reason.
+    """The figures: the mean of each metric over the scored samples, and the samples without a score, by reason.
 
-    The perplexity is :func:`torchtitan.eval.scorers.generative_perplexity`, its standard error by the delta method.
+    The perplexity is :func:`torchtitan.eval.scorers.generative_perplexity`; the delta method gives its standard error.
     """
     cases = _cases(entries)
     metrics: dict[str, Any] = {}

@@ -1,7 +1,7 @@
-"""Accuracies from a samples table: which rule, which pairs count, and how sure the figure is.
+"""Accuracies from a samples table: the scoring rule, the pairs that count, and the standard error.
 
-Nothing here knows a model. The table holds the negative log-likelihood (NLL) of each target of each clip; a
-:class:`Rule` makes one score of them, and a pair is right when the positive clip's score is the lower one.
+This module needs no model. The table has the negative log-likelihood (NLL) of each target of each clip. A
+:class:`Rule` turns them into one score per clip. A pair is right if the positive clip has the lower score.
 """
 
 import json
@@ -25,21 +25,21 @@ Targets = Literal["all", "semantic", "acoustic"]
 
 
 class MetricsError(UserError):
-    """A samples table from which a figure cannot be computed."""
+    """A figure cannot be computed from this samples table."""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """How a clip's NLLs become its score, and what a tie counts. The defaults, but for ties, are the original's.
+    """How a clip's NLLs become its score, and what a tie counts. The defaults are the original's, except for ties.
 
     Attributes:
-        targets: ``all`` (``<audio>`` and every unit), ``semantic`` (the units of quantizer 0), ``acoustic`` (all other
-            units), or ``q0``, ``q1``, ... for the units of one quantizer.
-        audio_end: whether ``</audio>`` counts too.
-        reduction: ``mean`` over these targets, or their ``sum``, with which a longer clip is a worse one.
-        ties: ``half`` a point, or ``wrong`` as the original counts them.
-        window_ms: localized likelihood (arXiv 2601.06329): only targets of the frames of this many milliseconds count,
-            from the first frame on in which the pair's codes differ. ``</audio>`` is the frame after the last one.
+        targets: ``all`` (``<audio>`` and all audio tokens), ``semantic`` (tokens of quantizer 0), ``acoustic`` (tokens
+            of the other quantizers), or ``q0``, ``q1``, ... for the tokens of one quantizer.
+        audio_end: whether ``</audio>`` is also scored.
+        reduction: ``mean`` over these targets, or their ``sum``, which makes longer clips worse.
+        ties: a tie counts ``half`` a point, or as ``wrong``, as in the original.
+        window_ms: localized likelihood (arXiv 2601.06329): score only targets within this many milliseconds from the
+            first frame on in which the pair's codes differ. ``</audio>`` counts as the frame after the last one.
     """
 
     targets: str = "all"
@@ -59,12 +59,12 @@ class Rule:
             raise UserError(f"window_ms must be above 0, not {self.window_ms}.")
 
     def check(self, quantizers: int) -> None:
-        """Raise MetricsError if the rule is about a quantizer that is not there."""
+        """Raise MetricsError if the rule needs a quantizer that does not exist."""
         if self.targets.startswith("q") and int(self.targets[1:]) >= quantizers:
             raise MetricsError(f"targets {self.targets}: there are {quantizers} quantizers, q0 to q{quantizers - 1}.")
 
     def mask(self, ids: torch.Tensor, stream: TokenStream) -> torch.Tensor:
-        """True at the ids that count; same shape as ``ids``, which may be any part of a sample, with or without BOS."""
+        """True at the ids that are scored, in the shape of ``ids``, which may be any part of a sample."""
         quantizers = stream.quantizer_of(ids)
         if self.targets == "all":
             mask = stream.is_unit(ids) | (ids == stream.audio_start_id)
@@ -75,11 +75,11 @@ class Rule:
         return mask | (ids == stream.audio_end_id) if self.audio_end else mask
 
     def frames(self) -> int | None:
-        """The window in frames, at least one; None without a window."""
+        """The length of the window in frames, at least 1; None without a window."""
         return None if self.window_ms is None else max(1, round(self.window_ms / FRAME_MS))
 
     def describe(self) -> dict[str, str]:
-        """The rule in words, for what is saved."""
+        """The rule in words, for results.json."""
         meaning = {"all": "<audio>, all units", "semantic": "units of quantizer 0", "acoustic": "units but quantizer 0"}
         targets = meaning.get(self.targets, f"units of quantizer {self.targets[1:]}")
         ties = {"half": "one half (the original evaluation counts it as wrong)", "wrong": "as wrong"}[self.ties]
@@ -98,16 +98,16 @@ class TaskResult:
     """One task's figures.
 
     Attributes:
-        accuracy: share of right pairs, 0 to 1; None without any pair.
-        standard_error: sample standard deviation of the pairs' points over the root of their number; None below two.
-        interval: Wilson's 95 % interval of the accuracy; None without any pair.
-        pairs: number of pairs in the accuracy.
-        ties: pairs of these with equal scores.
-        identical_pairs: pairs of these whose clips have the same codes; None where the table has no codes.
-        left_out: pairs that are not in the accuracy, each with its ``pair``, ``item`` and ``reason``.
-        cut_clips: clips cut at the time limit.
-        context_cut_clips: clips that lost frames to the model's context.
-        zerospeech: the figures of ZeroSpeech's rules (:func:`zerospeech`); None where the data have no voices.
+        accuracy: share of right pairs, 0 to 1; None if no pair counts.
+        standard_error: standard error of the accuracy; None for fewer than two pairs.
+        interval: Wilson's 95 % interval of the accuracy; None if no pair counts.
+        pairs: number of pairs that count.
+        ties: number of these with equal scores.
+        identical_pairs: number of these whose clips have the same codes; None if the table has no codes.
+        left_out: pairs that do not count, each with its ``pair``, ``item`` and ``reason``.
+        cut_clips: number of clips cut at the time limit.
+        context_cut_clips: number of clips cut at the model's context.
+        zerospeech: the figures by ZeroSpeech's rules (:func:`zerospeech`); None if the data have no voices.
     """
 
     accuracy: float | None
@@ -128,15 +128,15 @@ def num_quantizers(samples: Any) -> int:
 
 
 def clip_scores(samples: Any, rule: Rule) -> np.ndarray:
-    """The score of each row of a samples table: float64 [rows], NaN for a row without NLLs, or none that count.
+    """The score of each row of a samples table: float64 [rows]; NaN for a row without scored NLLs.
 
     Raises:
-        MetricsError: a row has another number of NLLs than its frames ask for, the rule is about a quantizer that is
-            not there, or it needs codes, and the table has none.
+        MetricsError: the NLLs of a row do not fit its number of frames, or the rule needs a quantizer or codes that the
+            table does not have.
     """
     quantizers = num_quantizers(samples)
     rule.check(quantizers)
-    # The stored NLLs are those of <audio>, the units and </audio>; any base size gives the same mask.
+    # The stored NLLs are those of <audio>, the audio tokens and </audio>. Any base size gives the same mask.
     stream = TokenStream(base_size=1, num_quantizers=quantizers, bos_id=0)
     masks: dict[int, np.ndarray] = {}
     begins, width = _window_begins(samples) if rule.window_ms is not None else None, rule.frames()
@@ -149,9 +149,9 @@ def clip_scores(samples: Any, rule: Rule) -> np.ndarray:
             masks[frames] = rule.mask(targets, stream).numpy()
         mask = masks[frames]
         if len(nll) != len(mask):
-            raise MetricsError(f"row {row} has {len(nll)} NLLs where its {frames} frames ask for {len(mask)}.")
+            raise MetricsError(f"row {row} has {len(nll)} NLLs, but its {frames} frames need {len(mask)}.")
         if begins is not None and width is not None:
-            # Target 0 is <audio>, those of frame t begin at 1 + t * Q.
+            # Target 0 is <audio>; the targets of frame t begin at 1 + t * Q.
             inside = np.zeros_like(mask)
             first = 1 + begins[row] * quantizers
             inside[first : first + width * quantizers] = True
@@ -163,16 +163,16 @@ def clip_scores(samples: Any, rule: Rule) -> np.ndarray:
 
 
 def first_differences(samples: Any) -> dict[tuple[str, int], int | None]:
-    """The first frame in which a pair's codes differ, by task and pair; None where they are the same.
+    """The first frame in which a pair's codes differ, by task and pair; None if they are the same.
 
-    Where one clip is the beginning of the other, it is the frame after its last one. Pairs with an unreadable clip are
-    left out.
+    If one clip is the beginning of the other, it is the frame after the end of the shorter one. Pairs with an
+    unreadable clip are left out.
 
     Raises:
         MetricsError: the table has no codes.
     """
     if "codes" not in samples.column_names:
-        raise MetricsError("the samples hold no codes, so it is not known where a pair's clips differ.")
+        raise MetricsError("the samples have no codes, so it is not known where the clips of a pair differ.")
     quantizers = num_quantizers(samples)
     keys = zip(samples["task"].to_pylist(), samples["pair"].to_pylist(), samples["side"].to_pylist(), strict=True)
     pairs: dict[tuple[str, int], dict[str, np.ndarray]] = {}
@@ -194,7 +194,7 @@ def first_differences(samples: Any) -> dict[tuple[str, int], int | None]:
 
 
 def _window_begins(samples: Any) -> list[int]:
-    """For each row the frame with which its pair's window begins; 0 where the clips are the same, or one is missing."""
+    """For each row, the first frame of its pair's window; 0 if the clips are the same, or one is missing."""
     begins = first_differences(samples)
     keys = zip(samples["task"].to_pylist(), samples["pair"].to_pylist(), strict=True)
     return [begins.get(key) or 0 for key in keys]
@@ -202,7 +202,7 @@ def _window_begins(samples: Any) -> list[int]:
 
 @dataclass(frozen=True)
 class PairPoint:
-    """What a pair counts: 1 right, 0 wrong, between for a tie; or why it is left out."""
+    """The points of a pair (1 right, 0 wrong, between for a tie), or the reason why it is left out."""
 
     pair: int
     item: str
@@ -214,7 +214,7 @@ class PairPoint:
 def pair_points(samples: Any, rule: Rule) -> dict[str, list[PairPoint]]:
     """The points of each task's pairs, in the order of their numbers.
 
-    A pair counts when both its clips were readable and both scores are finite.
+    A pair counts if both clips were readable and both scores are finite.
 
     Raises:
         MetricsError: see :func:`clip_scores`.
@@ -272,10 +272,10 @@ def judge(samples: Any, rule: Rule) -> dict[str, TaskResult]:
 
 
 def averages(results: dict[str, TaskResult]) -> dict[str, dict[str, Any]]:
-    """Averages over tasks: of all, and of those whose names end on ``_consistency`` and ``_alignment``.
+    """Averages over all tasks, and over those whose names end in ``_consistency`` and in ``_alignment``.
 
-    Each has the ``mean`` of the tasks' accuracies with its ``standard_error``, and the ``pooled`` accuracy of all their
-    pairs with its own. Tasks without any pair are not in them.
+    Each has the ``mean`` of the tasks' accuracies, the ``pooled`` accuracy of all their pairs, and the standard errors
+    of both. Tasks in which no pair counts are left out.
     """
     counted = {name: result for name, result in results.items() if result.accuracy is not None}
     groups = {
@@ -307,17 +307,17 @@ def averages(results: dict[str, TaskResult]) -> dict[str, dict[str, Any]]:
 
 
 def quantizer_losses(samples: Any) -> dict[str, dict[str, list[dict[str, Any]]]]:
-    """The negative log-likelihood of each quantizer's units in nats, by task and side, quantizer 0 first.
+    """The negative log-likelihood in nats of each quantizer's tokens, by task and side, from quantizer 0 on.
 
-    No rule applies: all frames count. A pair with an unreadable clip, or an NLL that is not finite, is left out.
+    All frames count, whatever the rule. A pair with an unreadable clip or with an NLL that is not finite is left out.
 
     Returns:
-        a quantizer's ``clips`` and ``frames``, the ``mean`` over clips of each clip's mean with its ``standard_error``,
-        and the ``pooled`` mean over all frames with its own: that of a ratio estimator, since clips are drawn
-        independently, frames are not. Means are None without any clip, errors below two.
+        for each quantizer the number of ``clips`` and ``frames``, the ``mean`` over clips of each clip's mean, the
+        ``pooled`` mean over all frames, and the standard errors of both. The pooled one is that of a ratio estimator,
+        since clips are independent but frames are not. Means are None without clips, errors below two clips.
 
     Raises:
-        MetricsError: a row has another number of NLLs than its frames ask for.
+        MetricsError: the NLLs of a row do not fit its number of frames.
     """
     quantizers = num_quantizers(samples)
     points = pair_points(samples, Rule())
@@ -326,7 +326,7 @@ def quantizer_losses(samples: Any) -> dict[str, dict[str, list[dict[str, Any]]]]
     rows = samples.select(["task", "pair", "side", "frames"]).to_pylist()
     for row, nll in zip(rows, _lists(samples["nll"]), strict=True):
         if (row["task"], row["pair"]) in counted and row["frames"]:
-            # All targets but <audio> and </audio>, as [Q, T].
+            # All targets except <audio> and </audio>, as [Q, T].
             clips[row["task"]][row["side"]].append(nll[1:-1].astype(np.float64).reshape(-1, quantizers).T)
     return {
         task: {side: [_loss([clip[q] for clip in found]) for q in range(quantizers)] for side, found in sides.items()}
@@ -335,14 +335,14 @@ def quantizer_losses(samples: Any) -> dict[str, dict[str, list[dict[str, Any]]]]
 
 
 def _loss(clips: list[np.ndarray]) -> dict[str, Any]:
-    """The figures of one quantizer from its NLLs, an array [T] a clip."""
+    """The figures of one quantizer from its NLLs, which are an array [T] per clip."""
     frames = np.array([len(clip) for clip in clips], dtype=np.int64)
     figures: dict[str, Any] = {"clips": len(clips), "frames": int(frames.sum())}
     if not clips:
         return figures | dict.fromkeys(("mean", "standard_error", "pooled", "pooled_standard_error"))
     means = np.array([clip.mean() for clip in clips])
     pooled = (means * frames).sum() / frames.sum()
-    # What each clip adds to the pooled mean's deviation; over all clips that is 0.
+    # The influence of each clip on the pooled mean; the sum over all clips is 0.
     added = (means - pooled) * frames / frames.mean()
     return figures | {
         "mean": float(means.mean()),
@@ -352,21 +352,21 @@ def _loss(clips: list[np.ndarray]) -> dict[str, Any]:
     }
 
 
-# ZeroSpeech 2021's frequency bands: how often a word is in LibriSpeech, from the number before the colon on and below
-# that of the next band. The names are the challenge's, although its program puts 5 into the band it calls 6-20.
+# Frequency bands of ZeroSpeech 2021: how often a word occurs in LibriSpeech. A band begins with its number and ends
+# below the next one. The names are the challenge's, although its program puts 5 into the band 6-20.
 FREQUENCY_BANDS = {0: "oov", 1: "1-5", 5: "6-20", 20: "21-100", 100: ">100"}
 
 
 def zerospeech(samples: Any, rule: Rule) -> dict[str, dict[str, Any]]:
-    """Figures by the rules of ZeroSpeech 2021 (arXiv 2011.11588), of tasks whose data have a ``voice`` column.
+    """Figures by the rules of ZeroSpeech 2021 (arXiv 2011.11588), for tasks whose data have a ``voice`` column.
 
-    The points of an item are averaged over its voices, and the items' means over the items. Pairs with the same
-    ``item``, and type and subtype where there are such columns, are one item.
+    The points of an item are averaged over its voices, and then over all items. Pairs with the same ``item`` (and the
+    same type and subtype, if there are such columns) are one item.
 
     Returns:
-        by task: ``accuracy``, ``standard_error`` (over items), ``items``, and where the columns are there
-        ``in_vocabulary``, ``by_frequency``, ``by_length``, ``by_type`` and ``by_subtype``, each a group's accuracy,
-        standard error and number of items.
+        for each task ``accuracy``, ``standard_error`` (over items) and ``items``. If the data have the columns, also
+        ``in_vocabulary``, ``by_frequency``, ``by_length``, ``by_type`` and ``by_subtype`` with the same figures per
+        group.
     """
     if "voice" not in samples.column_names:
         return {}
@@ -414,7 +414,7 @@ def _share(points: list[float]) -> dict[str, Any]:
 
 
 def _frequency_band(frequency: Any) -> str | None:
-    """The band of a count, which may be a text; ``oov`` is a count of 0. None if it is not known."""
+    """The frequency band of a count, which may be a text; ``oov`` is a count of 0. None if it is unknown."""
     if isinstance(frequency, str):
         if frequency.strip().lower() == "oov":
             return "oov"
@@ -440,7 +440,7 @@ def _reason_to_leave_out(sides: dict[str, dict[str, Any]]) -> str | None:
 
 
 def _lists(column: Any) -> Iterator[np.ndarray]:
-    """The rows of a list column as numpy views."""
+    """The rows of a list column, as numpy views."""
     for chunk in column.chunks:
         values = chunk.values.to_numpy(zero_copy_only=False)
         offsets = chunk.offsets.to_numpy()

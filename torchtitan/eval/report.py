@@ -2,8 +2,8 @@
 
     python -m torchtitan.eval.report RESULTS_DIR... [--targets semantic] [--reduction sum] [--window_ms 500] ...
 
-Every figure is computed again from the stored negative log-likelihoods, under any rule, without the model. Written are
-report.md, report.json and one chart a benchmark.
+The report computes all figures from the stored negative log-likelihoods, under any rule, without the model. It writes
+report.md, report.json and one chart per benchmark.
 """
 
 import itertools
@@ -36,28 +36,27 @@ class Options:
     """The command line of a report."""
 
     results: list[Path]
-    """Folders with a samples.parquet, or folders above such."""
+    """Folders with a samples.parquet in them or below them."""
     targets: str | None = None
-    """Targets that count: all, semantic, acoustic, or q0, q1, ... for one quantizer; the benchmark's own by default."""
+    """Scored tokens: all, semantic, acoustic, or q0, q1, ... for one quantizer. Default: those of the benchmark."""
     reduction: Literal["mean", "sum"] = "mean"
-    """A clip's score is the mean or the sum of their negative log-likelihoods."""
+    """Whether a clip's score is the mean or the sum of the negative log-likelihoods of these tokens."""
     audio_end: bool = True
-    """Whether the end of the clip, </audio>, counts too."""
+    """Also score the end of the clip, </audio>."""
     ties: Literal["half", "wrong"] = "half"
-    """What equal scores count: half a point, or none as in the original evaluation."""
+    """What a pair with equal scores counts: half a point, or nothing, as in the original evaluation."""
     window_ms: float | None = None
-    """Localized likelihood: only this window counts, which begins where a pair's codes first differ."""
+    """Score only a window of this length, which begins where a pair's codes first differ (localized likelihood)."""
     variants: bool = False
-    """Also the accuracy under every combination of targets, reduction and audio_end."""
+    """Also report the accuracy for every combination of targets, reduction and audio_end."""
     output_dir: Path | None = None
-    """Folder for what is written; by default the deepest one that holds all results."""
+    """Output folder. Default: the deepest folder that contains all results."""
     plot: bool = True
     """Draw charts."""
     seed: int = 0
-    """Of the bootstrap."""
+    """Seed of the bootstrap."""
 
     def rule(self, benchmark: Benchmark | None) -> Rule:
-        """How clips are scored."""
         targets = self.targets or (benchmark.rule.targets if benchmark else "all")
         return Rule(targets, self.audio_end, self.reduction, self.ties, self.window_ms)
 
@@ -67,8 +66,8 @@ class Run:
     """One model's samples of one benchmark.
 
     Attributes:
-        name: of the model, as shown.
-        benchmark: its name.
+        name: name of the model in the report.
+        benchmark: name of the benchmark.
         samples: the table of samples.parquet.
         results: the figures of each task.
     """
@@ -81,10 +80,10 @@ class Run:
 
 
 def find_runs(paths: Sequence[Path]) -> list[Run]:
-    """All samples.parquet in or below some folders, with names that tell them apart.
+    """All samples.parquet in or below some folders, with unique names.
 
     Raises:
-        UserError: there is none in one of them, or one is no samples table.
+        UserError: a folder has no samples.parquet, or one of them is not a samples table.
     """
     files: dict[Path, None] = {}
     for path in paths:
@@ -115,22 +114,22 @@ def _read(file: Path) -> Run:
     metadata = samples.schema.metadata or {}
     if missing or b"num_quantizers" not in metadata:
         lack = ", ".join(sorted(missing)) or "num_quantizers in its metadata"
-        raise UserError(f"{file}: this is not a samples table of an evaluation, it lacks {lack}.")
+        raise UserError(f"{file}: this is not the samples table of an evaluation; it lacks {lack}.")
     try:
         settings, quantizers = json.loads(metadata.get(b"settings", b"{}")), num_quantizers(samples)
     except ValueError:
         settings = quantizers = None
     if not isinstance(settings, dict) or type(quantizers) is not int or quantizers < 1:
-        raise UserError(f"{file}: in its metadata num_quantizers must be a whole number, settings an object, in JSON.")
+        raise UserError(f"{file}: its metadata must have a number num_quantizers and an object settings, as JSON.")
     if "error" not in samples.column_names:
         samples = samples.append_column("error", pa.nulls(samples.num_rows, pa.string()))
     if "context_cut" not in samples.column_names:
         samples = samples.append_column("context_cut", pa.array([0.0] * samples.num_rows, pa.float64()))
     samples = _typed(file, samples)
     if others := set(samples["side"].unique().to_pylist()) - set(SIDES):
-        raise UserError(f'{file}: a row has the side "{min(others)}", it must be {" or ".join(SIDES)}.')
+        raise UserError(f'{file}: a row has the side "{min(others)}"; it must be {" or ".join(SIDES)}.')
     if samples.group_by(["task", "pair", "side"]).aggregate([]).num_rows < samples.num_rows:
-        raise UserError(f"{file}: a pair has a side twice.")
+        raise UserError(f"{file}: a pair has two rows for the same side.")
     model = settings.get("model")
     model = (model.get("name") if isinstance(model, dict) else model) or file.parent.name
     if os.path.isabs(str(model)) or str(model).startswith((".", "~")):
@@ -139,7 +138,7 @@ def _read(file: Path) -> Run:
 
 
 def _typed(file: Path, samples: Any) -> Any:
-    """The table with the types that docs/evaluation.md lists, where another program wrote wider ones."""
+    """The table with the types of docs/evaluation.md; another program may have written wider types."""
     import pyarrow as pa
 
     kinds = dict.fromkeys(("task", "side", "item", "error"), pa.string()) | {"pair": pa.int64(), "frames": pa.int32()}
@@ -174,11 +173,11 @@ def variants(rule: Rule, quantizers: int) -> Iterator[tuple[str, Rule]]:
 
 
 def comparisons(first: Run, second: Run, rule: Rule, seed: int = 0) -> dict[str, Comparison]:
-    """Two models on the pairs of each task that both have in their accuracies."""
+    """Compare two models by task, on the pairs that count in the accuracies of both."""
     before, after = (pair_points(run.samples, rule) for run in (first, second))
     found = {}
     for task in before:
-        # By number and id: pairs of other data, or in another order, are not the same ones.
+        # By number and id, since other data or another order give other pairs.
         a, b = ({(pair.pair, pair.item): pair.point for pair in points.get(task, [])} for points in (before, after))
         common = [pair for pair, point in a.items() if point is not None and b.get(pair) is not None]
         if common:
@@ -187,7 +186,7 @@ def comparisons(first: Run, second: Run, rule: Rule, seed: int = 0) -> dict[str,
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table whose columns are aligned in plain text too."""
+    """A Markdown table whose columns are also aligned in plain text."""
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
 
     def line(cells: Sequence[str]) -> str:
@@ -201,7 +200,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def make_report(runs: Sequence[Run], options: Options) -> tuple[str, dict[str, Any]]:
-    """The report as Markdown and as what report.json holds. Fills in the runs' results.
+    """The report as Markdown, and as the content of report.json. Sets the results of the runs.
 
     Raises:
         UserError: a rule does not fit the samples.
@@ -275,7 +274,7 @@ def _cell(accuracy: float | None, error: float | None, pairs: int) -> str:
 
 
 def _quantizers(name: str, losses: dict[str, dict[str, list[dict[str, Any]]]]) -> Iterator[str]:
-    """The loss of each quantizer of a model, a row a task and side."""
+    """The loss of each quantizer of a model, with a row per task and side."""
     for kind, error, said in (
         ("mean", "standard_error", "mean over clips of each clip's mean"),
         ("pooled", "pooled_standard_error", "mean over all frames"),
@@ -296,7 +295,7 @@ def _nats(value: float | None) -> str:
 
 
 def _zerospeech(runs: Sequence[Run]) -> Iterator[str]:
-    """By ZeroSpeech's rules, where the data have the columns."""
+    """The figures by ZeroSpeech's rules, if the data have the columns for them."""
     rows: dict[tuple[str, ...], list[str]] = {}
     for number, run in enumerate(runs):
         for task, result in run.results.items():
@@ -340,7 +339,7 @@ def main() -> int:
 
 
 def command(options: Options) -> int:
-    """Make a report from files to files; returns the exit code."""
+    """Make and write a report. Returns the exit code."""
     runs = find_runs(options.results)
     text, data = make_report(runs, options)
     print(text)

@@ -1,6 +1,6 @@
 """What an evaluation writes: accuracy.json, results.json and samples.parquet.
 
-``samples.parquet`` has a row a clip; docs/evaluation.md lists its columns and metadata. All figures are computed from
+``samples.parquet`` has a row per clip; docs/evaluation.md lists its columns and metadata. All figures are computed from
 it.
 """
 
@@ -26,12 +26,12 @@ _IN_ANY_RUN = re.compile(r"hf|checkpoints?|exports?|final|last|best|snapshots?|(
 
 @dataclass
 class Clip:
-    """One side of a pair, from its codes to its NLLs; the attributes are the columns of samples.parquet.
+    """One side of a pair with its codes and NLLs. The attributes are the columns of samples.parquet.
 
     Attributes:
         codes: int16 [Q, T]; None for an unreadable clip.
-        nll: float32 [Q * T + 2]; None until it is scored.
-        columns: the data set's plain columns.
+        nll: float32 [Q * T + 2]; None before scoring.
+        columns: the columns of the data set with plain values.
     """
 
     task: str
@@ -47,7 +47,7 @@ class Clip:
 
 
 def samples_table(clips: Sequence[Clip], num_quantizers: int, settings: dict[str, Any]) -> Any:
-    """The samples as a pyarrow table with the columns and metadata described above."""
+    """The samples as a pyarrow table with the columns and metadata of docs/evaluation.md."""
     import pyarrow as pa
 
     nothing = torch.empty(0)
@@ -79,7 +79,7 @@ def _list_array(rows: list[torch.Tensor], dtype: Any) -> Any:
 
 
 def _plain_array(values: list[Any]) -> Any:
-    """A column of one type; values that have none in common, as two tasks' may, become strings."""
+    """A column of one type. Values of several types, which two tasks may have, become strings."""
     import pyarrow as pa
 
     try:
@@ -122,7 +122,7 @@ def make_folder(folder: Path) -> None:
     """Create the results folder.
 
     Raises:
-        UserError: it cannot be created or written to.
+        UserError: it cannot be created, or is not writable.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -139,13 +139,13 @@ def write_results(
     localized: dict[str, dict[str, TaskResult]],
     report: dict[str, Any],
 ) -> None:
-    """Write the three files, each in one piece: a file that is there is whole.
+    """Write the three files. A file that exists is complete.
 
     Args:
         samples: the table of :func:`samples_table`.
-        results: each task's figures.
+        results: the figures of each task.
         localized: the same for each window of localized likelihood, by its name.
-        report: what else results.json says, ``settings`` and the like.
+        report: further content of results.json, such as ``settings``.
     """
     import pyarrow.parquet as pq
 
@@ -170,13 +170,13 @@ def write_results(
 
 
 def _short(result: TaskResult) -> dict[str, Any]:
-    """The figures of a task that differ from one rule to another."""
+    """The figures of a task that depend on the rule."""
     names = ("accuracy", "standard_error", "interval", "pairs", "ties", "zerospeech")
     return {**{name: getattr(result, name) for name in names}, "left_out": len(result.left_out)}
 
 
 class Replacing:
-    """Gives a path to write to that takes the place of the real one when all went well."""
+    """Gives a temporary path for writing. The file replaces the real one if no exception is raised."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -193,7 +193,7 @@ class Replacing:
 
 
 def format_share(share: float | None) -> str:
-    """A share, or its error, with four digits; nan if there is none."""
+    """A share, or its standard error, with four digits; nan for None."""
     return f"{math.nan if share is None else share:.4f}"
 
 

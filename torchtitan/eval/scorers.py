@@ -1,7 +1,8 @@
-"""Scores of generated speech: speaker, naturalness, words, repetition, a judge. One sample at a time, each may fail.
+"""Scores of generated speech: speaker similarity, naturalness, words, repetition, and a judge.
 
-A scorer raises :class:`ScoreError` for a sample that it can give no score; the caller counts it. Every model is named
-by the user, loaded when its scorer is made, and comes from transformers or, for UTMOS, from torch.hub.
+A scorer scores one sample at a time. It raises :class:`ScoreError` for a sample that cannot be scored, and the caller
+counts these. The user names the models. A scorer loads its model when it is created, from transformers or (UTMOS) from
+torch.hub.
 """
 
 import json
@@ -23,25 +24,25 @@ from torchtitan.audio.waveform import SAMPLE_RATE
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.hub import local_copy
 
-# What speaker verification, recognition and UTMOS models hear.
+# Sampling rate of the speaker verification, recognition and UTMOS models.
 MODEL_RATE = 16_000
 JUDGE_TRIES = 3
 JUDGE_TIMEOUT = 120.0
 
 
 class ScoreError(Exception):
-    """There is no score for this sample; the message says why."""
+    """A sample cannot be scored; the message is the reason."""
 
 
 @dataclass
-class Sample:
-    """One continuation.
+class PromptedSpeech:
+    """A prompt and its continuation.
 
     Attributes:
-        prompt: waveform [n] at 24 kHz, as it was given.
+        prompt: waveform [n] at 24 kHz.
         continuation: waveform [m] at 24 kHz of the new speech alone; m may be 0.
-        transcript: its words, where a recogniser has heard it.
-        prompt_transcript: the prompt's.
+        transcript: words of the continuation, if it was transcribed.
+        prompt_transcript: words of the prompt, if it was transcribed.
     """
 
     prompt: torch.Tensor
@@ -50,7 +51,7 @@ class Sample:
     prompt_transcript: str | None = None
 
     def words(self) -> str:
-        """The transcript.
+        """The transcript of the continuation.
 
         Raises:
             ScoreError: there is none, or it is empty.
@@ -63,7 +64,7 @@ class Sample:
 
 
 def at_model_rate(waveform: torch.Tensor) -> torch.Tensor:
-    """A waveform [n] of 24 kHz at 16 kHz.
+    """Resample a waveform [n] from 24 kHz to 16 kHz.
 
     Raises:
         ScoreError: it is empty.
@@ -79,7 +80,7 @@ def at_model_rate(waveform: torch.Tensor) -> torch.Tensor:
 
 
 def auto_bleu(tokens: Sequence[Hashable], n: int) -> float:
-    """The share of n-grams that occur more than once in a text (Lakhotia et al. 2021, arXiv 2102.01192): 0 to 1.
+    """The share (0 to 1) of n-grams that occur more than once in a text (Lakhotia et al. 2021, arXiv 2102.01192).
 
     Raises:
         ScoreError: the text is shorter than n.
@@ -92,12 +93,12 @@ def auto_bleu(tokens: Sequence[Hashable], n: int) -> float:
 
 
 def mean_auto_bleu(tokens: Sequence[Hashable], n: int = 2) -> float:
-    """The geometric mean of auto-BLEU for 1-grams to n-grams, as auto-BLEU-2 is reported."""
+    """The geometric mean of auto-BLEU for 1-grams to n-grams; n = 2 gives auto-BLEU-2."""
     return math.prod(auto_bleu(tokens, k) for k in range(1, n + 1)) ** (1 / n)
 
 
 def generative_perplexity(mean_nlls: Sequence[float]) -> float:
-    """exp of the mean, over samples, of each one's mean negative log-likelihood a token in nats."""
+    """exp of the mean over samples of their mean negative log-likelihood per token, in nats."""
     return math.exp(sum(mean_nlls) / len(mean_nlls))
 
 
@@ -110,7 +111,7 @@ def split_words(text: str) -> list[str]:
 
 
 def _loaded(what: str, name: str, load: Callable[[], Any]) -> Any:
-    """What a loading function returns; its failure as one sentence."""
+    """The result of a loading function. Its errors become one sentence."""
     try:
         return load()
     except UserError:
@@ -121,7 +122,7 @@ def _loaded(what: str, name: str, load: Callable[[], Any]) -> Any:
 
 
 class SpeakerSimilarity:
-    """Cosine of the x-vectors of prompt and continuation, -1 to 1, by a WavLM (or other) speaker verification model."""
+    """Cosine (-1 to 1) of the x-vectors of prompt and continuation, from a speaker verification model such as WavLM."""
 
     def __init__(self, name: str, device: torch.device):
         from transformers import AutoFeatureExtractor, AutoModelForAudioXVector
@@ -137,7 +138,7 @@ class SpeakerSimilarity:
 
     @torch.inference_mode()
     def embed(self, waveform: torch.Tensor) -> torch.Tensor:
-        """The x-vector [D], of length 1, of a waveform [n] at 24 kHz.
+        """The x-vector [D], normalised to length 1, of a waveform [n] at 24 kHz.
 
         Raises:
             ScoreError: it is empty, or too short for the model.
@@ -146,19 +147,19 @@ class SpeakerSimilarity:
         inputs = self.extractor(sound.numpy(), sampling_rate=MODEL_RATE, return_tensors="pt")
         try:
             vector = self.model(**inputs.to(self.device)).embeddings[0].float().cpu()
-        except RuntimeError as error:  # of convolutions over fewer values than their kernels have
+        except RuntimeError as error:  # from convolutions with kernels longer than the input
             raise ScoreError(f"{waveform.numel() / SAMPLE_RATE:.2f} s are too short for the model ({error})") from None
         return torch.nn.functional.normalize(vector, dim=0)
 
-    def __call__(self, sample: Sample) -> float:
+    def __call__(self, sample: PromptedSpeech) -> float:
         return float(self.embed(sample.prompt) @ self.embed(sample.continuation))
 
 
 class Naturalness:
-    """UTMOS, a mean opinion score from 1 to 5 as a model predicts it (Saeki et al. 2022), through torch.hub.
+    """UTMOS: a model's prediction of the mean opinion score, 1 to 5 (Saeki et al. 2022), through torch.hub.
 
     Args:
-        repository: of github.com with its version, such as tarepan/SpeechMOS:v1.2.0, or a local folder.
+        repository: a repository on github.com with its version, such as tarepan/SpeechMOS:v1.2.0, or a local folder.
     """
 
     def __init__(self, repository: str, device: torch.device, entry: str = "utmos22_strong"):
@@ -171,12 +172,12 @@ class Naturalness:
         self.model = _loaded("UTMOS", repository, load).to(device).eval()
 
     @torch.inference_mode()
-    def __call__(self, sample: Sample) -> float:
+    def __call__(self, sample: PromptedSpeech) -> float:
         return float(self.model(at_model_rate(sample.continuation)[None].to(self.device), MODEL_RATE).mean())
 
 
 class Transcriber:
-    """Words of speech, by a recogniser of transformers, Whisper by default."""
+    """Transcribes speech with a recogniser of transformers, such as Whisper."""
 
     def __init__(self, name: str, device: torch.device):
         from transformers import pipeline
@@ -188,7 +189,7 @@ class Transcriber:
         )
 
     def __call__(self, waveform: torch.Tensor) -> str:
-        """The words of a waveform [n] at 24 kHz; of more than 30 s, too.
+        """The words of a waveform [n] at 24 kHz, which may be longer than 30 s.
 
         Raises:
             ScoreError: it is empty, or the recogniser fails.
@@ -205,7 +206,7 @@ class Transcriber:
 
 
 class TextLikelihood:
-    """The mean negative log-likelihood a token, in nats, of a transcript under a language model of text."""
+    """Mean negative log-likelihood per token, in nats, of a transcript under a language model of text."""
 
     def __init__(self, name: str, device: torch.device):
         from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -216,36 +217,36 @@ class TextLikelihood:
         self.model = model.to(device).eval()
 
     @torch.inference_mode()
-    def __call__(self, sample: Sample) -> float:
+    def __call__(self, sample: PromptedSpeech) -> float:
         ids = self.tokenizer(sample.words(), add_special_tokens=False)["input_ids"]
         start = self.tokenizer.bos_token_id
         ids = ids if start is None else [start, *ids]
         limit = getattr(self.model.config, "max_position_embeddings", None)
         if len(ids) < 2 or (limit is not None and len(ids) > limit):
-            raise ScoreError(f"the transcript has {len(ids)} tokens, the language model takes 2 to {limit}")
+            raise ScoreError(f"the transcript has {len(ids)} tokens, but the language model takes 2 to {limit}")
         tokens = torch.tensor([ids], device=self.device)
         logits = self.model(input_ids=tokens).logits[0, :-1].float()
         return float(torch.nn.functional.cross_entropy(logits, tokens[0, 1:]))
 
 
 class Repetition:
-    """auto-BLEU-2 of the transcript's words."""
+    """auto-BLEU-2 of the words of the transcript."""
 
-    def __call__(self, sample: Sample) -> float:
+    def __call__(self, sample: PromptedSpeech) -> float:
         return mean_auto_bleu(split_words(sample.words()))
 
 
 class Judge:
-    """A language model behind an OpenAI-compatible endpoint that reads a prompt file and answers with a score.
+    """A language model at an OpenAI-compatible endpoint, which answers the question in a prompt file with a score.
 
-    The file may hold ``{prompt}`` and ``{continuation}``, the two transcripts. The score is the number after the last
-    "score:" in the answer, whatever surrounds it. The key is read from the environment variable OPENAI_API_KEY.
+    The file contains ``{continuation}`` and may contain ``{prompt}`` in place of the two transcripts. The score is the
+    number after the last "score:" in the answer. The environment variable OPENAI_API_KEY has the key.
 
     Args:
-        url: up to and without /chat/completions.
+        url: address without /chat/completions.
 
     Raises:
-        UserError: the prompt file is missing, or has no place for the continuation.
+        UserError: the prompt file is missing, or does not contain {continuation}.
     """
 
     def __init__(self, url: str, model: str, prompt_file: str, low: float = 1.0, high: float = 5.0):
@@ -254,12 +255,12 @@ class Judge:
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{prompt_file}: the judge's prompt file cannot be read ({error}).") from None
         if "{continuation}" not in self.prompt:
-            raise UserError(f"{prompt_file}: the judge's prompt file has no {{continuation}} to be filled in.")
+            raise UserError(f"{prompt_file}: the judge's prompt file must contain {{continuation}}.")
         if not url.startswith(("http://", "https://")):
             raise UserError(f"{url}: the judge's address must begin with http:// or https://.")
         self.url, self.model, self.low, self.high = f"{url.rstrip('/')}/chat/completions", model, low, high
 
-    def __call__(self, sample: Sample) -> float:
+    def __call__(self, sample: PromptedSpeech) -> float:
         text = self.prompt.replace("{prompt}", sample.prompt_transcript or "").replace("{continuation}", sample.words())
         return self.read(self.ask(text))
 
@@ -267,7 +268,7 @@ class Judge:
         """The endpoint's answer.
 
         Raises:
-            ScoreError: it does not give one, also not when asked again.
+            ScoreError: it gives no answer after several tries.
         """
         body = {"model": self.model, "messages": [{"role": "user", "content": text}], "temperature": 0}
         headers = {"Content-Type": "application/json"}
@@ -293,12 +294,12 @@ class Judge:
         """The score in an answer.
 
         Raises:
-            ScoreError: there is none, or it is out of range.
+            ScoreError: there is no score, or it is out of range.
         """
-        # A scale in brackets, as in "Score (1-5): 4", is not the score.
+        # Skips a scale in brackets, as in "Score (1-5): 4".
         found = re.findall(r"score(?:\s*[(\[][^)\]]*[)\]])?\W*?(-?\d+(?:\.\d+)?)", answer, re.IGNORECASE)
         if not found:
-            raise ScoreError(f"the judge's answer holds no score: {answer[:80]!r}")
+            raise ScoreError(f"the judge's answer has no score: {answer[:80]!r}")
         score = float(found[-1])
         if not self.low <= score <= self.high:
             raise ScoreError(f"the judge's score {score:g} is not from {self.low:g} to {self.high:g}")

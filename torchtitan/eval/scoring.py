@@ -1,9 +1,9 @@
-"""Negative log-likelihoods of id sequences under a transformers causal language model.
+"""Negative log-likelihoods of token sequences under a causal language model of transformers.
 
-Sequences are sorted by length and right-padded into batches. Attention is causal, so what stands to the right of a
-sequence changes nothing in it and no mask is needed. Two sequences that begin alike, as the sides of many pairs do,
-share a row, in which the beginning stands once. Only the hidden states of real targets go through the output head, a
-block of :data:`LOGITS_BLOCK` at a time: with 136,450 columns the fp32 logits of a batch would not fit into memory.
+Sequences are sorted by length and padded on the right into batches. Attention is causal, so padding needs no mask. Two
+sequences with a common beginning, such as the two sides of many pairs, share a row that contains the beginning once.
+Only the hidden states of real targets go through the output head, in blocks of :data:`LOGITS_BLOCK`: with 136,450
+columns, the fp32 logits of a batch would not fit into memory.
 """
 
 import math
@@ -19,7 +19,7 @@ from torchtitan.tools.errors import UserError
 
 LOGITS_BLOCK = 512
 CPU_COLUMNS = 8192
-# From this part of two sequences on, a common beginning is computed once.
+# Two sequences share a row if their common beginning is at least this share of both lengths together.
 SHARED = 0.125
 
 
@@ -32,23 +32,23 @@ def score(
     store: ArrayStore | None = None,
     share: tuple[int, int] = (0, 1),
 ) -> list[torch.Tensor | None]:
-    """The negative log-likelihood of every id after a sequence's first.
+    """The negative log-likelihood of every token of a sequence after the first.
 
-    Equal sequences are computed once and get the same bits, so equal clips tie exactly, whatever batch they are in.
+    Equal sequences are computed once, so equal clips have exactly equal scores.
 
     Args:
-        model: a transformers causal language model whose logits are its output embedding applied to its hidden states.
+        model: a causal language model of transformers. Its logits must be its output head applied to its hidden states.
         sequences: int64 ids [L], L >= 2.
-        batch_size: sequences in one forward pass. It changes the results by rounding only (1e-5 in fp32).
+        batch_size: sequences in one forward pass. It changes the results only by rounding (1e-5 in fp32).
         on_progress: called with the number of sequences done since the last call.
-        store: holds results of an earlier call, which are not computed again, and takes the new ones.
-        share: this rank's number and the number of ranks. Each has the batches that are its turn.
+        store: results of an earlier call, which are not computed again; new results are added.
+        share: this rank's number and the number of ranks, which take the batches in turn.
 
     Returns:
-        for each sequence, in the given order, float32 [L - 1] on the CPU, in nats; None for those of other ranks.
+        for each sequence, in the given order, float32 [L - 1] on the CPU, in nats; None for sequences of other ranks.
 
     Raises:
-        UserError: the model computes its logits in another way, by scaling or capping them.
+        UserError: the model changes its logits after the output head, for example by scaling or capping them.
     """
     places: dict[bytes, list[int]] = {}  # equal sequences, by content
     for i, ids in enumerate(sequences):
@@ -62,7 +62,7 @@ def score(
         if on_progress is not None:
             on_progress(len(places[key]))
 
-    # Which are a rank's own does not depend on what is stored, so ranks need not have read the same.
+    # The batches of a rank do not depend on the store, so the ranks may have read different stores.
     rank, ranks = share
     checked = False
     for batch in _batches(order, sequences_of, batch_size, _may_share(model))[rank::ranks]:
@@ -90,7 +90,7 @@ def score(
 
 
 def _may_share(model: Any) -> bool:
-    """Whether two sequences may stand in one row: the mask that this takes must be the whole of the attention."""
+    """Whether two sequences can share a row: the model must take its attention from the mask alone."""
     config = model.config
     return config.model_type == "llama" and config._attn_implementation in ("sdpa", "eager")
 
@@ -98,7 +98,7 @@ def _may_share(model: Any) -> bool:
 def _batches(
     order: Sequence[bytes], sequences: dict[bytes, torch.Tensor], batch_size: int, share: bool
 ) -> list[list[tuple[bytes, ...]]]:
-    """Batches of rows of one sequence, or of two that begin alike; those of two come first, the longest ahead."""
+    """Batches of rows with one sequence, or with two that share a beginning. The latter and longer ones come first."""
     pairs = _alike(order, sequences) if share and batch_size > 1 else []
     paired = {key for pair in pairs for key in pair}
     place = {key: number for number, key in enumerate(order)}
@@ -112,9 +112,9 @@ def _batches(
 
 
 def _alike(order: Sequence[bytes], sequences: dict[bytes, torch.Tensor]) -> list[tuple[bytes, bytes]]:
-    """Pairs of sequences with a common beginning that is worth computing once, each sequence in one pair at most.
+    """Pairs of sequences with a long common beginning. Each sequence is in at most one pair.
 
-    Those that begin alike are neighbours in the order of a dictionary; the longest beginnings choose first.
+    Sequences with a common beginning are neighbours in lexicographic order. Pairs with the longest beginnings go first.
     """
     in_order = sorted(order, key=lambda key: sequences[key].numpy().astype(">u4").tobytes())
     found = []
@@ -133,17 +133,17 @@ def _alike(order: Sequence[bytes], sequences: dict[bytes, torch.Tensor]) -> list
 
 
 def _common_inputs(first: torch.Tensor, second: torch.Tensor) -> int:
-    """How many leading ids two sequences share the targets of, too."""
+    """The number of leading inputs that two sequences share, together with their targets."""
     length = min(len(first), len(second))
     differ = (first[:length] != second[:length]).nonzero()
     return max(0, (int(differ[0]) if len(differ) else length) - 1)
 
 
 def _score_batch(model: Any, rows: list[tuple[torch.Tensor, ...]]) -> list[torch.Tensor]:
-    """The NLLs of the sequences in some rows, one after the other.
+    """The NLLs of the sequences in the rows, one after the other.
 
-    A row of two holds their common beginning once: first[:-1], second[common:-1], whose ids stand at the positions that
-    they have in their own sequence and do not see the rest of the first.
+    A row of two sequences is first[:-1], second[common:-1], so it contains their common beginning once. The tokens of
+    the second one keep the positions of their own sequence, and do not attend to the rest of the first one.
     """
     device = model.get_input_embeddings().weight.device
     common = [_common_inputs(*row) if len(row) > 1 else 0 for row in rows]
@@ -154,7 +154,7 @@ def _score_batch(model: Any, rows: list[tuple[torch.Tensor, ...]]) -> list[torch
         [part for row, n in zip(rows, common, strict=True) for part in (row[0][1:], *(o[n + 1 :] for o in row[1:]))]
     ).to(device)
     lengths = [len(ids) for ids in joined]
-    padded = torch.nn.utils.rnn.pad_sequence(joined, batch_first=True).to(device)  # 0 is an id like any other
+    padded = torch.nn.utils.rnn.pad_sequence(joined, batch_first=True).to(device)  # padding with id 0
     valid = torch.arange(max(lengths), device=device) < torch.tensor(lengths, device=device)[:, None]
     inputs: dict[str, Any] = {"input_ids": padded, "use_cache": False}
     if any(len(row) > 1 for row in rows):
@@ -186,7 +186,7 @@ def _block_nll(
 ) -> torch.Tensor:
     """The negative log-likelihoods, fp32 [N], of targets [N] after hidden states [N, D], under a head [V, D].
 
-    On a CPU the columns are taken some at a time, so that their logits stay in its caches.
+    On a CPU the columns are computed in groups, so that their logits stay in the caches.
     """
     width = CPU_COLUMNS if hidden.device.type == "cpu" else weight.shape[0]
     top = torch.full(targets.shape, -math.inf, device=hidden.device)
@@ -197,7 +197,7 @@ def _block_nll(
         own = targets - first
         here = (own >= 0) & (own < logits.shape[1])
         picked = torch.where(here, logits.gather(1, own.clamp(0, logits.shape[1] - 1)[:, None])[:, 0], picked)
-        # In place, as a new tensor of this size would cost more than the exponentials do.
+        # In place, since a new tensor of this size would cost more than the exponentials.
         higher = torch.maximum(top, logits.amax(dim=1))
         total = total * (top - higher).exp() + logits.sub_(higher[:, None]).exp_().sum(dim=1)
         top = higher
@@ -210,6 +210,6 @@ def _require_plain_head(model: Any, ids: torch.Tensor) -> None:
     found = model.get_output_embeddings()(model.base_model(input_ids=ids, use_cache=False).last_hidden_state).float()
     if not torch.allclose(found, expected, rtol=1e-2, atol=1e-2, equal_nan=True):
         raise UserError(
-            f"The model ({type(model).__name__}) does more to its logits than apply its output embedding; "
-            "the evaluations can score a plain head only."
+            f"The model ({type(model).__name__}) changes its logits after its output head; the evaluations can only "
+            "score a plain output head."
         )

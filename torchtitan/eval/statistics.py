@@ -1,4 +1,4 @@
-"""How sure a share of right pairs is, and whether two models differ."""
+"""Uncertainty of an accuracy, and comparison of two models."""
 
 import math
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ RESAMPLES = 10_000
 
 
 def standard_error(points: Sequence[float]) -> float | None:
-    """Sample standard deviation over the root of the number; None below two."""
+    """Sample standard deviation, divided by the root of the number of points; None for fewer than two."""
     if len(points) < 2:
         return None
     return float(np.std(points, ddof=1)) / math.sqrt(len(points))
@@ -20,13 +20,13 @@ def standard_error(points: Sequence[float]) -> float | None:
 def wilson_interval(share: float, count: float, z: float = Z_95) -> tuple[float, float]:
     """The interval of Wilson (1927) around a share of ``count`` trials; 95 % by default.
 
-    Unlike share +- 2 standard errors it stays within 0 and 1 and has a width where all trials went the same way.
+    Unlike share +- 2 standard errors, it stays within 0 and 1, and it has a width even if all trials are equal.
     """
     if count <= 0:
         raise ValueError(f"an interval needs at least one trial, not {count}")
     center = (share + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    # Where all trials went the same way one end is the share itself, which rounding would put beside it.
+    # If all trials are equal, one end is the share itself; rounding must not move it away.
     return max(0.0, min(share, center - half)), min(1.0, max(share, center + half))
 
 
@@ -35,11 +35,11 @@ class Comparison:
     """Two models on the same pairs.
 
     Attributes:
-        pairs: that both models have.
-        difference: of the accuracies, the second's minus the first's.
-        low, high: its 95 % interval, by resampling the pairs (percentile bootstrap).
-        first_only, second_only: pairs that only this model has right; a tie is in neither.
-        p_value: of McNemar's exact test on these two numbers, two-sided.
+        pairs: number of pairs that both models have.
+        difference: accuracy of the second model minus that of the first.
+        low, high: 95 % interval of the difference, by resampling the pairs (percentile bootstrap).
+        first_only, second_only: number of pairs that only this model gets right; ties are in neither.
+        p_value: two-sided p-value of McNemar's exact test on these two numbers.
     """
 
     pairs: int
@@ -52,10 +52,10 @@ class Comparison:
 
 
 def compare(first: Sequence[float], second: Sequence[float], seed: int = 0) -> Comparison:
-    """Compare two models by their points (1 right, 0 wrong, between for ties) on the same pairs, in the same order.
+    """Compare two models by their points (1 right, 0 wrong, between for ties) on the same pairs in the same order.
 
     Raises:
-        ValueError: no pairs, or not the same number.
+        ValueError: there are no pairs, or the numbers differ.
     """
     if len(first) != len(second) or not len(first):
         raise ValueError(f"two models need points on the same pairs, not {len(first)} and {len(second)}")
@@ -77,11 +77,11 @@ def compare(first: Sequence[float], second: Sequence[float], seed: int = 0) -> C
 
 
 def mcnemar_p_value(first_only: int, second_only: int) -> float:
-    """McNemar's exact test: how likely a split at least as uneven is, if either side is as likely."""
+    """McNemar's exact test: the probability of a split at least as uneven, if both sides are equally likely."""
     total = first_only + second_only
     if total == 0:
         return 1.0
-    ways = tail = 1  # of none, at most none
+    ways = tail = 1  # ways to choose k pairs, and at most k pairs, for k = 0
     for k in range(min(first_only, second_only)):
         ways = ways * (total - k) // (k + 1)
         tail += ways

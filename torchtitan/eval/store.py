@@ -1,4 +1,4 @@
-"""Arrays on disk by the content that they were computed from: codes of clips, scores of an unfinished evaluation."""
+"""Arrays on disk, by a hash of their inputs: codes of clips, and scores of an unfinished evaluation."""
 
 import hashlib
 import json
@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
-# Entries in a file, and seconds after which a file is written anyway: what a killed process loses at most.
+# A file is written after so many entries or seconds. A killed process loses at most these.
 FILE_ENTRIES = 2048
 FILE_SECONDS = 10.0
 
 
 def digest(*parts: Any) -> bytes:
-    """SHA-256 of bytes and of anything that JSON can say."""
+    """SHA-256 of bytes and of values that JSON can hold."""
     total = hashlib.sha256()
     for part in parts:
         data = part if isinstance(part, bytes) else json.dumps(part, sort_keys=True).encode()
@@ -27,20 +27,20 @@ def digest(*parts: Any) -> bytes:
 
 
 def default_cache_folder() -> Path:
-    """Where codes of evaluation clips are kept if nothing else is said."""
+    """The default cache folder for codes of evaluation clips."""
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(base).expanduser() / "llama-mimi" / "codes"
 
 
 class ArrayStore:
-    """One-dimensional arrays, each with a number beside it, by 32-byte keys, in a folder of .npz files.
+    """One-dimensional arrays, each with an integer, by 32-byte keys, in a folder of .npz files.
 
-    It only grows. Each file is written whole under a name of its own, so any number of processes may use one folder,
-    and be killed at any time: they lose what they had not written yet. Files that cannot be read are passed over, and
-    if none can be written, that is said once.
+    The store only grows. Each file is complete and has a unique name, so several processes can share a folder. A killed
+    process loses only the entries that it has not written. Unreadable files are ignored. If no file can be written, a
+    single warning says so.
 
     Args:
-        folder: is made when something is written.
+        folder: created when the first file is written.
     """
 
     def __init__(self, folder: Path):
@@ -65,17 +65,17 @@ class ArrayStore:
         return len(self._entries)
 
     def get(self, key: bytes) -> tuple[np.ndarray, int] | None:
-        """The array and the number of a key, or None."""
+        """The array and the integer of a key, or None."""
         return self._entries.get(key)
 
     def put(self, key: bytes, array: np.ndarray, number: int = 0) -> None:
-        """Keep an array; it is on disk after the next :meth:`flush`, which happens by itself now and then."""
+        """Store an array. It is on disk after the next :meth:`flush`, which this method calls now and then."""
         self._entries[key] = self._waiting[key] = (array, number)
         if len(self._waiting) >= FILE_ENTRIES or time.monotonic() - self._written > FILE_SECONDS:
             self.flush()
 
     def flush(self) -> None:
-        """Write what was put in since the last time."""
+        """Write all entries since the last flush."""
         self._written = time.monotonic()
         if not self._waiting:
             return
@@ -86,7 +86,7 @@ class ArrayStore:
             self._write()
         except OSError as error:
             self._broken = True
-            print(f"warning: {self.folder}: nothing can be kept there ({error.strerror}).", file=sys.stderr)
+            print(f"warning: {self.folder}: nothing can be stored there ({error.strerror}).", file=sys.stderr)
         self._waiting.clear()
 
     def _write(self) -> None:

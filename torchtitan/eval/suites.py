@@ -7,15 +7,15 @@ from torchtitan.eval.metrics import Rule
 
 @dataclass(frozen=True)
 class Benchmark:
-    """What sets a benchmark apart.
+    """The properties of a benchmark.
 
     Attributes:
-        name: its folder under the output folder.
-        tasks: their names, which are those of their data sets, configurations or folders.
+        name: its name, and its folder in the output folder.
+        tasks: names of the tasks, which are also the names of their data sets, configurations or folders.
         columns: columns with the positive and the negative clip.
-        item_column: the column with a pair's id, where the data set has one.
+        item_column: column with the id of a pair, if the data set has one.
         rule: how clips are scored.
-        as_configurations: on the hub the tasks are configurations of one data set, otherwise data sets of one owner.
+        as_configurations: on the hub, the tasks are configurations of one data set; otherwise data sets of one owner.
     """
 
     name: str
@@ -26,7 +26,7 @@ class Benchmark:
     as_configurations: bool = False
 
 
-# Its hub configurations all, all_consistency and all_alignment are unions of these, not tasks.
+# The configurations all, all_consistency and all_alignment on the hub are unions of these, not tasks.
 SALMON = Benchmark(
     name="SALMON",
     tasks=(

@@ -1,4 +1,4 @@
-"""Many processes, each a worker, and how far they are."""
+"""Worker processes and their progress."""
 
 import multiprocessing
 import signal
@@ -19,7 +19,7 @@ import torch
 from torchtitan.datasets.bad_rows import BAD_ROWS_FILE, MIN_JUDGED, one_line, require_usable
 from torchtitan.datasets.decoding import num_threads
 from torchtitan.datasets.shards import ShardError, WriteError, read_part
-from torchtitan.tokenization.plan import CONTINUE, Counts, Plan, write_text
+from torchtitan.tokenization.spec import CONTINUE, Counts, Spec, write_text
 from torchtitan.tokenization.worker import ShardTokenizer, relative
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.logging import quiet_transformers
@@ -31,13 +31,13 @@ _SEND_SECONDS = 0.2
 
 
 class Progress:
-    """How far all processes are: a bar on a terminal, else a line now and then.
+    """The progress of all processes: a bar on a terminal, else a line every few seconds.
 
-    Raises UserError from :meth:`report` when too large a share of the rows fails.
+    :meth:`report` raises UserError if too many rows are bad.
     """
 
-    def __init__(self, plan: Plan, done: Counts, rows: int):
-        self.plan, self.total = plan, rows
+    def __init__(self, spec: Spec, done: Counts, rows: int):
+        self.spec, self.total = spec, rows
         self.shown, self.written = replace(done), replace(done)
         self._at_start = replace(done)
         self._begin = self._told = time.monotonic()
@@ -45,13 +45,13 @@ class Progress:
         if sys.stderr.isatty():
             from tqdm import tqdm
 
-            self._bar = tqdm(total=rows, initial=done.rows, desc=plan.source.name, unit=" rows", dynamic_ncols=True)
+            self._bar = tqdm(total=rows, initial=done.rows, desc=spec.source.name, unit=" rows", dynamic_ncols=True)
 
     def report(self, kind: str, counts: Counts) -> None:
-        """Take note of rows that are done, or of a part that is written."""
+        """Count rows that are done (``rows``), or a part that is written (``part``)."""
         if kind == "part":
             self.written.add(counts)
-            check_share(self.plan, self.written, MIN_JUDGED)
+            check_share(self.spec, self.written, MIN_JUDGED)
             return
         self.shown.add(counts)
         if self._bar is not None:
@@ -63,10 +63,10 @@ class Progress:
             rate = (rows - self._at_start.rows) / (self._told - self._begin)
             left = f"{timedelta(seconds=round((self.total - rows) / rate))} left" if rate else "time left unknown"
             share = f"{rows:,} of {self.total:,} rows ({100 * rows / self.total:.1f} %)"
-            print(f"{self.plan.source.name}: {share}, {self._facts()}, {left}", file=sys.stderr, flush=True)
+            print(f"{self.spec.source.name}: {share}, {self._facts()}, {left}", file=sys.stderr, flush=True)
 
     def speed(self) -> float:
-        """Seconds of audio a second, since this run began."""
+        """Seconds of audio per second, since the start of this run."""
         return (self.shown.seconds - self._at_start.seconds) / max(1e-9, time.monotonic() - self._begin)
 
     def close(self) -> None:
@@ -75,36 +75,36 @@ class Progress:
 
     def _facts(self) -> str:
         facts = f"{self.shown.seconds / 3600:.2f} h of audio, {self.speed():.0f} s of it a second"
-        return facts + f", {self.shown.failed:,} failed"
+        return facts + f", {self.shown.bad:,} bad"
 
 
-def write_bad_rows(plan: Plan) -> None:
-    """Write the list of rows and files that could not be used, of all that is there so far."""
-    lines = [(relative(path, plan.source), relative(reason, plan.source)) for path, reason in plan.index.bad_files]
-    for shard in range(plan.num_shards):
-        if plan.shard_path(shard).exists():
-            paths = [plan.shard_path(shard)]
+def write_bad_rows(spec: Spec) -> None:
+    """Write the list of all bad rows and files so far."""
+    lines = [(relative(path, spec.source), relative(reason, spec.source)) for path, reason in spec.index.bad_files]
+    for shard in range(spec.num_shards):
+        if spec.shard_path(shard).exists():
+            paths = [spec.shard_path(shard)]
         else:
-            paths = [p for i in range(plan.num_parts(shard)) if (p := plan.part_path(shard, i)).exists()]
+            paths = [p for i in range(spec.num_parts(shard)) if (p := spec.part_path(shard, i)).exists()]
         for path in paths:
             with suppress(ShardError):  # merged by another process in between
                 lines += [(key, reason) for key, reason in read_part(path)[1]["failed"]]
     text = "".join(f"{one_line(key)}\t{one_line(reason)}\n" for key, reason in sorted(lines))
-    write_text(plan.output / BAD_ROWS_FILE, text)
+    write_text(spec.output / BAD_ROWS_FILE, text)
 
 
-def check_share(plan: Plan, counts: Counts, at_least: int) -> None:
-    """Raise UserError if more than the accepted share of the rows failed, once there are ``at_least`` rows."""
+def check_share(spec: Spec, counts: Counts, at_least: int) -> None:
+    """Raise UserError if too many rows are bad, once there are ``at_least`` rows."""
     if counts.rows >= at_least:
         try:
-            file = plan.output / BAD_ROWS_FILE
-            require_usable(counts.failed, counts.rows, plan.max_bad_share, "max_bad_share", file)
+            file = spec.output / BAD_ROWS_FILE
+            require_usable(counts.bad, counts.rows, spec.max_bad_share, "max_bad_share", file)
         except UserError:
-            write_bad_rows(plan)
+            write_bad_rows(spec)
             raise
 
 
-def _work(plan: Plan, device: torch.device, threads: int, channel: Any) -> None:
+def _work(spec: Spec, device: torch.device, threads: int, channel: Any) -> None:
     """A worker process: does the jobs that the parent sends."""
     end_with_parent(signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent ends the others.
@@ -124,7 +124,7 @@ def _work(plan: Plan, device: torch.device, threads: int, channel: Any) -> None:
 
     try:
         settle(device)
-        worker = ShardTokenizer(plan, device, threads, report)
+        worker = ShardTokenizer(spec, device, threads, report)
         channel.send(("idle", None))
         while True:
             shard, parts = channel.recv()
@@ -142,7 +142,7 @@ def _work(plan: Plan, device: torch.device, threads: int, channel: Any) -> None:
 
 
 def settle(device: torch.device) -> None:
-    """Make the process one that shares its machine with others of its kind."""
+    """Set up this process to share the machine with other worker processes."""
     quiet_transformers()
     tune_malloc()
     torch.set_num_threads(1)
@@ -156,7 +156,7 @@ def _exit_cleanly(number: int, frame: Any) -> None:
 
 @contextmanager
 def terminable() -> Iterator[None]:
-    """Let SIGTERM unwind the main thread as Ctrl-C does."""
+    """Let SIGTERM end the main thread with an exception, as Ctrl-C does."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -168,15 +168,15 @@ def terminable() -> Iterator[None]:
 
 
 class _Jobs:
-    """What is still to do: (shard, parts to make), and (shard, None) to merge one whose parts are all there."""
+    """The open jobs: (shard, parts to make), and (shard, None) to merge a shard whose parts are complete."""
 
-    def __init__(self, plan: Plan, shards: Sequence[int], num_processes: int):
-        # With few shards, each is worked at by several, so that all processes have work up to the end.
+    def __init__(self, spec: Spec, shards: Sequence[int], num_processes: int):
+        # If there are few shards, several processes work on each, so that all have work up to the end.
         pieces = -(-4 * num_processes // max(1, len(shards)))
         self._waiting: deque[tuple[int, list[int] | None]] = deque()
         self._unfinished: dict[int, int] = {}
         for shard in shards:
-            parts = [p for p in range(plan.num_parts(shard)) if not plan.part_path(shard, p).exists()]
+            parts = [p for p in range(spec.num_parts(shard)) if not spec.part_path(shard, p).exists()]
             size = max(1, -(-len(parts) // pieces))
             runs = [parts[i : i + size] for i in range(0, len(parts), size)] or [[]]
             self._waiting.extend((shard, run) for run in runs)
@@ -203,44 +203,44 @@ class _Worker:
     idle: bool = False
 
 
-def run_processes(plan: Plan, shards: Sequence[int], devices: Sequence[torch.device], progress: Progress) -> None:
-    """Make shards with one process for each of the devices.
+def run_processes(spec: Spec, shards: Sequence[int], devices: Sequence[torch.device], progress: Progress) -> None:
+    """Make shards with one process per device.
 
     Raises:
-        UserError: a process died, the output cannot be written, or too many rows fail; the others are ended.
+        UserError: a process died, the output cannot be written, or too many rows are bad. All processes are ended.
     """
     context = multiprocessing.get_context("spawn")
-    jobs = _Jobs(plan, shards, len(devices))
+    jobs = _Jobs(spec, shards, len(devices))
     workers: list[_Worker] = []
     try:
         for number, device in enumerate(devices[: jobs.largest]):
             ours, theirs = context.Pipe()
-            arguments = (plan, device, num_threads(device, len(devices)), theirs)
+            arguments = (spec, device, num_threads(device, len(devices)), theirs)
             process = context.Process(target=_work, args=arguments, name=f"tokenizer {number}", daemon=True)
             process.start()
-            theirs.close()  # or else the end of the process would not end the channel
+            theirs.close()  # otherwise the channel would stay open when the process ends
             workers.append(_Worker(number, process, ours))
         while True:
             for worker in workers:
                 if worker.idle and (job := jobs.next()) is not None:
                     worker.job, worker.idle = job, False
-                    with suppress(OSError):  # a dead one is noticed below
+                    with suppress(OSError):  # a dead worker is noticed below
                         worker.channel.send(job)
             if all(worker.idle for worker in workers):
                 return
             for ready in connection.wait([worker.channel for worker in workers]):
                 worker = next(worker for worker in workers if worker.channel is ready)
-                _receive(plan, worker, jobs, progress)
+                _receive(spec, worker, jobs, progress)
     finally:
         _end(workers)
 
 
-def _receive(plan: Plan, worker: _Worker, jobs: _Jobs, progress: Progress) -> None:
-    """Take one message of a worker. Raises UserError where it is the last."""
+def _receive(spec: Spec, worker: _Worker, jobs: _Jobs, progress: Progress) -> None:
+    """Take one message from a worker. Raises UserError if the worker has ended."""
     try:
         kind, content = worker.channel.recv()
     except (EOFError, OSError):
-        raise UserError(_obituary(plan, worker)) from None
+        raise UserError(_obituary(spec, worker)) from None
     if kind in ("error", "unwritable"):
         raise (WriteError if kind == "unwritable" else UserError)(content)
     if kind == "crash":
@@ -253,7 +253,7 @@ def _receive(plan: Plan, worker: _Worker, jobs: _Jobs, progress: Progress) -> No
         progress.report(kind, content)
 
 
-def _obituary(plan: Plan, worker: _Worker) -> str:
+def _obituary(spec: Spec, worker: _Worker) -> str:
     worker.process.join(10)
     code = worker.process.exitcode
     if code is not None and code < 0:
@@ -261,10 +261,10 @@ def _obituary(plan: Plan, worker: _Worker) -> str:
             code = signal.Signals(-code).name
         how = f"was ended by {code}"
         if code == "SIGKILL":
-            how += ", perhaps for lack of memory"
+            how += ", perhaps because memory ran out"
     else:
         how = f"ended with exit code {code}"
-    place = "before its first shard" if worker.job is None else f"at {plan.shard_path(worker.job[0]).name}"
+    place = "before its first shard" if worker.job is None else f"at {spec.shard_path(worker.job[0]).name}"
     return (
         f"worker process {worker.number} (pid {worker.process.pid}) {how}, {place}; nothing finished is lost: "
         f"{CONTINUE}."
@@ -272,7 +272,7 @@ def _obituary(plan: Plan, worker: _Worker) -> str:
 
 
 def _end(workers: list[_Worker]) -> None:
-    """End the processes: those that wait for a job, which have nothing to tidy up, at once."""
+    """End all processes. Those that wait for a job are killed at once, because they have nothing to clean up."""
     for worker in workers:
         if worker.idle:
             worker.process.kill()

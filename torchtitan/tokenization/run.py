@@ -1,4 +1,4 @@
-"""A tokenization from its options to its last shard."""
+"""A tokenization, from its options to its last shard."""
 
 import os
 import sys
@@ -8,15 +8,6 @@ import torch
 from torchtitan.datasets.bad_rows import BAD_ROWS_FILE
 from torchtitan.datasets.decoding import num_cores, num_threads
 from torchtitan.datasets.shards import WriteError
-from torchtitan.tokenization.plan import (
-    CONTINUE,
-    Options,
-    Plan,
-    prepare,
-    remove_stale_files,
-    survey,
-    write_settings,
-)
 from torchtitan.tokenization.processes import (
     Progress,
     check_share,
@@ -24,6 +15,15 @@ from torchtitan.tokenization.processes import (
     settle,
     terminable,
     write_bad_rows,
+)
+from torchtitan.tokenization.spec import (
+    CONTINUE,
+    Options,
+    Spec,
+    prepare,
+    remove_stale_files,
+    survey,
+    write_settings,
 )
 from torchtitan.tokenization.worker import ShardTokenizer
 from torchtitan.tools.errors import UserError
@@ -55,72 +55,75 @@ def choose_devices(name: str, num_processes: int | None, local_rank: int | None 
     return [device] * (num_processes or (num_cores() if device.type == "cpu" else 1))
 
 
-def finish(plan: Plan) -> str | None:
-    """Write totals and failed rows once all shards are there; a sentence about them, or None if some are missing.
+def finish(spec: Spec) -> str | None:
+    """Write totals and bad rows if all shards are there.
+
+    Returns:
+        a sentence about them; None if shards are missing.
 
     Raises:
-        UserError: too many rows failed.
+        UserError: too many rows are bad.
     """
-    counts, missing = survey(plan, range(plan.num_shards))
+    counts, missing = survey(spec, range(spec.num_shards))
     if missing:
         return None
-    write_bad_rows(plan)
-    check_share(plan, counts, 1)
+    write_bad_rows(spec)
+    check_share(spec, counts, 1)
     totals = {
         "recordings": counts.recordings,
         "hours": counts.seconds / 3600,
         "frames": counts.frames,
-        "failed": counts.failed,
+        "failed": counts.bad,
         "left_out": counts.left_out,
-        "bad_files": len(plan.index.bad_files),
+        "bad_files": len(spec.index.bad_files),
     }
-    write_settings(plan, totals)
+    write_settings(spec, totals)
     told = (
-        f"{plan.output}: {plan.num_shards:,} shards hold {counts.recordings:,} recordings, "
-        f"{counts.seconds / 3600:,.2f} h, {counts.frames:,} frames of {plan.num_quantizers} codes"
+        f"{spec.output}: {spec.num_shards:,} shards hold {counts.recordings:,} recordings, "
+        f"{counts.seconds / 3600:,.2f} h, {counts.frames:,} frames of {spec.num_quantizers} codes"
     )
     if counts.left_out:
         told += f"; {counts.left_out:,} rows are shorter or longer than the source's limits"
-    if counts.failed or plan.index.bad_files:
-        files = f" and {len(plan.index.bad_files):,} files" if plan.index.bad_files else ""
-        told += f"; {counts.failed:,} rows{files} could not be used and are listed in {BAD_ROWS_FILE}"
+    if counts.bad or spec.index.bad_files:
+        files = f" and {len(spec.index.bad_files):,} files" if spec.index.bad_files else ""
+        told += f"; {counts.bad:,} rows{files} could not be used and are listed in {BAD_ROWS_FILE}"
     return told + "."
 
 
 def tokenize(options: Options) -> str:
-    """Do all of it, or what is left of it.
+    """Tokenize a data set, or continue a tokenization.
 
     Returns:
-        what to tell at the end, in a sentence.
+        a sentence about the result.
 
     Raises:
-        UserError: something in the way that its message names; nothing finished is lost.
+        UserError: the tokenization cannot be finished. Finished parts are kept.
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     ranked = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     if ranked and (options.num_processes or 1) > 1:
-        raise UserError("num_processes is for runs without torchrun, whose ranks are the processes.")
+        raise UserError("num_processes is only for runs without torchrun; with torchrun, each rank is a process.")
     local_rank = int(os.environ.get("LOCAL_RANK", 0)) if ranked else None
     devices = choose_devices(options.device, options.num_processes, local_rank)
     quiet_transformers()
-    plan = prepare(options)
-    remove_stale_files(plan)
-    shards = range(rank, plan.num_shards, world_size) if ranked else range(plan.num_shards)
-    done, missing = survey(plan, shards)
-    if not missing and (told := finish(plan)):
-        return f"all was done already. {told}"
-    progress = Progress(plan, done, sum(len(plan.rows(shard)) for shard in shards))
+    spec = prepare(options)
+    remove_stale_files(spec)
+    shards = range(rank, spec.num_shards, world_size) if ranked else range(spec.num_shards)
+    done, missing = survey(spec, shards)
+    if not missing and (told := finish(spec)):
+        return f"everything was already done. {told}"
+    progress = Progress(spec, done, sum(len(spec.rows(shard)) for shard in shards))
     try:
         with terminable():
             if len(devices) == 1:
                 settle(devices[0])
                 threads = num_threads(devices[0], world_size if ranked else 1)
-                worker = ShardTokenizer(plan, devices[0], threads, progress.report)
+                worker = ShardTokenizer(spec, devices[0], threads, progress.report)
                 for shard in missing:
-                    worker.make_parts(shard, range(plan.num_parts(shard)))
+                    worker.make_parts(shard, range(spec.num_parts(shard)))
                     worker.merge(shard)
             else:
-                run_processes(plan, missing, devices, progress)
+                run_processes(spec, missing, devices, progress)
     except (KeyboardInterrupt, SystemExit):
         progress.close()
         print(f"stopped; nothing finished is lost: {CONTINUE}.", file=sys.stderr)
@@ -129,5 +132,5 @@ def tokenize(options: Options) -> str:
         raise UserError(f"{str(error).rstrip('.')}; nothing finished is lost: {CONTINUE}.") from None
     finally:
         progress.close()
-    told = finish(plan) or f"{plan.output}: rank {rank} is done, others are not yet."
+    told = finish(spec) or f"{spec.output}: rank {rank} is done, other ranks are not."
     return f"{told} {progress.speed():.0f} s of audio a second."

@@ -1,1 +1,1 @@
-"""Small helpers without knowledge of models or data."""
+"""Small helpers that know nothing of models or data."""

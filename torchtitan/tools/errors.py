@@ -1,11 +1,11 @@
-"""What a user did wrong, told in one sentence."""
+"""Errors of users, as one sentence."""
 
 import sys
 from collections.abc import Callable
 
 
 class UserError(ValueError):
-    """Input that cannot be used; its message is one clear sentence for the person who gave it."""
+    """Input that cannot be used. The message is one clear sentence for the user."""
 
 
 class ConfigError(UserError):
@@ -13,7 +13,7 @@ class ConfigError(UserError):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, without a full stop; the error's kind where it has none."""
+    """The first line of an error's message, without a full stop; the type of the error if the message is empty."""
     text = (getattr(error, "strerror", None) or str(error)).strip()
     return text.splitlines()[0].rstrip(". ") if text else type(error).__name__
 

@@ -1,7 +1,7 @@
-"""Files of the Hugging Face hub, fetched with patience.
+"""Files of the Hugging Face hub, downloaded with retries.
 
-Whatever is read from the hub goes through here or through the readers of data sets: requests that fail for a reason
-that may pass are tried again, with growing waits and a limit, and what was fetched before is kept.
+All access to the hub goes through this module or through the readers of data sets. A request that fails for a temporary
+reason is tried again a few times, with growing waits. Downloaded files stay in the hub's cache.
 """
 
 import errno
@@ -16,7 +16,7 @@ from torchtitan.tools.retries import may_pass, retried
 
 # owner/name
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-# Weights in formats that are not read where there are safetensors.
+# Formats of weights that are not needed if there are safetensors.
 _OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".ot", ".onnx", ".gguf", ".tflite")
 
 
@@ -25,16 +25,16 @@ class NotOnHub(UserError):
 
 
 def local_copy(name: str | Path, revision: str | None = None, weights: bool = True) -> str:
-    """The folder of a model: a local one as it is, one on the hub downloaded first.
+    """The local folder of a model. A model on the hub is downloaded first.
 
     Args:
         name: a folder, or a hub name (owner/name).
         revision: branch, tag or commit on the hub.
-        weights: with its weights; safetensors alone where there are some.
+        weights: also download the weights; only safetensors if there are some.
 
     Raises:
-        FileNotFoundError: it is no folder, and its name can be none of the hub's.
-        UserError: it is not to be had.
+        FileNotFoundError: the folder does not exist, and the name cannot be a hub name.
+        UserError: the model cannot be downloaded.
     """
     if os.path.isdir(os.path.expanduser(name)):
         return os.path.expanduser(name)
@@ -44,7 +44,7 @@ def local_copy(name: str | Path, revision: str | None = None, weights: bool = Tr
     def wanted(files: list[str]) -> list[str]:
         top = [file for file in files if "/" not in file]
         known = [file for file in top if file.endswith(".safetensors")]
-        # Some repositories hold the same weights again, in files of another name.
+        # Some repositories have the same weights again under another name.
         known = [file for file in known if file.startswith(("model.", "model-"))] or known
         others = [] if known else [file for file in top if file.endswith(_OTHER_WEIGHTS)]
         rest = [file for file in top if not file.endswith((".safetensors", *_OTHER_WEIGHTS))]
@@ -52,12 +52,12 @@ def local_copy(name: str | Path, revision: str | None = None, weights: bool = Tr
 
     folder, _ = fetch(str(name), "model", wanted, revision)
     if folder is None:
-        raise NotOnHub(f"{name}: the model's page holds no files.")
+        raise NotOnHub(f"{name}: the repository of the model has no files.")
     return str(folder)
 
 
 def commit_of(folder: str | Path) -> str | None:
-    """The commit of a folder that :func:`local_copy` gave; None for one that is not of the hub's cache."""
+    """The commit of a folder from :func:`local_copy`; None for a folder outside the hub's cache."""
     path = Path(folder)
     return path.name if path.parent.name == "snapshots" else None
 
@@ -69,16 +69,16 @@ def fetch(
 
     Args:
         kind: model or dataset.
-        wanted: of the names of all files those to download.
-        revision: branch, tag or commit; the newest by default.
+        wanted: selects the files to download from the names of all files.
+        revision: branch, tag or commit. Default: the newest.
 
     Returns:
-        the folder that holds them (None if there are none), and the commit they are of. Without a connection, or with
-        HF_HUB_OFFLINE=1, the folder is what an earlier download left.
+        the folder of the files (None if there are none), and their commit. Without a connection, or with
+        HF_HUB_OFFLINE=1, it is the folder of an earlier download.
 
     Raises:
         NotOnHub: there is no such repository or revision.
-        UserError: access has not been granted, or it cannot be reached and the cache does not hold it.
+        UserError: access is not granted, or the hub cannot be reached and the cache has no copy.
     """
     from huggingface_hub import HfApi, constants, snapshot_download
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
@@ -86,7 +86,7 @@ def fetch(
     what = "model" if kind == "model" else "data set"
 
     def cached() -> Path | None:
-        """What an earlier download left, complete or not."""
+        """The folder of an earlier download, complete or not."""
         options: dict[str, Any] = {"local_files_only": True, "allow_patterns": []}
         try:
             return Path(snapshot_download(repository, repo_type=kind, revision=revision, **options))
@@ -102,10 +102,10 @@ def fetch(
             raise
 
     def download(files: list[str]) -> Path:
-        # By the branch rather than the commit, so that the cache knows the branch without a network, too.
+        # By branch, not by commit, so that the cache also knows the branch when there is no network.
         folder = Path(snapshot_download(repository, repo_type=kind, revision=revision, allow_patterns=files))
         if missing := [file for file in files if not (folder / file).is_file()]:
-            raise ConnectionError(f"{missing[0]} has not come")
+            raise ConnectionError(f"{missing[0]} was not downloaded")
         return folder
 
     reason = "HF_HUB_OFFLINE is set, and it is not in the cache"
@@ -118,7 +118,7 @@ def fetch(
             return folder, folder.name
     except GatedRepoError:
         raise UserError(
-            f"{repository}: access to this {what} must be asked for on its page, and `hf auth login` be called once."
+            f"{repository}: request access to this {what} on its page, and call `hf auth login` once."
         ) from None
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise NotOnHub(f"{repository}: the hub has no such {what} ({first_line(error)}).") from None
@@ -132,16 +132,16 @@ def fetch(
 
 
 def require_model_folder(name: str) -> None:
-    """Refuse a name that can only be a local folder but is none, or a folder without config.json.
+    """Refuse a folder that does not exist or has no config.json. Hub names pass.
 
     Raises:
-        UserError: with what is missing.
+        UserError: the folder or its config.json is missing.
     """
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise UserError(
-                f"{name}: the folder holds no config.json, so it is not a model in Hugging Face format, and it is no "
+                f"{name}: the folder has no config.json, so it is not a model in Hugging Face format, and it is not a "
                 "training checkpoint either."
             )
     elif name.startswith((".", "/", "~")) or name.count("/") != 1:

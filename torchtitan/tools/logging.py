@@ -1,4 +1,4 @@
-"""The one logger of a run."""
+"""The logger of a run."""
 
 import json
 import logging
@@ -11,7 +11,7 @@ logger = logging.getLogger("torchtitan")
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line: time (ISO 8601), level, rank, message, and what ``extra={"figures": {...}}`` holds."""
+    """One JSON object per line: time (ISO 8601), level, rank, message, and the ``extra={"figures": {...}}``."""
 
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, Any] = {
@@ -36,12 +36,12 @@ def init_logger(as_json: bool = False) -> None:
     text = logging.Formatter(f"%(asctime)s [rank {rank}] %(levelname)s %(message)s", "%H:%M:%S")
     for handler in logger.handlers:
         if type(handler) is logging.StreamHandler:
-            handler.stream = sys.stderr  # which may have been replaced since the last call
+            handler.stream = sys.stderr  # stderr may have been replaced since the last call
             handler.setFormatter(JsonFormatter() if as_json else text)
 
 
 def quiet_transformers() -> None:
-    """No progress bars while transformers reads or writes a model of a few files."""
+    """Turn off the progress bars of transformers for reading and writing models."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()

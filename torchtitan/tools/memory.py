@@ -3,19 +3,19 @@
 import ctypes
 import platform
 
-# Names of malloc.h.
+# Constants of malloc.h.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -2, -3, -8
 
 
 def tune_malloc() -> bool:
-    """Keep freed memory in the process, so that the next tensor does not fault its pages in again.
+    """Keep freed memory in the process, so that the next tensor causes no page faults.
 
-    By default glibc maps every large block anew and gives it back when it is freed: encoding speech spends a third of
-    its time on page faults then. One arena serves all threads, since only the main arena can hold large blocks. The
-    cost is that memory of up to 2 GB is not returned to the system. Call it early; a second call changes nothing.
+    By default, glibc maps every large block anew and returns it when it is freed. Encoding speech then spends a third
+    of its time on page faults. All threads share one arena, because only the main arena can have large blocks. In
+    return, up to 2 GB of memory stay in the process. Call it early; a second call changes nothing.
 
     Returns:
-        whether it took effect: True with glibc, False elsewhere, where nothing is changed.
+        whether it had an effect: True with glibc, else False.
     """
     if platform.libc_ver()[0] != "glibc":
         return False

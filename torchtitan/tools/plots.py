@@ -1,4 +1,4 @@
-"""Pictures that can be read on a light and on a dark page, and the figures of a run that they are drawn from."""
+"""Pictures for light and dark pages, and the metrics of a run for them."""
 
 import json
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from torchtitan.tools.errors import UserError
 
 @dataclass(frozen=True)
 class Shades:
-    """One colour on a page: of outlines and bars, of areas behind text, and of that text."""
+    """One colour in three shades: for lines and bars, for areas behind text, and for this text."""
 
     line: str
     fill: str
@@ -21,10 +21,10 @@ class Shades:
 
 @dataclass(frozen=True)
 class Theme:
-    """The colours of a picture on a page, as #rrggbb; its background is the page's.
+    """The colours of a picture, as #rrggbb. Its background is transparent.
 
     Attributes:
-        colormap: matplotlib's name of the one in which the quietest sound is like the page.
+        colormap: name of a colormap of matplotlib whose lowest value looks like the page.
     """
 
     text: str
@@ -63,7 +63,7 @@ THEMES = {
 
 @contextmanager
 def drawn_for(theme: Theme, font_size: float = 10) -> Iterator[None]:
-    """Within this block, matplotlib draws for a page of that theme, and the same input gives the same bytes.
+    """In this context, matplotlib draws in the colours of the theme, and equal input gives equal bytes.
 
     Args:
         font_size: in points.
@@ -79,7 +79,7 @@ def drawn_for(theme: Theme, font_size: float = 10) -> Iterator[None]:
         "axes.spines.right": False,
         "legend.frameon": False,
         "image.cmap": theme.colormap,
-        "font.family": "DejaVu Sans",  # comes with matplotlib, so that text takes the same space everywhere
+        "font.family": "DejaVu Sans",  # part of matplotlib, so text has the same size on every machine
         "font.size": font_size,
         "svg.fonttype": "none",
         "svg.hashsalt": "plots",
@@ -89,7 +89,7 @@ def drawn_for(theme: Theme, font_size: float = 10) -> Iterator[None]:
 
 
 def read_metrics(path: Path) -> dict[str, dict[int, float]]:
-    """Figures by name and step from a run's metrics.jsonl; of a step that was run twice, the later one.
+    """Figures by name and step from a run's metrics.jsonl. If a step was run twice, the later figure counts.
 
     Raises:
         UserError: there is no such file, or a line of it is damaged.
@@ -102,18 +102,18 @@ def read_metrics(path: Path) -> dict[str, dict[int, float]]:
             entry = json.loads(line)
             step = entry.pop("step")
         except (ValueError, KeyError, AttributeError, TypeError):
-            raise UserError(f"{path}: line {number} does not hold the figures of a step.") from None
+            raise UserError(f"{path}: line {number} does not contain the figures of a step.") from None
         for name, value in entry.items():
             figures.setdefault(name, {})[step] = value
     return {name: dict(sorted(values.items())) for name, values in figures.items()}
 
 
 def draw_losses(figures: dict[str, dict[int, float]], path: Path) -> None:
-    """Plot training and validation loss over steps, and the entropy of the validation codes as the line to beat.
+    """Plot training and validation loss over steps, and the entropy of the validation codes as a baseline.
 
     Args:
-        figures: as :func:`read_metrics` gives them; what is of validation may be missing.
-        path: the file, a .png or .svg.
+        figures: figures from :func:`read_metrics`; those of validation may be missing.
+        path: a .png or .svg file.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

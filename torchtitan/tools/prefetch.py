@@ -1,4 +1,4 @@
-"""Work that is done ahead of its use, by a thread."""
+"""Prefetch: a thread works ahead of the consumer."""
 
 import queue
 import threading
@@ -11,7 +11,7 @@ from torchtitan.tools.logging import logger
 
 T = TypeVar("T")
 
-# After so many seconds without anything new, whoever waits says so; and again each time as many have passed.
+# Seconds without a new item after which the consumer logs a warning, again and again.
 PATIENCE = 60.0
 
 
@@ -20,9 +20,9 @@ class _Closed(Exception):
 
 
 def prefetch(items: Iterable[T], depth: int, name: str) -> Generator[T]:
-    """The same items, up to ``depth`` of them made ahead by a thread called ``name``.
+    """The same items. A thread called ``name`` makes up to ``depth`` of them ahead.
 
-    An exception of ``items`` is raised at its place. When the result is closed, so is ``items``, in its thread.
+    An exception of ``items`` is raised at its place. Closing the result closes ``items`` in its thread.
     """
     ready: queue.Queue[tuple[str, T | BaseException | None]] = queue.Queue(depth)
     closed = threading.Event()
@@ -43,7 +43,7 @@ def prefetch(items: Iterable[T], depth: int, name: str) -> Generator[T]:
             put("end", None)
         except _Closed:
             pass
-        except BaseException as error:  # raised again by the consumer
+        except BaseException as error:  # the consumer raises it again
             with suppress(_Closed):
                 put("error", error)
         finally:

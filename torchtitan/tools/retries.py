@@ -1,4 +1,4 @@
-"""Trying again what fails for a reason that may pass."""
+"""Retries after temporary errors."""
 
 import errno
 import itertools
@@ -12,21 +12,21 @@ from torchtitan.tools.logging import logger
 
 T = TypeVar("T")
 
-# Seconds before the second try; each further one waits twice as long.
+# Seconds before the second try. Each further wait is twice as long.
 FIRST_WAIT = 1.0
 RETRIES = 5
-# Errors of paths that stay as they are: a loop of links, a name that no file can have.
+# Permanent errors: a loop of links, a file name that is too long.
 _LASTING = (errno.ELOOP, errno.ENAMETOOLONG)
-# The hub's client has errors of its own kind; it is imported where they can occur.
+# The hub's client has its own error types. These modules are only loaded if the client is.
 _CLIENTS = ("httpx", "httpx2")
 
 
 def may_pass(error: BaseException) -> bool:
-    """Whether a second try may succeed: network and file system yes; missing, forbidden or damaged things no."""
+    """Whether an error may be temporary: network and file system yes; missing, forbidden or damaged files no."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(status, int) and 400 <= status < 500:
         return status in (408, 429)
-    if isinstance(error, FileNotFoundError) and error.__cause__ is not None:  # the hub's client could not ask for it
+    if isinstance(error, FileNotFoundError) and error.__cause__ is not None:  # the hub did not answer
         return may_pass(error.__cause__)
     if isinstance(error, (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)):
         return False
@@ -37,9 +37,9 @@ def may_pass(error: BaseException) -> bool:
 
 
 def retried(what: str, action: Callable[[], T], retries: int = RETRIES) -> T:
-    """What ``action`` gives, tried again up to ``retries`` times while it fails for a reason that may pass.
+    """The result of ``action``, which is tried again up to ``retries`` times after temporary errors.
 
-    Each time the logger says what failed and how long it waits.
+    A warning names each error and the time until the next try.
     """
     for attempt in itertools.count():
         try:

@@ -1,4 +1,4 @@
-"""Stopping a run from outside: Ctrl-C, SIGTERM, and SIGUSR1, which Slurm sends before it takes a node away."""
+"""Stop a run from outside, by Ctrl-C, SIGTERM, or SIGUSR1, which Slurm can send before it ends a job."""
 
 import ctypes
 import os
@@ -17,7 +17,7 @@ REPEAT_SECONDS = 1.0
 
 
 class StopRequest:
-    """Whether this process was asked to stop, and by which signal."""
+    """Says whether this process has received a stop signal, and which."""
 
     def __init__(self) -> None:
         self.name: str | None = None
@@ -27,7 +27,7 @@ class StopRequest:
         return self.name is not None
 
     def receive(self, number: int, frame: FrameType | None) -> None:
-        """The handler: it only takes a note, so that what is under way, such as a save, is finished.
+        """The signal handler. It only stores the name, so that running work, such as a save, is finished.
 
         A second Ctrl-C ends the process at once.
         """
@@ -41,9 +41,9 @@ class StopRequest:
 
 @contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """Take a note of stop signals instead of dying of them; before and after, they do what they did."""
+    """In this context, stop signals set the request instead of ending the process."""
     request = StopRequest()
-    if threading.current_thread() is not threading.main_thread():  # Only the main thread can have handlers.
+    if threading.current_thread() is not threading.main_thread():  # Only the main thread can set handlers.
         yield request
         return
     before = {number: signal.signal(number, request.receive) for number in SIGNALS}
@@ -56,12 +56,12 @@ def stop_requests() -> Iterator[StopRequest]:
 
 @contextmanager
 def shielded() -> Iterator[None]:
-    """Threads and processes that are started within this context never receive the stop signals.
+    """Threads and processes that are started in this context never receive the stop signals.
 
-    torchrun sends a signal to a rank and to all that it has started; a process that saves a checkpoint has to outlive
-    it. What arrives meanwhile is received afterwards.
+    torchrun sends a signal to a rank and to all its child processes, but the process that saves a checkpoint must
+    survive. This process receives signals from this time when the context ends.
     """
-    resource_tracker.ensure_running()  # Its start, which any other may cause, would let the signals through again.
+    resource_tracker.ensure_running()  # Start it now: a start inside the context would unblock the signals.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield

@@ -27,19 +27,19 @@ _PEAK_FLOPS = {
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Dense bf16 peak of a GPU in FLOP/s; None where it is not known."""
+    """Dense bf16 peak of a GPU in FLOP/s; None if it is unknown."""
     if device.type != "cuda":
         return None
     return peak_flops_of(torch.cuda.get_device_name(device))
 
 
 def peak_flops_of(name: str) -> float | None:
-    """Dense bf16 peak in FLOP/s of a GPU by its name; None where it is not known."""
+    """Dense bf16 peak in FLOP/s of a GPU by its name; None if it is unknown."""
     return next((peak for part, peak in _PEAK_FLOPS.items() if re.search(rf"\b{part}\b", name)), None)
 
 
 class GarbageCollection:
-    """Collects garbage at the same steps on all ranks: one rank that pauses by itself makes all others wait."""
+    """Collects garbage at the same steps on all ranks. A rank that pauses alone makes all others wait."""
 
     def __init__(self, freq: int, debug: bool = False):
         self.freq = 1 if debug else freq

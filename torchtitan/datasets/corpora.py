@@ -1,7 +1,7 @@
-"""What a loader draws from: recordings that are still to be encoded, or codes that lie in shards.
+"""What a loader draws from: a corpus of recordings, which it encodes itself, or a corpus of codes in shards.
 
-Both give their items numbers from 0 and an endless order over them (see order.py). Several sources of one kind can be
-one stream; then every recording of all of them comes once an epoch.
+A corpus numbers its items from 0 and has an endless order over them (see order.py). Several sources of one kind can
+form one corpus. An epoch then contains each recording of all these sources once.
 """
 
 import hashlib
@@ -22,11 +22,11 @@ from torchtitan.datasets.sources import find_files
 from torchtitan.tools.errors import UserError
 
 
-class AudioStream:
-    """Recordings; an item is one of them, whatever its length.
+class AudioCorpus:
+    """Recordings. An item is one recording of any length.
 
     Args:
-        parts: data sets, one after the other.
+        parts: data sets, which are concatenated.
     """
 
     def __init__(self, parts: Sequence[AudioDataset], seed: int, shuffle: bool = True):
@@ -47,7 +47,7 @@ class AudioStream:
 
 
 class CodeItem(NamedTuple):
-    """Frames ``start`` to ``stop`` of recording ``number`` of some shards, which has ``whole`` frames in all."""
+    """Frames ``start`` up to ``stop`` of a recording in shards. The whole recording has ``whole`` frames."""
 
     shards: ShardedCodes
     number: int
@@ -57,7 +57,6 @@ class CodeItem(NamedTuple):
 
     @property
     def key(self) -> str:
-        """The name of the recording."""
         return self.shards.key(self.number)
 
     @property
@@ -65,20 +64,20 @@ class CodeItem(NamedTuple):
         return self.stop - self.start
 
     def frames(self, start: int, stop: int, num_quantizers: int) -> np.ndarray:
-        """uint16 [stop - start, Q], counted from the item's own start."""
+        """Codes, uint16 [stop - start, Q]. Frames count from the start of the item."""
         return self.shards.codes(self.number, self.start + start, self.start + stop, num_quantizers)
 
 
-class CodeStream:
-    """Codes in shards. An item is a recording, or with ``split`` a piece of one of at most ``max_frames`` frames.
+class CodeCorpus:
+    """Codes in shards. An item is a recording, or with ``split`` a piece of a recording.
 
     Args:
-        parts: shards with the sources that they were opened from, whose limits on the duration are applied here.
-        max_frames: longer recordings are cut to this.
-        frame_rate: frames a second, of which a recording's stated duration has more than codes if it was cut before.
+        parts: shards, each with its source, whose limits on the duration are applied here.
+        max_frames: maximum length of an item; longer recordings are cut or split.
+        frame_rate: frames per second. It tells from the stated duration whether tokenization has cut a recording.
 
     Attributes:
-        num_filtered: recordings outside of the limits on the duration.
+        num_filtered: number of recordings outside the limits on the duration.
     """
 
     def __init__(
@@ -128,7 +127,7 @@ class CodeStream:
 
 
 def _within_limits(source: Source, shards: ShardedCodes) -> np.ndarray | None:
-    """Numbers of the recordings whose duration a source admits; None stands for all."""
+    """Numbers of the recordings whose duration is within the limits of a source; None stands for all."""
     if source.min_seconds is None and source.max_seconds is None:
         return None
     seconds = shards.seconds
@@ -137,7 +136,7 @@ def _within_limits(source: Source, shards: ShardedCodes) -> np.ndarray | None:
 
 
 def _find_long(frames: np.ndarray, max_frames: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of recordings with more than one piece: their numbers, their further pieces, the items of their first pieces."""
+    """For each recording with several pieces: its number, the number of its further pieces, the item of its first."""
     pieces = -(-frames.astype(np.int64) // max_frames)
     long = np.flatnonzero(pieces > 1)
     extra = pieces[long] - 1
@@ -157,13 +156,13 @@ def _recording_and_piece(long: tuple[np.ndarray, np.ndarray, np.ndarray], item: 
 
 @dataclass
 class FoundData:
-    """The files of a data set or mixture, found and looked at, before anything is drawn from them.
+    """The files of one or several sources, before anything is drawn from them.
 
     Attributes:
-        sources: as they were asked for.
-        shards: opened code shards of the sources that are such, by the source's number.
-        files: of the other sources.
-        indices: what lies in those files; empty on ranks other than 0 until they are given rank 0's.
+        sources: the sources in the given order.
+        shards: opened shards of codes, by the number of their source.
+        files: the files of all other sources.
+        indices: the index of those files. Ranks other than 0 receive it from rank 0.
     """
 
     sources: list[Source]
@@ -172,22 +171,22 @@ class FoundData:
     indices: dict[int, DatasetIndex]
 
     def count_rows(self, retries: int) -> None:
-        """Look into the files.
+        """Index the files.
 
         Raises:
-            UserError: none of a source can be read, or there is no audio.
+            UserError: a source has no readable file, or no audio.
         """
         for number, files in self.files.items():
             self.indices[number] = index_files(self.sources[number], files, retries)
 
     @property
     def bad_files(self) -> list[tuple[str, str]]:
-        """Path and reason of each file that cannot be read (to its end)."""
+        """Path and reason of each file that cannot be read, or not to its end."""
         return [bad for index in self.indices.values() for bad in index.bad_files]
 
     @property
     def fingerprint(self) -> str:
-        """Equal for data that become the same samples in the same order, wherever they lie."""
+        """Hash of the data. It is equal for data at another place that give the same samples in the same order."""
         parts = []
         for number, source in enumerate(self.sources):
             files = self.shards[number] if number in self.shards else self.indices[number]
@@ -200,7 +199,7 @@ def find_data(sources: list[Source], retries: int, index: bool = True) -> FoundD
     """Find the files of sources, and with ``index`` count their rows.
 
     Raises:
-        UserError: nothing is there, or it cannot be used.
+        UserError: a source has no files, or none that can be used.
     """
     found = FoundData(sources, {}, {}, {})
     for number, source in enumerate(sources):
@@ -215,20 +214,20 @@ def find_data(sources: list[Source], retries: int, index: bool = True) -> FoundD
 
 
 def is_code_shard(file: str) -> bool:
-    """Whether a file is one of codes, by its name."""
+    """Whether the name of a file is that of a shard of codes."""
     name = file.rsplit("/", 1)[-1]
     return name.startswith("codes-") and name.endswith(".arrow")
 
 
-def open_streams(
+def open_corpora(
     found: FoundData, seed: int, max_frames: int, split: bool, retries: int, shuffle: bool = True
-) -> tuple[list[AudioStream | CodeStream], Mixture]:
-    """Streams over found data and the order in which they are drawn from: endless if shuffled, else once as it lies.
+) -> tuple[list[AudioCorpus | CodeCorpus], Mixture]:
+    """The corpora of found data, and the order of the draws: endless if shuffled, else one pass in file order.
 
-    Sources with weights are a stream each. Without weights all recordings together are one stream, and all codes.
+    Each source with a weight is a corpus. Without weights, all recordings form one corpus, and all codes another.
 
     Args:
-        max_frames: longer recordings in code shards are cut, or ``split``, to this.
+        max_frames: longer recordings in shards of codes are cut or ``split`` to this length.
     """
     sources = found.sources
     audio = {number: AudioDataset(sources[number], index, retries) for number, index in found.indices.items()}
@@ -236,10 +235,10 @@ def open_streams(
     weights = [source.weight for source in sources if source.weight is not None]
     weighted = bool(weights) and shuffle
     groups = [[number] for number in range(len(sources))] if weighted else [list(audio), list(codes)]
-    streams: list[AudioStream | CodeStream] = []
+    corpora: list[AudioCorpus | CodeCorpus] = []
     for group in filter(None, groups):
         if group[0] in audio:
-            streams.append(AudioStream([audio[number] for number in group], seed, shuffle))
+            corpora.append(AudioCorpus([audio[number] for number in group], seed, shuffle))
         else:
-            streams.append(CodeStream([codes[number] for number in group], seed, max_frames, split, shuffle))
-    return streams, Mixture([s.order for s in streams], weights if weighted else None, seed, finite=not shuffle)
+            corpora.append(CodeCorpus([codes[number] for number in group], seed, max_frames, split, shuffle))
+    return corpora, Mixture([s.order for s in corpora], weights if weighted else None, seed, finite=not shuffle)

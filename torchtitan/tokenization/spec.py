@@ -1,4 +1,4 @@
-"""What is to be made, and how much of it is there."""
+"""The specification of a tokenization, and how much of it is already done."""
 
 import json
 import os
@@ -30,43 +30,43 @@ class Options:
     """Turn a data set into shards of codes, which training reads instead of the recordings."""
 
     dataset: str
-    """A built-in data set, a local folder or file, or a hub id."""
+    """A built-in data set, a local folder or file, or a hub name."""
     output: str
-    """Folder to write."""
+    """Output folder."""
     dataset_path: str | None = None
-    """Where a built-in data set lies: a folder of its layout, or another hub id."""
+    """Place of a built-in data set: a folder of its layout, or another hub name."""
     split: str | None = None
-    """Split to take, if the files tell splits; train by default."""
+    """Split to use, if file names contain splits. Default: train."""
     source_file: str | None = None
-    """Settings file (TOML) of a training; dataset is then the name or path of one of its [[training.source]] tables."""
+    """Settings file (TOML) of a training run. dataset then names one of its [[training.source]] tables."""
     audio_tokenizer: str = "kyutai/mimi"
-    """Codec: hub name or local folder."""
+    """Hub name or local folder of the Mimi codec."""
     num_quantizers: int = 8
-    """Codebooks to store; models may use fewer."""
+    """Number of codebooks to store. Models may use fewer."""
     codec_padding: str = "exact"
-    """How a clip ends: exact or aligned."""
+    """How the codec encodes the last frame of a recording: exact or aligned (see model.codec_padding)."""
     codec_window: str = "codec"
-    """The codec's attention window: codec or full."""
+    """Attention window of the codec: codec or full (see model.codec_window)."""
     resampler: str = "torchaudio"
-    """How recordings become 24 kHz: torchaudio, soxr_hq or ffmpeg."""
+    """Method that resamples recordings to 24 kHz: torchaudio, soxr_hq or ffmpeg."""
     num_processes: int | None = None
-    """Processes; by default one a CPU core, or one a GPU."""
+    """Number of processes. Default: one per GPU, or one per CPU core."""
     device: str = "auto"
-    """auto, cpu, cuda, cuda:N or mps."""
+    """Device of the codec: auto, cpu, cuda, cuda:N or mps."""
     max_seconds: float | None = None
-    """Encode only this much from the start of each recording; all of it by default."""
+    """Encode only this many seconds from the start of each recording. Default: all of it."""
     rows_per_shard: int = 4096
-    """Rows of the source in a shard."""
+    """Rows of the data set per shard."""
     max_bad_share: float = 0.2
-    """Stop when more than this share of the rows cannot be used."""
+    """Stop if more than this share of the rows is bad (cannot be read or used)."""
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What the workers need to know.
+class Spec:
+    """What a tokenization is to make; all worker processes have it.
 
     Attributes:
-        header: what the headers of all shards have in common.
+        header: the common part of the headers of all shards.
     """
 
     source: Source
@@ -88,12 +88,12 @@ class Plan:
         return -(-self.num_rows // self.rows_per_shard)
 
     def rows(self, shard: int) -> range:
-        """Numbers of a shard's rows in the source."""
+        """Numbers of a shard's rows in the data set."""
         first = shard * self.rows_per_shard
         return range(first, min(first + self.rows_per_shard, self.num_rows))
 
     def part_rows(self, shard: int, part: int) -> range:
-        """Numbers of the rows of a part of a shard."""
+        """Numbers of a part's rows in the data set."""
         return self.rows(shard)[part * self.rows_per_part : (part + 1) * self.rows_per_part]
 
     def num_parts(self, shard: int) -> int:
@@ -106,16 +106,16 @@ class Plan:
         return self.shard_path(shard).with_suffix(".partial")
 
     def part_path(self, shard: int, part: int) -> Path:
-        # Not .arrow: an unfinished folder must not be taken for a data set of Arrow files.
+        # Not .arrow, so that an unfinished folder does not look like a data set of Arrow files.
         return self.partial_folder(shard) / f"part-{part:04d}"
 
 
 @dataclass
 class Counts:
-    """What became of rows: all of them, those that failed, those that the source's limits leave out."""
+    """Counts of all rows, bad rows, rows outside the source's limits, and of what the other rows became."""
 
     rows: int = 0
-    failed: int = 0
+    bad: int = 0
     left_out: int = 0
     recordings: int = 0
     seconds: float = 0.0
@@ -127,10 +127,10 @@ class Counts:
 
 
 def find_source_of(options: Options) -> Source:
-    """The source that the options mean.
+    """The source that the options name.
 
     Raises:
-        UserError: there is none of that name.
+        UserError: there is no such source.
     """
     if options.source_file:
         from torchtitan.config_manager import ConfigManager
@@ -140,9 +140,7 @@ def find_source_of(options: Options) -> Source:
         chosen = [source for source in sources if options.dataset in (source.name, source.path)]
         if len(chosen) != 1:
             names = ", ".join(source.name for source in sources)
-            raise UserError(
-                f"{options.source_file}: dataset {options.dataset!r} must be one of its sources, which are {names}."
-            )
+            raise UserError(f"{options.source_file}: dataset {options.dataset!r} must be one of its sources ({names}).")
         return chosen[0]
     built_in = options.dataset in SOURCES or options.dataset in ALIASES
     table = {"name" if built_in else "path": options.dataset}
@@ -156,7 +154,7 @@ def find_source_of(options: Options) -> Source:
 
 
 def check_options(options: Options) -> None:
-    """Raise UserError for values that can mean nothing."""
+    """Raise UserError for values that are out of range."""
     if options.rows_per_shard < 1:
         raise UserError(f"rows_per_shard must be at least 1, not {options.rows_per_shard}.")
     if options.num_processes is not None and options.num_processes < 1:
@@ -167,11 +165,11 @@ def check_options(options: Options) -> None:
         raise UserError(f"max_seconds must be more than 0, not {options.max_seconds}.")
 
 
-def prepare(options: Options) -> Plan:
-    """Look at the data, the codec and the output folder, and write down the settings.
+def prepare(options: Options) -> Spec:
+    """Check the data, the codec and the output folder, and write the settings.
 
     Raises:
-        UserError: any of the three is not usable, or the folder holds a tokenization with other settings.
+        UserError: one of the three cannot be used, or the folder has a tokenization with other settings.
     """
     check_options(options)
     output = Path(options.output).expanduser()
@@ -185,7 +183,7 @@ def prepare(options: Options) -> Plan:
         options.codec_window,
         resampler=options.resampler,
     )
-    # Where a local copy of the data lies is no fact about them.
+    # The path of a local copy says nothing about the data.
     local = Path(source.path).expanduser().exists()
     described = {key: value for key, value in asdict(source).items() if value not in (None, (), "")}
     for key in ("weight", "hours", "licence", "download", *(["path"] if local else [])):
@@ -208,7 +206,7 @@ def prepare(options: Options) -> Plan:
     }
     header = json.loads(json.dumps(header))
     header = _agree(output, header)
-    plan = Plan(
+    spec = Spec(
         source=source,
         index=index,
         output=output,
@@ -224,21 +222,21 @@ def prepare(options: Options) -> Plan:
         rows_per_part=PART_ROWS,
     )
     if not (output / SETTINGS_FILE).exists():
-        write_settings(plan, None)
-    return plan
+        write_settings(spec, None)
+    return spec
 
 
 def _agree(output: Path, header: dict[str, Any]) -> dict[str, Any]:
-    """The header to use: that of the tokenization in the folder, if there is one that may be continued."""
+    """The header to use: that of the tokenization in the folder, if it has the same settings, else the new one."""
     try:
         output.mkdir(parents=True, exist_ok=True)
         if not os.access(output, os.W_OK):
             raise PermissionError(13, "Permission denied")
         path = output / SETTINGS_FILE
-        shards = sorted(output.glob("codes-*"))  # looked for first: another rank writes the settings before any
+        shards = sorted(output.glob("codes-*"))  # before the settings, which another rank writes before any shard
         if not path.exists():
             if shards:
-                raise UserError(f"{output}: {shards[0].name} lies there without {SETTINGS_FILE}; give another output.")
+                raise UserError(f"{output}: {shards[0].name} is there without {SETTINGS_FILE}; give another output.")
             return header
         stored = json.loads(path.read_text())["settings"]
     except OSError as error:
@@ -249,7 +247,7 @@ def _agree(output: Path, header: dict[str, Any]) -> dict[str, Any]:
         raise UserError(
             f"{output / SETTINGS_FILE}: the file is damaged; remove the folder or give another output."
         ) from None
-    # The codec is known by its weights: its name, or its commit, may be another one.
+    # The weights identify the codec, so its name and its commit may differ.
     named = ("audio_tokenizer", "revision")
     wrong = [key for key in header if key not in named and stored.get(key) != header[key]]
     if wrong:
@@ -261,40 +259,40 @@ def _agree(output: Path, header: dict[str, Any]) -> dict[str, Any]:
         if "codec_fingerprint" in wrong and "num_quantizers" not in wrong:
             told.append(f"the codec {header['audio_tokenizer']} has other weights than {stored.get('audio_tokenizer')}")
         if "data_fingerprint" in wrong:
-            told.append("the data are others (names of files, or numbers of rows)")
+            told.append("the data differ (names of files, or numbers of rows)")
         raise UserError(
-            f"{output}: it holds a tokenization with other settings: {', and '.join(told)}; give another output, or "
-            "the same settings to continue."
+            f"{output}: the folder has a tokenization with other settings: {', and '.join(told)}; give another output, "
+            "or the same settings to continue."
         )
     return stored
 
 
-def write_settings(plan: Plan, totals: dict[str, Any] | None) -> None:
+def write_settings(spec: Spec, totals: dict[str, Any] | None) -> None:
     content = {
-        "settings": plan.header,
-        "files": len(plan.index.files),
-        "rows": plan.num_rows,
-        "shards": plan.num_shards,
+        "settings": spec.header,
+        "files": len(spec.index.files),
+        "rows": spec.num_rows,
+        "shards": spec.num_shards,
         "totals": totals,
     }
-    write_text(plan.output / SETTINGS_FILE, json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
+    write_text(spec.output / SETTINGS_FILE, json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file unless it says that already."""
+    """Write a file unless it already has this content."""
     data = text.encode(errors="replace")
     if not path.exists() or path.read_bytes() != data:
         write_atomically(path, lambda file: file.write(data))
 
 
-def remove_stale_files(plan: Plan) -> None:
-    """Remove what killed processes of this machine left: temporary files, and parts of shards that are done."""
+def remove_stale_files(spec: Spec) -> None:
+    """Remove temporary files of killed processes of this machine, and parts of finished shards."""
     lead = f"{socket.gethostname()}-"
-    for path in [*plan.output.glob(".*.tmp"), *plan.output.glob("codes-*.partial/.*.tmp")]:
+    for path in [*spec.output.glob(".*.tmp"), *spec.output.glob("codes-*.partial/.*.tmp")]:
         process = path.name.removesuffix(".tmp").rpartition(lead)[2]
         if process.isdigit() and not is_running(int(process)):
             path.unlink(missing_ok=True)
-    for folder in plan.output.glob("codes-*.partial"):
+    for folder in spec.output.glob("codes-*.partial"):
         if folder.with_suffix(".arrow").exists():
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -310,11 +308,10 @@ def is_running(process: int) -> bool:
 
 
 def count_rows(path: Path, num_rows: int) -> Counts:
-    """What a shard or part holds."""
     batches, header = read_part(path)
     return Counts(
         rows=num_rows,
-        failed=len(header["failed"]),
+        bad=len(header["failed"]),
         left_out=header["left_out"],
         recordings=sum(batch.num_rows for batch in batches),
         seconds=sum(float(batch.column("seconds").to_numpy().sum()) for batch in batches),
@@ -333,22 +330,22 @@ def is_whole(part: Path) -> bool:
     return True
 
 
-def survey(plan: Plan, shards: Sequence[int]) -> tuple[Counts, list[int]]:
-    """What is done already, and the shards that are not. Damaged parts are removed, so that they are made again."""
+def survey(spec: Spec, shards: Sequence[int]) -> tuple[Counts, list[int]]:
+    """The counts of what is done, and the unfinished shards. Removes damaged parts, so that they are made again."""
     done, missing = Counts(), []
     for shard in shards:
-        path = plan.shard_path(shard)
+        path = spec.shard_path(shard)
         if path.exists():
             try:
-                done.add(count_rows(path, len(plan.rows(shard))))
+                done.add(count_rows(path, len(spec.rows(shard))))
             except ShardError as error:
-                hint = "remove it and run the same command again to make it anew"
+                hint = "remove it and run the same command again"
                 raise UserError(f"{str(error).rstrip('.')}; {hint}.") from None
             continue
         missing.append(shard)
-        for part in range(plan.num_parts(shard)):
-            path = plan.part_path(shard, part)
+        for part in range(spec.num_parts(shard)):
+            path = spec.part_path(shard, part)
             if is_whole(path):
                 with suppress(ShardError):  # merged by another process in between
-                    done.add(count_rows(path, len(plan.part_rows(shard, part))))
+                    done.add(count_rows(path, len(spec.part_rows(shard, part))))
     return done, missing
