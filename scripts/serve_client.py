@@ -126,8 +126,8 @@ def load_ends(model_name: str, audio_tokenizer: str | None) -> tuple[TokenStream
     require_model_folder(model_name)
     folder = local_copy(model_name, weights=False)
     try:
-        config = AutoConfig.from_pretrained(folder)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except OSError as error:
         raise UserError(f"{model_name}: no configuration and tokenizer there ({str(error).splitlines()[0]}).") from None
     stream = TokenStream.from_tokenizer(tokenizer, getattr(config, "num_quantizers", None))

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,9 @@ import pytest
 import soundfile
 import torch
 
+from torchtitan.audio.codec import Codec
 from torchtitan.audio.waveform import AudioError, load_audio, load_beginning
+from torchtitan.checkpoint.speech_lm import SpeechLM
 from torchtitan.config_manager import ConfigManager
 from torchtitan.datasets import lists
 from torchtitan.datasets.decoding import decode_row
@@ -148,3 +151,35 @@ def test_blocks_give_the_same_bits_as_one(monkeypatch):
     whole = load_audio(file.getvalue())
     monkeypatch.setattr("torchtitan.audio.waveform._BLOCK_SAMPLES", 1_000)
     assert torch.equal(load_audio(file.getvalue()), whole)
+
+
+# Models
+
+
+@pytest.fixture
+def speech_model(tmp_path, mimi_folder, save_speech_model) -> Path:
+    return save_speech_model(tmp_path / "model", mimi_folder)
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
+def test_a_model_that_comes_with_code_is_refused_by_name(speech_model, file):
+    """Also where transformers would ask at the terminal, or has the class itself and would pass over the code."""
+    (speech_model / "planted.py").write_text("raise SystemExit('the code ran')")
+    config = json.loads((speech_model / file).read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "planted.Model", "AutoTokenizer": ["planted.Tokenizer", None]}
+    (speech_model / file).write_text(json.dumps(config))
+    with pytest.raises(UserError, match=rf"model: {file} asks for Python code of the model \(auto_map\)"):
+        SpeechLM.load(str(speech_model), device="cpu")
+
+
+def test_pickled_weights_are_refused(speech_model, mimi_folder, tmp_path):
+    (speech_model / "model.safetensors").unlink()
+    torch.save({}, speech_model / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"model: no language model could be loaded .*model\.safetensors"):
+        SpeechLM.load(str(speech_model), device="cpu")
+    codec = tmp_path / "codec"
+    codec.mkdir()
+    shutil.copy(Path(mimi_folder) / "config.json", codec)
+    torch.save({}, codec / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"codec: no codec could be loaded .*model\.safetensors"):
+        Codec.load(str(codec), 4)

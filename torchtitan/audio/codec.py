@@ -163,7 +163,7 @@ class Codec:
             config = MimiConfig.from_pretrained(folder)
             if config.model_type != "mimi":
                 raise CodecError(f"{name}: a Mimi codec is needed, this is a {config.model_type} model.")
-            model = MimiModel.from_pretrained(folder, config=config, dtype=torch.float32)
+            model = MimiModel.from_pretrained(folder, config=config, dtype=torch.float32, use_safetensors=True)
         except (OSError, SafetensorError) as error:
             raise CodecError(f"{name}: no codec could be loaded from there ({first_line(error)}).") from None
         codec = cls(model, num_quantizers, padding, window, str(name), resampler)

@@ -16,7 +16,7 @@ from torchtitan.audio.token_stream import TokenStream
 from torchtitan.checkpoint.hf_export import full_hf_tensors
 from torchtitan.checkpoint.manager import HF_FOLDER, find_checkpoint
 from torchtitan.tools.errors import UserError, first_line
-from torchtitan.tools.hub import commit_of, local_copy, require_model_folder
+from torchtitan.tools.hub import SAFE, commit_of, local_copy, require_model_folder
 from torchtitan.tools.logging import quiet_transformers
 from torchtitan.tools.utils import DTYPES
 
@@ -83,11 +83,11 @@ class SpeechLM:
         source = local_copy(model_name, revision) if checkpoint is None else str(checkpoint / HF_FOLDER)
         model: Any
         try:
-            config = AutoConfig.from_pretrained(source)
-            tokenizer = AutoTokenizer.from_pretrained(source)
+            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
             stream = TokenStream.from_tokenizer(tokenizer, getattr(config, "num_quantizers", None))
             if checkpoint is None:
-                model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+                model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **SAFE)
             else:
                 weights = dict(full_hf_tensors(checkpoint, dtype))
                 model = LlamaForCausalLM.from_pretrained(None, config=config, state_dict=weights, dtype=dtype)

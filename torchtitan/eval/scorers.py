@@ -22,7 +22,7 @@ import torch
 
 from torchtitan.audio.waveform import SAMPLE_RATE
 from torchtitan.tools.errors import UserError
-from torchtitan.tools.hub import local_copy
+from torchtitan.tools.hub import NO_CODE, local_copy
 
 # Sampling rate of the speaker verification, recognition and UTMOS models.
 MODEL_RATE = 16_000
@@ -121,6 +121,11 @@ def _loaded(what: str, name: str, load: Callable[[], Any]) -> Any:
         raise UserError(f"{name}: {what} could not be loaded from there ({reason.rstrip('.')}).") from None
 
 
+def _pretrained(what: str, name: str, kind: Any) -> Any:
+    """A model or tokenizer of transformers, by hub name or folder."""
+    return _loaded(what, name, lambda: kind.from_pretrained(local_copy(name), **NO_CODE))
+
+
 class SpeakerSimilarity:
     """Cosine (-1 to 1) of the x-vectors of prompt and continuation, from a speaker verification model such as WavLM."""
 
@@ -128,12 +133,8 @@ class SpeakerSimilarity:
         from transformers import AutoFeatureExtractor, AutoModelForAudioXVector
 
         self.device = device
-        self.extractor = _loaded(
-            "a feature extractor", name, lambda: AutoFeatureExtractor.from_pretrained(local_copy(name))
-        )
-        model = _loaded(
-            "a speaker verification model", name, lambda: AutoModelForAudioXVector.from_pretrained(local_copy(name))
-        )
+        self.extractor = _pretrained("a feature extractor", name, AutoFeatureExtractor)
+        model = _pretrained("a speaker verification model", name, AutoModelForAudioXVector)
         self.model = model.to(device).eval()
 
     @torch.inference_mode()
@@ -185,7 +186,7 @@ class Transcriber:
         self.pipeline = _loaded(
             "a speech recogniser",
             name,
-            lambda: pipeline("automatic-speech-recognition", model=local_copy(name), device=device),
+            lambda: pipeline("automatic-speech-recognition", model=local_copy(name), device=device, **NO_CODE),
         )
 
     def __call__(self, waveform: torch.Tensor) -> str:
@@ -212,8 +213,8 @@ class TextLikelihood:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         self.device = device
-        self.tokenizer = _loaded("a tokenizer", name, lambda: AutoTokenizer.from_pretrained(local_copy(name)))
-        model = _loaded("a language model", name, lambda: AutoModelForCausalLM.from_pretrained(local_copy(name)))
+        self.tokenizer = _pretrained("a tokenizer", name, AutoTokenizer)
+        model = _pretrained("a language model", name, AutoModelForCausalLM)
         self.model = model.to(device).eval()
 
     @torch.inference_mode()

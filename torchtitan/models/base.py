@@ -78,7 +78,7 @@ class BaseModel:
         args = Llama3Args.from_hf(hf_config, config.name)
         try:
             source = local_copy(config.tokenizer_path, weights=False) if config.tokenizer_path else folder
-            tokenizer: Any = AutoTokenizer.from_pretrained(source)
+            tokenizer: Any = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         except (OSError, ValueError, KeyError) as error:
             place = config.tokenizer_path or config.name
             raise UserError(f"{place}: no tokenizer could be loaded from there ({first_line(error)}).") from None

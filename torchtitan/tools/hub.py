@@ -5,6 +5,7 @@ reason is tried again a few times, with growing waits. Downloaded files stay in 
 """
 
 import errno
+import json
 import os
 import re
 from collections.abc import Callable
@@ -16,6 +17,9 @@ from torchtitan.tools.retries import may_pass, retried
 
 # owner/name
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+# How transformers loads models: without Python code of theirs, and where we name the model, without pickled weights.
+NO_CODE: dict[str, Any] = {"trust_remote_code": False}
+SAFE: dict[str, Any] = {**NO_CODE, "use_safetensors": True}
 # Formats of weights that are not needed if there are safetensors.
 _OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".ot", ".onnx", ".gguf", ".tflite")
 
@@ -34,9 +38,10 @@ def local_copy(name: str | Path, revision: str | None = None, weights: bool = Tr
 
     Raises:
         FileNotFoundError: the folder does not exist, and the name cannot be a hub name.
-        UserError: the model cannot be downloaded.
+        UserError: the model cannot be downloaded, or it comes with code.
     """
     if os.path.isdir(os.path.expanduser(name)):
+        refuse_code(os.path.expanduser(name), str(name))
         return os.path.expanduser(name)
     if str(name).startswith((".", "/", "~")) or str(name).count("/") > 1:
         raise FileNotFoundError(errno.ENOENT, "there is no such folder", str(name))
@@ -53,7 +58,23 @@ def local_copy(name: str | Path, revision: str | None = None, weights: bool = Tr
     folder, _ = fetch(str(name), "model", wanted, revision)
     if folder is None:
         raise NotOnHub(f"{name}: the repository of the model has no files.")
+    refuse_code(folder, str(name))
     return str(folder)
+
+
+def refuse_code(folder: str | Path, name: str) -> None:
+    """Refuse a model that wants Python code of its own to be run.
+
+    Raises:
+        UserError: one of its JSON files does.
+    """
+    for path in sorted(Path(folder).glob("*config.json")):
+        try:
+            wants_code = "auto_map" in json.loads(path.read_bytes())
+        except (OSError, ValueError, TypeError, RecursionError):  # whoever needs the file says what is wrong with it
+            continue
+        if wants_code:
+            raise UserError(f"{name}: {path.name} asks for Python code of the model (auto_map), which is never run.")
 
 
 def commit_of(folder: str | Path) -> str | None:
