@@ -299,7 +299,7 @@ def finish(engine: Engine, job: Job, spectrogram: bool) -> dict[str, Any]:
     how = "ended by itself" if result.ended else f"stopped at the bound of {bound} frames in all"
     if result.dropped:
         how += f", {result.dropped} ids dropped from the first broken frame on"
-    say(f"continuation: {frames} frames, {frames / FRAME_RATE:.2f} s, {how}; {job.output} written")
+    say(f"continuation: {frames} frame{'s' * (frames != 1)}, {frames / FRAME_RATE:.2f} s, {how}; {job.output} written")
     return {
         "prompt": job.source,
         "sample": job.sample,
@@ -491,7 +491,8 @@ def output_format(path: Path) -> tuple[str, str | None]:
     ending = path.suffix[1:].lower()
     if not can_write(ending):
         raise UserError(
-            f"{path}: no audio format with the ending {path.suffix!r} can be written; use .wav, .flac, .ogg or .mp3."
+            f"{path}: no audio format with the ending {path.suffix!r} can be written; use .wav, .flac, .ogg or .mp3, or "
+            "end the name of a folder with /."
         )
     return ENDINGS.get(ending, (ending.upper(), None))
 

@@ -164,6 +164,8 @@ def check_place(source: Source) -> None:
     """
     if _is_local(source.path) and not os.path.exists(os.path.expanduser(source.path)):
         hint = f"; for {source.name}, {source.download}" if source.download else ""
+        if "/" not in source.path:  # the name of a built-in data set, perhaps
+            hint = f", and the built-in data sets are {', '.join(sorted([*SOURCES, *ALIASES]))}"
         raise UserError(f"{source.path}: there is no such data set folder{hint}.")
 
 

@@ -94,7 +94,7 @@ class Options:
     config.json, else torchaudio."""
 
     def sampling(self) -> Sampling:
-        return Sampling(self.temperature, self.top_k, self.top_p, self.seed)
+        return Sampling(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, seed=self.seed)
 
     def check(self) -> None:
         """Raise UserError for values that are out of range."""

@@ -26,7 +26,7 @@ MAX_WINDOW = 256
 _WORD = 0xFFFF_FFFF
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Sampling:
     """How the units of a continuation are drawn.
 

@@ -148,7 +148,7 @@ def fetch(
             raise UserError(f"{repository}: the {what} cannot be downloaded ({first_line(error)}).") from None
         reason = first_line(error)
     if (kept := cached()) is None:
-        raise UserError(f"{repository}: the {what} cannot be downloaded ({reason}).")
+        raise UserError(f"{repository}: the {what} cannot be downloaded ({reason}; there is no such folder either).")
     return kept, kept.name
 
 

@@ -41,7 +41,10 @@ def init_logger(as_json: bool = False) -> None:
 
 
 def quiet_transformers() -> None:
-    """Turn off the progress bars of transformers for reading and writing models."""
+    """Turn off the progress bars of transformers for reading and writing models, and a warning of what it imports."""
+    from torchtitan.tools.torch_private import quiet_pytree
+
+    quiet_pytree()
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()

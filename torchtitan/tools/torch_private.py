@@ -4,6 +4,7 @@ tests/test_private.py keeps it in this file. Each function says why no public AP
 the functions, since some of them take seconds. Checked with torch 2.11 and 2.14.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from datetime import timedelta
@@ -185,3 +186,8 @@ def packed_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
 def torch_int8_product() -> Callable[..., torch.Tensor]:
     """torch's (x W^T) * scale of int8 weights, which it widens as it reads them. It has no public name."""
     return torch._weight_int8pack_mm
+
+
+def quiet_pytree() -> None:
+    """Turn off the warnings that torchao causes when it is imported. The logger has no public name."""
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
