@@ -491,8 +491,8 @@ def output_format(path: Path) -> tuple[str, str | None]:
     ending = path.suffix[1:].lower()
     if not can_write(ending):
         raise UserError(
-            f"{path}: no audio format with the ending {path.suffix!r} can be written; use .wav, .flac, .ogg or .mp3, or "
-            "end the name of a folder with /."
+            f"{path}: no audio format with the ending {path.suffix!r} can be written; use .wav, .flac, .ogg or .mp3, "
+            "or end the name of a folder with /."
         )
     return ENDINGS.get(ending, (ending.upper(), None))
 
