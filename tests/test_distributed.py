@@ -449,7 +449,7 @@ def test_other_format_is_refused(saved, tmp_path):
     saved(1)
     path = tmp_path / "step-1" / "train_state.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "format": 99}))
-    with pytest.raises(UserError, match="its format is 99, but this version reads 2"):
+    with pytest.raises(UserError, match="a checkpoint of format 99, this version reads 2"):
         read_state(tmp_path / "step-1")
 
 

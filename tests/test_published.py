@@ -399,5 +399,7 @@ def test_conversion_without_arguments(speech_model, tmp_path, monkeypatch):
         convert.command()
     folder = tmp_path / "outputs" / run / "checkpoint"
     load("scripts/convert_hf_to_dcp.py").convert(str(speech_model(4)), folder).rename(folder / "step-5000")
+    state = folder / "step-5000" / "train_state.json"
+    state.write_text(json.dumps({**json.loads(state.read_text()), "step": 5000}))
     convert.command()
     assert (tmp_path / "models" / run / "config.json").is_file()

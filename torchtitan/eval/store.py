@@ -86,7 +86,7 @@ class ArrayStore:
             self._write()
         except OSError as error:
             self._broken = True
-            print(f"warning: {self.folder}: nothing can be stored there ({error.strerror}).", file=sys.stderr)
+            print(f"warning: {self.folder}: nothing can be kept there ({error.strerror}).", file=sys.stderr)
         self._waiting.clear()
 
     def _write(self) -> None:
