@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # A test that needs the network is a mistake.
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # Of processes that tests start: two workers share two cores.
 
 import numpy as np
 import pyarrow as pa

@@ -22,6 +22,7 @@ from torchtitan.checkpoint.manager import find_steps, load_full_parameters, read
 from torchtitan.components.dataloader import Batch
 from torchtitan.components.gradients import FiniteGuard, clip_grad_norm
 from torchtitan.tools.errors import UserError
+from torchtitan.tools.locks import locked
 from torchtitan.tools.signals import shielded
 
 STEPS = 25
@@ -52,10 +53,13 @@ def wait_for_step(process: subprocess.Popen, log: Path, step: int) -> None:
         time.sleep(0.01)
 
 
-MORE = [pytest.param(ranks, signal.SIGUSR1, marks=pytest.mark.slow) for ranks in (1, 2)]
+MORE = [
+    pytest.param(ranks, number, marks=pytest.mark.slow)
+    for ranks, number in ((1, signal.SIGTERM), (1, signal.SIGUSR1), (2, signal.SIGUSR1))
+]
 
 
-@pytest.mark.parametrize(("ranks", "number"), [(1, signal.SIGTERM), (1, signal.SIGINT), *MORE])
+@pytest.mark.parametrize(("ranks", "number"), [(1, signal.SIGINT), *MORE])
 def test_a_signal_ends_a_run_in_order_and_it_goes_on(arguments, tmp_path, ranks, number):
     options = ("--training.steps", str(STEPS), "--checkpoint.interval", "1000", "--validation.no-enabled")
     whole, cut, log = tmp_path / "whole", tmp_path / "cut", tmp_path / "log"
@@ -109,6 +113,33 @@ def test_a_second_interrupt_stops_at_once(tmp_path):
     assert process.wait(timeout=20) == 130
 
 
+def test_a_child_ends_with_its_parent(monkeypatch, arguments, tmp_path):
+    """As each rank that torchrun has started asks for."""
+    child = (
+        "import signal, time; from torchtitan.tools.signals import end_with_parent; end_with_parent(signal.SIGTERM)\n"
+        "print('ready', flush=True); time.sleep(60)"
+    )
+    script = (
+        f"import subprocess, sys; child = subprocess.Popen([sys.executable, '-c', {child!r}])\n"
+        "print(child.pid, flush=True); child.wait()"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    lines = [parent.stdout.readline().strip() for _ in range(2)]
+    number = next(int(line) for line in lines if line != "ready")
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 20
+    while is_running(number):
+        assert time.monotonic() < deadline, "the child outlives its parent"
+        time.sleep(0.05)
+    asked = []
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    monkeypatch.setattr(train, "end_with_parent", asked.append)
+    assert train.main(["--no.such_key", "1"]) == 2
+    assert asked == [signal.SIGTERM]
+
+
+@pytest.mark.slow
 def test_ranks_end_with_a_torchrun_that_is_killed(arguments, tmp_path):
     log = tmp_path / "log"
     options = ("--training.steps", "100000", "--checkpoint.interval", "100000", "--validation.no-enabled")
@@ -124,15 +155,27 @@ def test_ranks_end_with_a_torchrun_that_is_killed(arguments, tmp_path):
 
 
 def test_a_run_folder_in_use_is_refused_with_the_process_that_has_it(arguments, tmp_path, capfd):
-    log = tmp_path / "log"
-    options = ("--training.steps", "100000", "--checkpoint.interval", "100000", "--validation.no-enabled")
-    process = start(arguments(tmp_path, 1, *options), 1, log)
-    wait_for_step(process, log, 1)
-    assert train.main(arguments(tmp_path, 1, *options)) == 2
-    assert f"run: process {process.pid} on " in capfd.readouterr().err
-    process.kill()
-    process.wait()
-    launch(arguments(tmp_path, 1, "--training.steps", "2", *options[2:]), 1)
+    options = arguments(tmp_path, 1, "--training.steps", "2", "--validation.no-enabled")
+    with locked(tmp_path / "run"):
+        assert train.main(options) == 2
+        assert f"run: process {os.getpid()} on " in capfd.readouterr().err
+    holder = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import sys, time; from pathlib import Path; from torchtitan.tools.locks import locked\n"
+            "with locked(Path(sys.argv[1])): print('has it', flush=True); time.sleep(60)",
+            str(tmp_path / "run"),
+        ],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+    )
+    assert holder.stdout.readline()
+    with pytest.raises(UserError, match=f"process {holder.pid} on"), locked(tmp_path / "run"):
+        pass
+    holder.kill()  # the system gives the lock back
+    holder.wait()
+    launch(options, 1)
 
 
 def test_what_is_started_under_a_shield_outlives_a_signal():
